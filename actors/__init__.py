@@ -1,0 +1,1 @@
+"""Makes data: rollout actors with the block-diffusion sampler, the teacher pool and evaluation."""

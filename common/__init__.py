@@ -1,0 +1,1 @@
+"""What actors and learner must agree on: configuration, trajectories, masks, states and weights."""

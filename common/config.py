@@ -1,0 +1,290 @@
+"""The run's configuration: one YAML file, validated here before any process starts.
+
+Models forbid unknown keys, and every field that has a unit says it in its name or description. This module
+imports neither torch nor ray, so that `--help` and `--dry-run` answer at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from common.objective_config import ObjectiveConfig
+from common.section import Section
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class ModelShape(Section):
+    """Sizes of a model whose files are not on this disk, for the estimates of `--dry-run`."""
+
+    hidden_size: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    tied_embeddings: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of a Qwen3-like decoder of this shape (norm weights left out)."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.layers * (attention + mlp) + embeddings
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+class ModelConfig(Section):
+    """The ARLM from which the student starts."""
+
+    path: str = Field(description="folder of a Hugging Face causal LM, or its hub id")
+    mask_token: str = Field("<|mask|>", description="added by the conversion where the tokenizer has no mask token")
+    shape: ModelShape | None = Field(None, description="sizes for --dry-run where the model is not on this disk")
+
+
+class StaticUnmasking(Section):
+    """Reveal the K = block_size / steps_per_block most confident positions of a block per step."""
+
+    rule: Literal["static"] = "static"
+    steps_per_block: int | None = Field(None, ge=1, description="default: block_size, one token a step")
+
+
+class DynamicUnmasking(Section):
+    """Reveal every position with confidence above `threshold`, and at least the `min_tokens` most confident."""
+
+    rule: Literal["dynamic"] = "dynamic"
+    threshold: float = Field(0.9, ge=0, le=1)
+    min_tokens: int = Field(1, ge=1)
+
+
+class SequentialUnmasking(Section):
+    """Reveal the leftmost `tokens_per_step` masked positions."""
+
+    rule: Literal["sequential"] = "sequential"
+    tokens_per_step: int = Field(1, ge=1)
+
+
+class EntropyBoundUnmasking(Section):
+    """Reveal the lowest-entropy positions while their cumulated entropy stays under `bound_nats`, at least one."""
+
+    rule: Literal["entropy_bound"] = "entropy_bound"
+    bound_nats: float = Field(0.1, ge=0)
+
+
+Unmasking = Annotated[
+    StaticUnmasking | DynamicUnmasking | SequentialUnmasking | EntropyBoundUnmasking, Field(discriminator="rule")
+]
+
+
+class Resources(Section):
+    """What one process of a role reserves from Ray. Fractions of a GPU or CPU are allowed."""
+
+    cpus: float = Field(1.0, ge=0, description="Ray CPUs per process")
+    gpus: float = Field(0.0, ge=0, description="Ray GPUs per process")
+    threads: int = Field(1, ge=1, description="compute threads per process (OMP_NUM_THREADS)")
+
+
+class RolloutConfig(Section):
+    """The pool of rollout actors and how they decode."""
+
+    actors: int = Field(2, ge=1, description="processes in the pool")
+    slots: int = Field(64, ge=1, description="sequences decoded at the same time in one actor")
+    prompts_per_batch: int = Field(128, ge=1, description="prompts of one rollout batch, over all actors")
+    samples_per_prompt: int = Field(1, ge=1)
+    unmasking: Unmasking = DynamicUnmasking()
+    temperature: float = Field(1.0, ge=0, description="0: argmax")
+    top_k: int = Field(0, ge=0, description="0: off")
+    top_p: float = Field(1.0, gt=0, le=1)
+    dtype: Dtype = "bfloat16"
+    resources: Resources = Resources()
+
+
+class TeacherConfig(Section):
+    """The pool of teacher actors: the frozen ARLM."""
+
+    path: str | None = Field(None, description="default: model.path")
+    backend: Literal["vllm", "transformers"] = "vllm"
+    target: Literal["topk", "hidden"] = Field(
+        "hidden",
+        description="topk: the K best tokens and the log of the remaining mass; hidden: the final hidden state, "
+        "to which the learner applies the teacher's LM head (exact full vocabulary)",
+    )
+    top_k: int = Field(16, ge=1, description="K of target topk")
+    actors: int = Field(1, ge=1)
+    dtype: Dtype = "bfloat16"
+    max_batched_tokens: int = Field(8192, ge=16, description="tokens of one teacher forward")
+    max_wait_ms: float = Field(20.0, ge=0, description="how long a request waits for others to join its batch")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="vLLM's share of its GPU's memory")
+    kv_cache_mib: int = Field(256, ge=16, description="vLLM's KV cache on a machine without a GPU")
+    resources: Resources = Resources()
+
+
+class DataConfig(Section):
+    """Prompts of the run and the held-out problems."""
+
+    prompts: str = Field(description="JSON, JSONL or Parquet file, or a folder of them")
+    question_field: str = "question"
+    domain_field: str = "domain"
+    answer_field: str = "answer"
+    enable_thinking: bool = Field(False, description="passed to the chat template")
+    max_prompt_tokens: int = Field(2000, ge=1, description="longer prompts are dropped and counted")
+    epochs: int = Field(1, ge=1)
+    limit: int | None = Field(None, ge=1, description="use only the first N prompts of the seeded order")
+    domain_max_tokens: dict[str, int] = Field({}, description="response length cap by domain, tokens")
+
+
+class CurriculumConfig(Section):
+    """Response length limit as a function of the rollout batch, in tokens, rounded to the block size."""
+
+    schedule: Literal["constant", "linear", "cos"] = "cos"
+    min_tokens: int = Field(100, ge=1)
+    max_tokens: int = Field(4000, ge=1)
+    batches: int = Field(100, ge=1, description="rollout batches until max_tokens is reached")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CurriculumConfig:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower min_tokens"
+            )
+        return self
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed ZeRO-3 learner."""
+
+    ranks: int = Field(2, ge=1, description="processes in the ZeRO world")
+    batch_rows: int = Field(8, ge=1, description="trajectories per optimiser update, over all ranks")
+    max_tokens_per_microbatch: int = Field(
+        16384, ge=8, description="token budget of one packed forward on one rank, clean and noised copies counted"
+    )
+    lr: float = Field(1e-5, gt=0)
+    min_lr: float = Field(1e-6, ge=0)
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_batches: int = Field(5, ge=0, description="rollout batches of linear warm-up")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
+    dtype: Dtype = "bfloat16"
+    logits_chunk_rows: int = Field(1024, ge=1, description="masked positions per chunk of the LM head and the loss")
+    gradient_checkpointing: bool = True
+    deepspeed: dict[str, Any] = Field(
+        {}, description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer"
+    )
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _rows_cover_ranks(self) -> LearnerConfig:
+        if self.batch_rows < self.ranks:
+            raise ValueError(
+                f"batch_rows ({self.batch_rows}) is below ranks ({self.ranks}): a rank would have no row; "
+                "raise batch_rows or lower ranks"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr}); lower min_lr")
+        return self
+
+
+class PublishConfig(Section):
+    """How new weights travel to the rollout actors."""
+
+    bucket_mib: int = Field(256, ge=1, description="largest gathered buffer, MiB; one tensor may exceed it")
+
+
+class EvaluationConfig(Section):
+    """Exact match and tokens per step on held-out problems with a checkable answer."""
+
+    problems: str | None = Field(None, description="file as data.prompts, with answers; none: no evaluation")
+    count: int = Field(200, ge=1, description="first N problems of the file")
+    max_new_tokens: int = Field(512, ge=1)
+    threshold: float = Field(0.9, ge=0, le=1, description="confidence threshold of the dynamic evaluation")
+    every_batches: int = Field(0, ge=0, description="also evaluate during training; 0: only before and after")
+    teacher: bool = Field(True, description="evaluate the greedy autoregressive teacher too")
+
+
+class PipelineConfig(Section):
+    """The control loop."""
+
+    staleness: Literal[0, 1] = Field(
+        0, description="0: strictly on-policy; 1: rollouts of the next batch overlap training on this one"
+    )
+    max_batches: int | None = Field(None, ge=1, description="stop after N rollout batches; default: all prompts")
+    stage_timeout_s: float = Field(1800.0, gt=0, description="deadline of every remote wait")
+    start_timeout_s: float = Field(900.0, gt=0, description="deadline for the actors to load their models")
+    checkpoint_every_batches: int = Field(0, ge=0, description="0: only at the end")
+    keep_checkpoints: int = Field(2, ge=1)
+    spool: bool = Field(False, description="write every trained record batch as Arrow IPC to the run's folder")
+
+
+class RayConfig(Section):
+    """Where the actors run."""
+
+    address: str | None = Field(None, description="an existing cluster ('auto' or host:port); default: start one here")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the Ray started here; default: this machine's")
+    object_store_mib: int = Field(512, ge=80, description="object store of the Ray started here")
+
+
+class RunConfig(Section):
+    """Everything a run needs. See deploy/presets for complete examples."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="folder under output_dir")
+    output_dir: Path = Path("runs")
+    seed: int = Field(0, ge=0)
+    block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid")
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    learner: LearnerConfig = LearnerConfig()
+    publish: PublishConfig = PublishConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+    @property
+    def teacher_path(self) -> str:
+        return self.teacher.path or self.model.path
+
+    @model_validator(mode="after")
+    def _block_size_divides(self) -> RunConfig:
+        unmasking = self.rollout.unmasking
+        if isinstance(unmasking, StaticUnmasking) and unmasking.steps_per_block:
+            if self.block_size % unmasking.steps_per_block:
+                raise ValueError(
+                    f"rollout.unmasking.steps_per_block ({unmasking.steps_per_block}) does not divide block_size "
+                    f"({self.block_size}); choose a divisor of block_size"
+                )
+        for field in ("min_tokens", "max_tokens"):
+            tokens = getattr(self.curriculum, field)
+            if tokens % self.block_size:
+                below = tokens // self.block_size * self.block_size
+                raise ValueError(
+                    f"block_size ({self.block_size}) does not divide curriculum.{field} ({tokens}); "
+                    f"use {max(below, self.block_size)} or {below + self.block_size}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _target_fits_divergence(self) -> RunConfig:
+        if self.teacher.target == "topk" and self.objective.divergence.kind != "forward_kl":
+            if self.objective.topk_tail != "bucket":
+                raise ValueError(
+                    f"objective.divergence.kind {self.objective.divergence.kind!r} needs the student's mass outside "
+                    "the teacher's top-k: set objective.topk_tail to 'bucket' or teacher.target to 'hidden'"
+                )
+        return self

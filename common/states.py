@@ -1,0 +1,124 @@
+"""State selection (nu): which partly masked states of a trajectory are trained, and with what weight.
+
+Offsets count from the start of the response; offset j stands at absolute position P + j (P prompt tokens), in block
+(P + j) // B. At round k of a block, the positions revealed in rounds >= k are masked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.objective_config import (
+    AllRoundsState,
+    GlobalState,
+    ObjectiveConfig,
+    PerBlockState,
+    RandomState,
+)
+from common.trajectory import Trajectory
+
+
+def response_blocks(trajectory: Trajectory, block_size: int) -> np.ndarray:
+    """int64 [response + tail]: block on the absolute grid of every response and tail position."""
+    length = len(trajectory.response_ids) + len(trajectory.tail_ids)
+    return (len(trajectory.prompt_ids) + np.arange(length)) // block_size
+
+
+def trainable_offsets(trajectory: Trajectory, eos_token_id: int, exclude_eos: bool) -> np.ndarray:
+    """bool [response + tail]: positions that may enter the loss (never the tail; the end token by choice)."""
+    trainable = np.zeros(len(trajectory.response_ids) + len(trajectory.tail_ids), dtype=bool)
+    trainable[: len(trajectory.response_ids)] = True
+    if exclude_eos:
+        trainable[: len(trajectory.response_ids)] &= trajectory.response_ids != eos_token_id
+    return trainable
+
+
+def select_states(
+    trajectory: Trajectory,
+    objective: ObjectiveConfig,
+    block_size: int,
+    eos_token_id: int,
+    rng: np.random.Generator,
+) -> None:
+    """Choose the trained states of one trajectory and write them into it.
+
+    Sets `state_count`, `masked_offsets`, `masked_state`, `loss_weight` and `target_offsets`. Blocks without a
+    masked trainable position are left out of a state, since they would contribute nothing.
+    """
+    block = response_blocks(trajectory, block_size)
+    trainable = trainable_offsets(trajectory, eos_token_id, objective.exclude_eos)
+    copies = [_trained_blocks(m, block, trainable) for m in _masks(trajectory, objective, block, trainable, rng)]
+    copies = [(masked, ratio) for masked, ratio in copies if masked.any()]
+
+    offsets = [np.flatnonzero(masked) for masked, _ in copies]
+    weights = [
+        np.where(trainable[o], 1.0 / ratio[o] if objective.weight == "inverse_t" else 1.0, 0.0)
+        for o, (_, ratio) in zip(offsets, copies, strict=True)
+    ]
+    trajectory.state_count = len(copies)
+    trajectory.masked_offsets = _concat(offsets, np.int32)
+    trajectory.masked_state = _concat([np.full(len(o), s) for s, o in enumerate(offsets)], np.int32)
+    trajectory.loss_weight = _concat(weights, np.float32)
+    trajectory.target_offsets = np.unique(trajectory.masked_offsets[trajectory.loss_weight > 0])
+
+
+def _masks(
+    trajectory: Trajectory,
+    objective: ObjectiveConfig,
+    block: np.ndarray,
+    trainable: np.ndarray,
+    rng: np.random.Generator,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(masked bool, mask ratio float) over response and tail, one pair per noised copy."""
+    state = objective.state
+    reveal = trajectory.reveal_round
+    if isinstance(state, RandomState):
+        return [_random_mask(state, block, rng)]
+
+    first, index = np.unique(block, return_inverse=True)
+    last_round = np.full(len(first), -1)
+    np.maximum.at(last_round, index, np.where(trainable, reveal, -1))
+    if isinstance(state, PerBlockState):
+        chosen = np.floor(rng.random(len(first)) * (last_round + 1)).astype(np.int64)
+        rounds = [chosen[index]]
+    elif isinstance(state, GlobalState):
+        rounds = [np.full(len(block), rng.integers(max(last_round.max() + 1, 1)))]
+    elif isinstance(state, AllRoundsState):
+        rounds = [np.full(len(block), k) for k in range(last_round.max() + 1)]
+    masks = [reveal >= k for k in rounds]
+    return [(masked, _share(masked, index)) for masked in masks]
+
+
+def _random_mask(
+    state: RandomState, block: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    _, index = np.unique(block, return_inverse=True)
+    draws = index.max(initial=0) + 1 if state.scope == "block" else 1
+    ratio = state.min_ratio + (state.max_ratio - state.min_ratio) * rng.random(draws)
+    ratio = ratio[index] if state.scope == "block" else np.full(len(block), ratio[0])
+    noise = rng.random(len(block))
+    masked = noise < ratio
+    if state.at_least_one:
+        for b in range(index.max(initial=-1) + 1):
+            members = np.flatnonzero(index == b)
+            if not masked[members].any():
+                masked[members[np.argmin(noise[members])]] = True
+    return masked, np.maximum(ratio, 1e-3)
+
+
+def _share(masked: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Masked share of each position's block."""
+    size = np.bincount(index)
+    return (np.bincount(index, weights=masked, minlength=len(size)) / np.maximum(size, 1))[index]
+
+
+def _trained_blocks(
+    mask: tuple[np.ndarray, np.ndarray], block: np.ndarray, trainable: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    masked, ratio = mask
+    useful = np.isin(block, np.unique(block[masked & trainable]))
+    return masked & useful, ratio
+
+
+def _concat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype) if arrays else np.empty(0, dtype)

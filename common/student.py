@@ -1,0 +1,131 @@
+"""The student: the ARLM's own Hugging Face class, read with block-causal masks.
+
+Conversion changes no weight. It makes sure that there is a mask token whose embedding row exists, and records
+`mask_token_id` and `block_size` in the config, so that a checkpoint says how to decode it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# Full attention in every layer: the families whose block-causal student is exact with one prebuilt mask.
+SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The causal LM at `path` in evaluation mode, parameters in `dtype` [no gradient turned off].
+
+    Raises:
+        ValueError: the family's attention cannot be made block-causal by a prebuilt mask.
+    """
+    check_family(AutoConfig.from_pretrained(path))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+    return model.eval()
+
+
+def check_family(config: Any) -> None:
+    """Refuse a model whose attention one block-causal mask cannot describe, with the reason."""
+    if config.model_type not in SUPPORTED_FAMILIES:
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported; its attention must take one prebuilt mask. "
+            f"Supported: {', '.join(SUPPORTED_FAMILIES)}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"model has attention layers {sorted(kinds)}; only full_attention can be block-causal here: "
+            "set use_sliding_window to false in its config, or choose another model"
+        )
+
+
+def default_attention() -> str:
+    """SDPA with a dense mask on CPU, FlexAttention on CUDA."""
+    return "flex_attention" if torch.cuda.is_available() else "sdpa"
+
+
+def convert(path: str, block_size: int, mask_token: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Config and tokenizer of the student that starts from the ARLM at `path`.
+
+    An existing mask token is kept. Otherwise `mask_token` becomes the next free id, whose embedding row must exist:
+    the embedding is never resized.
+
+    Raises:
+        ValueError: no embedding row is free for the mask token.
+    """
+    config = AutoConfig.from_pretrained(path)
+    check_family(config)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": mask_token})
+    if tokenizer.mask_token_id >= config.vocab_size:
+        raise ValueError(
+            f"the mask token needs id {tokenizer.mask_token_id}, but the embedding has {config.vocab_size} rows; "
+            "use a model with a spare row, or set model.mask_token to an unused token that exists"
+        )
+    config.mask_token_id = tokenizer.mask_token_id
+    config.block_size = block_size
+    return config, tokenizer
+
+
+def convert_folder(path: str, out: Path, block_size: int, mask_token: str, dtype: torch.dtype) -> None:
+    """Write the converted, untrained student as a complete Hugging Face folder."""
+    config, tokenizer = convert(path, block_size, mask_token)
+    model = load_model(path, dtype, "sdpa")
+    save_student(model, tokenizer, out, config.block_size, config.mask_token_id)
+
+
+def save_student(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    block_size: int,
+    mask_token_id: int,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Config, tokenizer and safetensors in `out`; `state_dict` replaces the model's own where it is sharded."""
+    model.config.mask_token_id = mask_token_id
+    model.config.block_size = block_size
+    model.save_pretrained(out, state_dict=state_dict)
+    tokenizer.save_pretrained(out)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the vocabulary without the mask token: equal for teacher and student if ids mean the same."""
+    vocabulary = {t: i for t, i in tokenizer.get_vocab().items() if t != tokenizer.mask_token}
+    lines = "\n".join(f"{i}\t{t}" for t, i in sorted(vocabulary.items(), key=lambda item: item[1]))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def hidden_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Any, cache: Any = None, use_cache: bool = False
+) -> Tensor:
+    """Final hidden states [R, N, d] (after the last norm) under a prebuilt mask.
+
+    Args:
+        ids, positions: int64 [R, N].
+        mask: bool [R, 1, N, keys] or a BlockMask; used for every layer.
+        cache: a transformers Cache that receives the keys and values, or None.
+    """
+    output = model.model(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=use_cache or cache is not None,
+    )
+    return output.last_hidden_state
+
+
+def lm_head_weight(model: PreTrainedModel) -> nn.Parameter:
+    """[V, d]; the embedding itself where the two are tied."""
+    return model.get_output_embeddings().weight

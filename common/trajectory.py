@@ -1,0 +1,210 @@
+"""The trajectory: what a rollout leaves behind, and its Arrow form.
+
+One record per trajectory. `x0 = prompt_ids + response_ids + tail_ids` ends on the block grid. The tail is what the
+sampler wrote behind the first end token in the last block: it is context of that block's states, so it is kept for
+exact reconstruction, but it is never trained on and the teacher never sees it. Offsets count from the start of the
+response. The same record batches travel through the object store, are spooled to disk, and can be replayed.
+
+| field | type | meaning |
+| --- | --- | --- |
+| ordinal, sample | int64, int32 | the key: position in the run's seeded prompt order, sample number |
+| domain | string | of the prompt |
+| prompt_ids, response_ids, tail_ids | list<int32> | token ids |
+| reveal_round | list<int16> | per response and tail position: round within its block, from 0 |
+| confidence | list<float32> | per response and tail position: probability under the raw softmax when revealed |
+| weights_version | int32 | of the student that made it |
+| finish_reason | string | `eos` or `length` |
+| denoise_forwards, commit_forwards | int32 | forwards in which this sequence took part |
+| state_count | int32 | noised copies |
+| masked_offsets, masked_state | list<int32> | masked positions of all copies: offset and the copy it belongs to |
+| loss_weight | list<float32> | w per masked position; 0 where it is context only |
+| target_offsets | list<int32> | sorted offsets that have a target |
+| topk_ids, topk_logprobs, log_rest | list<int32>, list<float32>, list<float32> | target `topk`: n*K, n*K, n values |
+| hidden | list<uint16> or list<float32> | target `hidden`: n*d values; uint16 holds bfloat16 bits |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_LISTS: dict[str, pa.DataType] = {
+    "prompt_ids": pa.int32(),
+    "response_ids": pa.int32(),
+    "tail_ids": pa.int32(),
+    "reveal_round": pa.int16(),
+    "confidence": pa.float32(),
+    "masked_offsets": pa.int32(),
+    "masked_state": pa.int32(),
+    "loss_weight": pa.float32(),
+    "target_offsets": pa.int32(),
+    "topk_ids": pa.int32(),
+    "topk_logprobs": pa.float32(),
+    "log_rest": pa.float32(),
+}
+_SCALARS: dict[str, pa.DataType] = {
+    "ordinal": pa.int64(),
+    "sample": pa.int32(),
+    "domain": pa.string(),
+    "weights_version": pa.int32(),
+    "finish_reason": pa.string(),
+    "denoise_forwards": pa.int32(),
+    "commit_forwards": pa.int32(),
+    "state_count": pa.int32(),
+}
+
+
+def _empty(dtype: type) -> Any:
+    return field(default_factory=lambda: np.empty(0, dtype=dtype))
+
+
+@dataclass
+class Trajectory:
+    """One rollout; NumPy arrays with the dtypes of the table above. Targets are empty until the teacher gave them."""
+
+    ordinal: int
+    sample: int
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    tail_ids: np.ndarray
+    reveal_round: np.ndarray
+    confidence: np.ndarray
+    weights_version: int
+    finish_reason: str
+    denoise_forwards: int
+    commit_forwards: int
+    domain: str = ""
+    state_count: int = 0
+    masked_offsets: np.ndarray = _empty(np.int32)
+    masked_state: np.ndarray = _empty(np.int32)
+    loss_weight: np.ndarray = _empty(np.float32)
+    target_offsets: np.ndarray = _empty(np.int32)
+    topk_ids: np.ndarray = _empty(np.int32)
+    topk_logprobs: np.ndarray = _empty(np.float32)
+    log_rest: np.ndarray = _empty(np.float32)
+    hidden: np.ndarray = _empty(np.float32)
+
+    @property
+    def x0(self) -> np.ndarray:
+        """int32 [prompt + response + tail]."""
+        return np.concatenate([self.prompt_ids, self.response_ids, self.tail_ids])
+
+    @property
+    def causal_ids(self) -> np.ndarray:
+        """int32 [prompt + response]: what the teacher reads."""
+        return np.concatenate([self.prompt_ids, self.response_ids])
+
+
+@dataclass(frozen=True)
+class TrajectoryMeta:
+    """Facts that hold for a whole record batch, kept in the schema's metadata.
+
+    `target_kind` is `none` before the teacher's pass, then `topk` or `hidden`; `target_width` is K or d.
+    """
+
+    block_size: int
+    mask_token_id: int
+    tokenizer_fingerprint: str
+    target_kind: str = "none"
+    target_width: int = 0
+    hidden_dtype: str = "float32"
+    schema_version: int = SCHEMA_VERSION
+
+    def schema(self) -> pa.Schema:
+        columns = [pa.field(name, dtype, nullable=False) for name, dtype in _SCALARS.items()]
+        columns += [pa.field(name, pa.list_(dtype), nullable=False) for name, dtype in _LISTS.items()]
+        hidden = pa.uint16() if self.hidden_dtype == "bfloat16" else pa.float32()
+        columns.append(pa.field("hidden", pa.list_(hidden), nullable=False))
+        metadata = {f.name: str(getattr(self, f.name)) for f in fields(self)}
+        return pa.schema(columns, metadata=metadata)
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> TrajectoryMeta:
+        """Read the metadata of a schema.
+
+        Raises:
+            ValueError: a key is missing, the version is unknown, or the columns are not this version's; the message
+                names it.
+        """
+        raw = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        missing = [f.name for f in fields(cls) if f.name not in raw]
+        if missing:
+            raise ValueError(f"not a trajectory batch: schema metadata lacks {missing}")
+        if int(raw["schema_version"]) != SCHEMA_VERSION:
+            raise ValueError(
+                f"trajectory schema_version is {raw['schema_version']}, this code reads {SCHEMA_VERSION}; "
+                "read it with the release that wrote it"
+            )
+        meta = cls(
+            block_size=int(raw["block_size"]),
+            mask_token_id=int(raw["mask_token_id"]),
+            tokenizer_fingerprint=raw["tokenizer_fingerprint"],
+            target_kind=raw["target_kind"],
+            target_width=int(raw["target_width"]),
+            hidden_dtype=raw["hidden_dtype"],
+        )
+        expected = meta.schema()
+        for name in expected.names:
+            if name not in schema.names:
+                raise ValueError(f"trajectory batch lacks column {name!r}")
+            if schema.field(name).type != expected.field(name).type:
+                raise ValueError(
+                    f"trajectory column {name!r} has type {schema.field(name).type}, "
+                    f"expected {expected.field(name).type}"
+                )
+        unknown = [name for name in schema.names if name not in expected.names]
+        if unknown:
+            raise ValueError(f"trajectory batch has unknown columns {unknown}")
+        return meta
+
+    def require(self, **expected: Any) -> None:
+        """Raise ValueError naming the first field whose value differs from `expected`."""
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"trajectory batch has {name} {getattr(self, name)!r}, this run needs {value!r}")
+
+
+def to_batch(trajectories: list[Trajectory], meta: TrajectoryMeta) -> pa.RecordBatch:
+    """Trajectories as one Arrow record batch with the schema of `meta`."""
+    schema = meta.schema()
+    columns: list[pa.Array] = []
+    for column in schema:
+        values = [getattr(t, column.name) for t in trajectories]
+        columns.append(
+            _list_column(values, column.type) if pa.types.is_list(column.type) else pa.array(values, column.type)
+        )
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def from_batch(batch: pa.RecordBatch) -> tuple[list[Trajectory], TrajectoryMeta]:
+    """The trajectories of a record batch; their arrays are read-only views of its buffers.
+
+    Raises:
+        ValueError: the batch does not fit the schema (see TrajectoryMeta.of).
+    """
+    meta = TrajectoryMeta.of(batch.schema)
+    columns: dict[str, list[Any]] = {}
+    for name in meta.schema().names:
+        column = batch.column(name)
+        columns[name] = _list_views(column) if pa.types.is_list(column.type) else column.to_pylist()
+    rows = [Trajectory(**{name: values[i] for name, values in columns.items()}) for i in range(batch.num_rows)]
+    return rows, meta
+
+
+def _list_column(values: list[np.ndarray], dtype: pa.ListType) -> pa.ListArray:
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(v) for v in values], out=offsets[1:])
+    numpy_dtype = dtype.value_type.to_pandas_dtype()
+    flat = np.concatenate([np.asarray(v, dtype=numpy_dtype) for v in values]) if values else np.empty(0, numpy_dtype)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, dtype.value_type), type=dtype)
+
+
+def _list_views(column: pa.ListArray) -> list[np.ndarray]:
+    offsets = column.offsets.to_numpy()
+    flat = column.values.to_numpy(zero_copy_only=True)
+    return [flat[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]

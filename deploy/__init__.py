@@ -1,0 +1,1 @@
+"""Composes and operates: the pipeline, the command line, presets and monitoring."""

@@ -1,0 +1,1 @@
+"""Uses data: packing, the objective, the DeepSpeed ZeRO-3 ranks, publishing and checkpoints."""
