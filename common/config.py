@@ -99,6 +99,7 @@ class RolloutConfig(Section):
     slots: int = Field(64, ge=1, description="sequences decoded at the same time in one actor")
     prompts_per_batch: int = Field(128, ge=1, description="prompts of one rollout batch, over all actors")
     samples_per_prompt: int = Field(1, ge=1)
+    stream_rows: int = Field(8, ge=1, description="finished trajectories per record batch sent on")
     unmasking: Unmasking = DynamicUnmasking()
     temperature: float = Field(1.0, ge=0, description="0: argmax")
     top_k: int = Field(0, ge=0, description="0: off")

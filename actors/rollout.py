@@ -1,0 +1,123 @@
+"""The rollout actor: one process that holds the student, generates trajectories and evaluates it."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from actors.evaluation import EvaluationSums, evaluate_shard, evaluate_teacher_shard
+from actors.sampler import Decoding, Request, Sampler
+from common.config import RunConfig, Unmasking
+from common.prompts import Prompt
+from common.seeds import state_rng
+from common.states import select_states
+from common.student import convert, default_attention, load_model, tokenizer_fingerprint
+from common.trajectory import Trajectory, TrajectoryMeta, to_batch
+from common.weights import ObjectStoreTransport, WeightsHandle, load_weights
+
+
+class RolloutActor:
+    """Life cycle: constructed with version 0 (the ARLM's weights); `load_weights` between rollout batches;
+    `rollout` streams record batches of finished trajectories with their states selected."""
+
+    def __init__(self, config: RunConfig, index: int) -> None:
+        torch.set_num_threads(config.rollout.resources.threads)
+        warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
+        self.config = config
+        self.index = index
+        model_config, self.tokenizer = convert(config.model.path, config.block_size, config.model.mask_token)
+        device = "cuda" if config.rollout.resources.gpus and torch.cuda.is_available() else "cpu"
+        # decoding attends over a cache with a dense mask, whatever the learner's attention is
+        model = load_model(config.model.path, getattr(torch, config.rollout.dtype), "sdpa").to(device)
+        model.requires_grad_(False)
+        self.meta = TrajectoryMeta(
+            block_size=config.block_size,
+            mask_token_id=model_config.mask_token_id,
+            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+        )
+        self.sampler = Sampler(
+            model,
+            block_size=config.block_size,
+            mask_token_id=model_config.mask_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            slots=config.rollout.slots,
+            seed=config.seed,
+        )
+        self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
+        self.busy_seconds = 0.0
+
+    def ready(self) -> dict[str, Any]:
+        return {
+            "role": "rollout",
+            "index": self.index,
+            "pid": os.getpid(),
+            "node": ray.util.get_node_ip_address(),
+            "device": str(self.sampler.device),
+            "weights_version": self.sampler.weights_version,
+        }
+
+    def load_weights(self, handle: WeightsHandle) -> int:
+        """Load a published version in place; returns it as the acknowledgement."""
+        load_weights(self.sampler.model, self.transport.fetch(handle))
+        self.sampler.weights_version = handle.version
+        return handle.version
+
+    def rollout(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[pa.RecordBatch]:
+        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows."""
+        rollout = self.config.rollout
+        decoding = Decoding(rollout.unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
+        caps = self.config.data.domain_max_tokens
+        requests = [
+            Request(p.ordinal, sample, p.ids, min(max_new_tokens, caps.get(p.domain, max_new_tokens)), p.domain)
+            for p in prompts
+            for sample in range(rollout.samples_per_prompt)
+        ]
+        start = time.perf_counter()
+        pending: list[Trajectory] = []
+        for trajectory in self.sampler.generate(requests, decoding):
+            rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
+            select_states(
+                trajectory, self.config.objective, self.config.block_size, self.tokenizer.eos_token_id, rng
+            )
+            pending.append(trajectory)
+            if len(pending) >= rollout.stream_rows:
+                self.busy_seconds += time.perf_counter() - start
+                yield to_batch(pending, self.meta)
+                start, pending = time.perf_counter(), []
+        self.busy_seconds += time.perf_counter() - start
+        if pending:
+            yield to_batch(pending, self.meta)
+
+    def stats(self) -> dict[str, float]:
+        """Cumulative counters of this actor."""
+        return {
+            "busy_seconds": self.busy_seconds,
+            "forwards": self.sampler.forwards,
+            "wide_forwards": self.sampler.wide_forwards,
+            "weights_version": self.sampler.weights_version,
+        }
+
+    def evaluate(self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int) -> EvaluationSums:
+        """Greedy decoding of this actor's share of the held-out problems with its current weights."""
+        return evaluate_shard(self.sampler, self.tokenizer, problems, Decoding(unmasking, 0.0), max_new_tokens)
+
+    def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> EvaluationSums:
+        """Greedy autoregressive decoding of the same by the frozen ARLM."""
+        return evaluate_teacher_shard(self.config.teacher_path, problems, max_new_tokens, str(self.sampler.device))
+
+
+def as_remote(config: RunConfig) -> Any:
+    """The Ray actor class with the resources of the config."""
+    resources = config.rollout.resources
+    return ray.remote(
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
+    )(RolloutActor)

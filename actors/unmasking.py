@@ -1,0 +1,49 @@
+"""Unmasking rules: which masked positions of a block are revealed in this step.
+
+All rules work on whole batches without a host-device synchronisation. Ties go to the leftmost position.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.config import DynamicUnmasking, EntropyBoundUnmasking, SequentialUnmasking, StaticUnmasking, Unmasking
+
+
+def choose(rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:
+    """Positions to reveal, bool [S, B], a subset of `masked` with at least one position per unfinished block.
+
+    Args:
+        masked: bool [S, B].
+        confidence: float [S, B], probability of the candidate under the raw softmax.
+        entropy: float [S, B], nats, of the raw softmax.
+    """
+    if isinstance(rule, StaticUnmasking):
+        block_size = masked.shape[1]
+        return _most(confidence, masked, block_size // (rule.steps_per_block or block_size))
+    if isinstance(rule, DynamicUnmasking):
+        return (masked & (confidence > rule.threshold)) | _most(confidence, masked, rule.min_tokens)
+    if isinstance(rule, SequentialUnmasking):
+        return masked & (masked.cumsum(dim=1) <= rule.tokens_per_step)
+    if isinstance(rule, EntropyBoundUnmasking):
+        return _under_entropy_bound(entropy, masked, rule.bound_nats)
+    raise TypeError(f"unknown unmasking rule {rule!r}")
+
+
+def _most(score: Tensor, masked: Tensor, count: int) -> Tensor:
+    return masked & (_rank(score.masked_fill(~masked, -torch.inf)) < count)
+
+
+def _rank(score: Tensor) -> Tensor:
+    """0 for the highest score of each row, 1 for the next, ..."""
+    order = torch.argsort(score, dim=1, descending=True, stable=True)
+    return torch.argsort(order, dim=1)
+
+
+def _under_entropy_bound(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:
+    entropy = entropy.masked_fill(~masked, torch.inf)
+    ordered, order = torch.sort(entropy, dim=1, stable=True)
+    chosen = ordered.cumsum(dim=1) <= bound
+    chosen[:, 0] = True
+    return masked & torch.zeros_like(masked).scatter(1, order, chosen)
