@@ -61,7 +61,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, START, END, MASK)])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (PAD, START, END, MASK)]
+    )
     # Role names are not special: they must survive decoding with skip_special_tokens.
     backend.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
     return PreTrainedTokenizerFast(
@@ -69,12 +71,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         pad_token=PAD,
         mask_token=MASK,
-        extra_special_tokens=[START],
         chat_template=CHAT_TEMPLATE,
         model_max_length=MAX_LENGTH,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Saves the tokenizer's files into the folder `out`, which exists."""
+    tokenizer.save_pretrained(out)
+    # Transformers 5 writes its new class name; the old one is known to version 4, and so to more engines.
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
@@ -94,7 +104,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
     )
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(
@@ -141,7 +150,7 @@ def exact_match(
     inputs = tokenizer([prompt_text(p.question) for p in problems], return_tensors="pt", padding=True)
     model.eval()
     with torch.inference_mode():
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]  # transformers types self as another protocol
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             do_sample=False,
@@ -155,8 +164,8 @@ def make_tiny_arlm(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 2000,
-    batch_size: int = 64,
+    steps: int = 1600,
+    batch_size: int = 32,
     threads: int = 1,
     difficulty: Difficulty = STANDARD,
     heldout: int = HELDOUT_PROBLEMS,
@@ -175,8 +184,8 @@ def make_tiny_arlm(
     seconds = time.perf_counter() - started
 
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     saved = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32)
     problems = generate(DATA_SEED, heldout, "heldout", difficulty)
     return {
@@ -259,7 +268,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the model; without it nothing is trained")
     parser.add_argument("--data", type=Path, help="folder of the problem files; without it none are written")
     parser.add_argument("--difficulty", choices=sorted(DIFFICULTIES), default="standard")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     difficulty = DIFFICULTIES[args.difficulty]
