@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from common.word_problems import generate, split_of
 from deploy.tiny_arlm import (
@@ -26,7 +26,9 @@ SHIPPED = DEPLOY / "models" / "tiny-arlm"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(SHIPPED)
+    loaded = AutoTokenizer.from_pretrained(SHIPPED)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
 
 
 def test_shipped_tokenizer_is_the_built_one(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -74,6 +76,7 @@ def test_shipped_model_is_a_small_bfloat16_folder() -> None:
 def test_shipped_model_solves_heldout_problems(tokenizer: PreTrainedTokenizerFast) -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    assert isinstance(model, Qwen3ForCausalLM)
     assert exact_match(model, tokenizer, generate(DATA_SEED, 50, "heldout")) >= 0.9
 
 
