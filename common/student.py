@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -129,3 +131,21 @@ def hidden_states(
 def lm_head_weight(model: PreTrainedModel) -> nn.Parameter:
     """[V, d]; the embedding itself where the two are tied."""
     return model.get_output_embeddings().weight
+
+
+def head_of_folder(path: str) -> Tensor:
+    """The LM head [V, d] of a model on disk, without loading the rest where the folder is local.
+
+    Raises:
+        ValueError: neither an LM head nor an embedding is in the safetensors files.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors"]))
+    files = sorted(folder.glob("*.safetensors"))
+    for wanted in ("lm_head.weight", "model.embed_tokens.weight"):  # tied models store the embedding only
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                if wanted in tensors.keys():
+                    return tensors.get_tensor(wanted)
+    raise ValueError(f"no lm_head.weight or model.embed_tokens.weight in the safetensors files of {path!r}")

@@ -1,0 +1,177 @@
+"""The objective: divergence of the student from the teacher at masked positions, without a [positions, V] tensor alive.
+
+Both distributions are first written as log-probabilities over the same classes: the whole vocabulary (target
+`hidden`), or the teacher's top-k with or without a class for all other tokens (target `topk`). One function then
+computes every divergence over classes. The LM head and the divergence run in chunks of positions; each chunk's
+gradient is taken at once, so that memory does not grow with the number of positions times the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.objective_config import Divergence, ForwardKL, JensenShannon, MixedKL, ReverseKL
+
+_LOG_FLOOR = -60.0  # log-probabilities of classes are clamped here, so that 0 * log 0 is 0
+
+
+@dataclass(frozen=True)
+class TopKTarget:
+    """ids int64 [L, K], log-probabilities float32 [L, K], log of the remaining mass float32 [L]."""
+
+    ids: Tensor
+    logprobs: Tensor
+    log_rest: Tensor
+    tail: str
+
+    def __getitem__(self, rows: slice) -> TopKTarget:
+        return TopKTarget(self.ids[rows], self.logprobs[rows], self.log_rest[rows], self.tail)
+
+    def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(teacher, student) log-probabilities over the shared classes, float32 [L, K] or [L, K + 1]."""
+        student = logits.gather(-1, self.ids)
+        if self.tail == "renorm":
+            return self.logprobs.log_softmax(-1), student.log_softmax(-1)
+        log_z = logits.logsumexp(-1, keepdim=True)
+        if self.tail == "drop":
+            return self.logprobs, student - log_z
+        rest = logits.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
+        teacher = torch.cat([self.logprobs, self.log_rest[:, None]], dim=-1).log_softmax(-1)
+        return teacher, torch.cat([student, rest], dim=-1) - log_z
+
+
+@dataclass(frozen=True)
+class HiddenTarget:
+    """The teacher's final hidden states [L, d] and its LM head [V, d]: exact full-vocabulary distributions."""
+
+    hidden: Tensor
+    head: Tensor
+
+    def __getitem__(self, rows: slice) -> HiddenTarget:
+        return HiddenTarget(self.hidden[rows], self.head)
+
+    def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(teacher, student) log-probabilities, float32 [L, V]."""
+        teacher = at_least_float32(self.hidden.to(self.head.dtype) @ self.head.T).log_softmax(-1)
+        return teacher, logits.log_softmax(-1)
+
+
+Target = TopKTarget | HiddenTarget
+
+
+def divergence(kind: Divergence, log_t: Tensor, log_s: Tensor) -> Tensor:
+    """D between teacher and student per position, nats, float [L].
+
+    Args:
+        log_t, log_s: log-probabilities over the same classes [L, C]. For the `drop` form of top-k they do not sum
+            to one, and the forward KL can then be negative.
+
+    Formulas: forward KL(t||s); reverse KL(s||t); mixed (1-a) KL(t||s) + a KL(s||t); Jensen-Shannon
+    a KL(t||m) + (1-a) KL(s||m), m = a t + (1-a) s.
+    """
+    if isinstance(kind, ForwardKL):
+        return _kl(log_t, log_s)
+    if isinstance(kind, ReverseKL):
+        return _kl(log_s, log_t)
+    if isinstance(kind, MixedKL):
+        return (1 - kind.alpha) * _kl(log_t, log_s) + kind.alpha * _kl(log_s, log_t)
+    if isinstance(kind, JensenShannon):
+        log_m = torch.logaddexp(log_t + math.log(kind.alpha), log_s + math.log1p(-kind.alpha))
+        return kind.alpha * _kl(log_t, log_m) + (1 - kind.alpha) * _kl(log_s, log_m)
+    raise TypeError(f"unknown divergence {kind!r}")
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_p, log_q = log_p.clamp_min(_LOG_FLOOR), log_q.clamp_min(_LOG_FLOOR)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@dataclass
+class LossSums:
+    """Sums over positions, for metrics; float64 scalars on the device."""
+
+    loss: Tensor
+    divergence: Tensor
+    agree: Tensor
+    bad: Tensor
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """loss = sum_i c_i D_i with logits = hidden @ weight.T computed chunk by chunk.
+
+    The gradients with respect to `hidden` and `weight` are computed in the forward, chunk by chunk, and scaled in the
+    backward: no chunk is computed twice, and the LM head need not be present in the backward (ZeRO-3 may have
+    re-partitioned it).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Target,
+        coefficient: Tensor,
+        kind: Divergence,
+        chunk: int,
+        sums: LossSums,
+    ) -> Tensor:
+        need_grad = hidden.requires_grad or weight.requires_grad
+        grad_hidden = torch.zeros_like(hidden) if need_grad else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_grad else None
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            with torch.enable_grad():
+                h = hidden[rows].detach().requires_grad_(need_grad)
+                logits = at_least_float32(h @ weight.detach().T)
+                leaf = logits.detach().requires_grad_(need_grad)
+                log_t, log_s = target[rows].classes(leaf)
+                per_position = divergence(kind, log_t, log_s)
+                chunk_loss = (coefficient[rows] * per_position).sum()
+            if need_grad:
+                (grad_logits,) = torch.autograd.grad(chunk_loss, leaf)
+                grad_logits = grad_logits.to(weight.dtype)
+                grad_hidden[rows] = grad_logits @ weight.detach()
+                grad_weight += grad_logits.T @ hidden[rows].detach()
+            loss += chunk_loss.detach()
+            _add(sums, per_position.detach(), chunk_loss.detach(), logits.detach(), log_t, log_s.detach())
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_loss,) = grad_outputs
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            grad_hidden * grad_loss.to(grad_hidden.dtype),
+            (grad_weight * grad_loss).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def empty_sums(device: torch.device) -> LossSums:
+    return LossSums(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
+
+
+def _add(
+    sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, log_t: Tensor, log_s: Tensor
+) -> None:
+    sums.loss += loss.double()
+    sums.divergence += per_position.double().sum()
+    sums.agree += (log_t.argmax(-1) == log_s.argmax(-1)).double().sum()
+    sums.bad += (~torch.isfinite(logits).all(-1) | ~torch.isfinite(per_position)).double().sum()

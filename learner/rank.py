@@ -1,0 +1,232 @@
+"""One rank of the learner: a Ray actor that holds one DeepSpeed ZeRO-3 process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from common.config import RunConfig
+from common.student import (
+    convert,
+    default_attention,
+    head_of_folder,
+    hidden_states,
+    lm_head_weight,
+    load_model,
+    save_student,
+    tokenizer_fingerprint,
+)
+from common.trajectory import Trajectory, TrajectoryMeta, from_batch
+from common.weights import ObjectStoreTransport, WeightsHandle
+from learner.batches import BatchBuilder, TrainingBatch
+from learner.deepspeed_config import deepspeed_config
+from learner.objective import ChunkedDivergence, LossSums, empty_sums
+from learner.publish import gathered_parameters
+from learner.schedule import learning_rate
+
+
+class TrainingModule(nn.Module):
+    """The student and its loss in one forward, so that ZeRO-3 keeps the LM head whole while the loss uses it."""
+
+    def __init__(self, student: PreTrainedModel, config: RunConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.divergence = config.objective.divergence
+        self.chunk = config.learner.logits_chunk_rows
+
+    def forward(self, batch: TrainingBatch, sums: LossSums) -> Tensor:
+        hidden = hidden_states(self.student, batch.ids, batch.positions, batch.mask)
+        rows = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
+        head = lm_head_weight(self.student)
+        return ChunkedDivergence.apply(
+            rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums
+        )
+
+
+class LearnerRank:
+    """Life cycle: construct on every rank, `address` of rank 0, `start` on all ranks together (collective), then
+    `train`, `publish` and `save`, each called on all ranks with the same arguments."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        torch.set_num_threads(config.learner.resources.threads)
+        warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
+        self.config = config
+        self.rank = rank
+        self.busy_seconds = 0.0
+
+    def address(self) -> tuple[str, int]:
+        """Host and free port for the process group."""
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def start(self, host: str, port: int) -> dict[str, Any]:
+        """Join the process group, load the ARLM and partition it."""
+        import deepspeed
+
+        learner = self.config.learner
+        on_gpu = learner.resources.gpus > 0
+        os.environ.update(
+            RANK=str(self.rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(learner.ranks),
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
+        )
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=self.config.pipeline.stage_timeout_s),
+        )
+        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        settings = deepspeed_config(learner, on_gpu)
+        self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
+        attention = default_attention() if on_gpu else "sdpa"
+        path = self.config.model.path
+        self.model_config, self.tokenizer = convert(path, self.config.block_size, self.config.model.mask_token)
+        student = load_model(path, getattr(torch, learner.dtype), attention)
+        student.train()
+        if learner.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        module = TrainingModule(student, self.config)
+        deepspeed.zero.register_external_parameter(module, lm_head_weight(student))
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, model_parameters=list(module.parameters()), config=settings
+        )
+        self.student = student
+        self.attention = attention
+        self.teacher_head: Tensor | None = None
+        if self.config.teacher.target == "hidden":
+            head = head_of_folder(self.config.teacher_path)
+            self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
+        self.transport = ObjectStoreTransport(self.config.publish.bucket_mib * 2**20)
+        return {"role": "learner", "index": self.rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+
+    def train(self, refs: list[ray.ObjectRef], first_update: int, total_updates: int) -> dict[str, float]:
+        """All optimiser updates of one rollout batch; returns metrics summed over ranks.
+
+        Rows are ordered by (ordinal, sample), so that updates do not depend on the order of arrival.
+
+        Raises:
+            ValueError: a record batch does not fit this run.
+            FloatingPointError: non-finite logits at trained positions; no update is made with them.
+        """
+        start = time.perf_counter()
+        trajectories, meta = self._read(refs)
+        builder = BatchBuilder(
+            meta=meta,
+            normalization=self.config.objective.normalization,
+            topk_tail=self.config.objective.topk_tail,
+            max_tokens=self.config.learner.max_tokens_per_microbatch,
+            attention=self.attention,
+            device=self.device,
+            teacher_head=self.teacher_head,
+        )
+        rows = self.config.learner.batch_rows
+        updates = -(-len(trajectories) // rows)
+        totals = {"loss": 0.0, "kl": 0.0, "agree": 0.0, "positions": 0.0, "grad_norm": 0.0, "packed_tokens": 0.0}
+        for u in range(updates):
+            lr = learning_rate(self.config.learner, first_update + u, updates, total_updates)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            figures = self._update(trajectories[u * rows : (u + 1) * rows], builder)
+            for name, value in figures.items():
+                totals[name] += value
+        seconds = time.perf_counter() - start
+        self.busy_seconds += seconds
+        positions = max(totals["positions"], 1.0)
+        return {
+            "loss": totals["loss"] / max(updates, 1),
+            "kl": totals["kl"] / positions,
+            "teacher_agreement": totals["agree"] / positions,
+            "grad_norm": totals["grad_norm"] / max(updates, 1),
+            "lr": lr if updates else 0.0,
+            "updates": updates,
+            "trained_positions": totals["positions"],
+            "packed_tokens": totals["packed_tokens"],
+            "seconds": seconds,
+        }
+
+    def _read(self, refs: list[ray.ObjectRef]) -> tuple[list[Trajectory], TrajectoryMeta]:
+        batches = [from_batch(batch) for batch in ray.get(list(refs))]
+        meta = batches[0][1]
+        for _, other in batches:
+            other.require(
+                block_size=self.config.block_size,
+                mask_token_id=self.model_config.mask_token_id,
+                tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+                target_kind=self.config.teacher.target,
+                target_width=meta.target_width,
+            )
+        trajectories = [t for rows, _ in batches for t in rows]
+        return sorted(trajectories, key=lambda t: (t.ordinal, t.sample)), meta
+
+    def _update(self, trajectories: list[Trajectory], builder: BatchBuilder) -> dict[str, float]:
+        """One optimiser step over all ranks."""
+        world = self.config.learner.ranks
+        batches, positions = builder.update(trajectories, self.rank, world)
+        sums = empty_sums(self.device)
+        tokens = 0
+        for i, batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            tensors = builder.tensors(batch, trajectories)
+            loss = self.engine(tensors, sums)
+            self.engine.backward(loss * world)  # DeepSpeed averages over ranks, the coefficients already normalise
+            tokens += tensors.tokens
+        values = torch.stack([sums.loss, sums.divergence, sums.agree, sums.bad])
+        values = torch.cat([values, values.new_tensor([tokens])])
+        torch.distributed.all_reduce(values)
+        loss_sum, kl, agree, bad, packed = values.tolist()
+        if bad:
+            raise FloatingPointError(f"{int(bad)} trained positions had non-finite logits or divergence")
+        if batches:
+            self.engine.step()
+        norm = self.engine.get_global_grad_norm() if batches else 0.0
+        return {
+            "loss": loss_sum,
+            "kl": kl,
+            "agree": agree,
+            "positions": float(positions),
+            "grad_norm": float(norm or 0.0),
+            "packed_tokens": packed,
+        }
+
+    def publish(self, version: int) -> WeightsHandle | None:
+        """Gather the weights (collective) and publish them as `version`; the handle comes from rank 0, else None."""
+        tensors = gathered_parameters(self.student, self.config.publish.bucket_mib * 2**20)
+        if self.rank == 0:
+            return self.transport.publish(version, tensors)
+        for _ in tensors:
+            pass
+        return None
+
+    def save(self, out: Path) -> None:
+        """Write the student as a complete Hugging Face folder (collective; rank 0 writes)."""
+        tensors = gathered_parameters(self.student, self.config.publish.bucket_mib * 2**20)
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if self.rank == 0}
+        if self.rank == 0:
+            save_student(
+                self.student, self.tokenizer, out, self.config.block_size, self.model_config.mask_token_id, state
+            )
+
+
+def as_remote(config: RunConfig) -> Any:
+    """The Ray actor class with the resources of the config."""
+    resources = config.learner.resources
+    variables = {"OMP_NUM_THREADS": str(resources.threads)}
+    if not resources.gpus:
+        variables["DS_ACCELERATOR"] = "cpu"
+    return ray.remote(
+        num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": variables}
+    )(LearnerRank)
