@@ -1,0 +1,130 @@
+"""One rollout batch in flight: from prompts to record batches with targets. Only references move here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from common.prompts import Prompt
+from deploy.cluster import Pools
+from deploy.waiting import StuckError, result_of
+
+_POLL_SECONDS = 0.2
+
+
+class RolloutBatch:
+    """Streams rollouts from the actors and passes each record batch to a teacher as it arrives.
+
+    Life cycle: constructed (rollouts start at once, or queue behind what the actors still do), `advance` until
+    `done`, then `refs` are the batches for the learner. The prompts are dealt out in turn, so that every actor gets
+    its share whatever the order.
+    """
+
+    def __init__(
+        self, index: int, prompts: list[Prompt], samples: int, max_new_tokens: int, pools: Pools
+    ) -> None:
+        self.index = index
+        self.max_new_tokens = max_new_tokens
+        self.expected = {(p.ordinal, s) for p in prompts for s in range(samples)}
+        self.refs: list[ray.ObjectRef] = []
+        self.infos: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+        self.rollouts_done = self.targets_done = 0.0
+        self.peak_teacher_queue = 0
+        self._pools = pools
+        self._names = pools.names()
+        self._generators: dict[Any, str] = {}
+        self._annotating: dict[ray.ObjectRef, tuple[ray.ObjectRef, str]] = {}
+        self._load = {teacher: 0 for teacher in pools.teachers}
+        self._of_teacher: dict[ray.ObjectRef, Any] = {}
+        self.actor_stats: list[ray.ObjectRef] = []
+        for i, actor in enumerate(pools.rollouts):
+            share = prompts[i :: len(pools.rollouts)]
+            if share:
+                stream = actor.rollout.options(num_returns="streaming").remote(share, max_new_tokens)
+                self._generators[stream] = self._names[actor]
+            self.actor_stats.append(actor.stats.remote())  # answers when the rollout is through
+
+    @property
+    def done(self) -> bool:
+        return not self._generators and not self._annotating
+
+    @property
+    def finished_rows(self) -> int:
+        return sum(info["rows"] for info in self.infos)
+
+    @property
+    def waiting(self) -> list[Any]:
+        """What `ray.wait` may wait for."""
+        return [*self._generators, *self._annotating]
+
+    @property
+    def teacher_queue(self) -> int:
+        """Record batches that wait for targets."""
+        return len(self._annotating)
+
+    def advance(self, ready: list[Any]) -> None:
+        """Handle what is ready.
+
+        Raises:
+            WorkerError: a rollout actor or a teacher failed.
+        """
+        for item in ready:
+            if item in self._generators:
+                self._take_from(item)
+            elif item in self._annotating:
+                batch, name = self._annotating.pop(item)
+                self.infos.append(result_of(item, name, "computing targets"))
+                self.refs.append(batch)
+                self._load[self._of_teacher.pop(item)] -= 1
+                if self.done:
+                    self.targets_done = time.perf_counter()
+
+    def _take_from(self, generator: Any) -> None:
+        name = self._generators[generator]
+        try:
+            batch = next(generator)
+        except StopIteration:
+            del self._generators[generator]
+            if not self._generators:
+                self.rollouts_done = self.targets_done = time.perf_counter()
+            return
+        if self._is_error(generator, batch):
+            result_of(batch, name, "generating rollouts")
+        teacher = min(self._pools.teachers, key=lambda t: self._load[t])
+        annotated, info = teacher.annotate.options(num_returns=2).remote(batch)
+        self._load[teacher] += 1
+        self._of_teacher[info] = teacher
+        self._annotating[info] = (annotated, self._names[teacher])
+        self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
+
+    @staticmethod
+    def _is_error(generator: Any, batch: ray.ObjectRef) -> bool:
+        """A failed stream ends with one reference that holds the error, after which it is finished."""
+        return bool(generator.is_finished())
+
+
+def drive(batches: list[RolloutBatch], until: Callable[[], bool], timeout_s: float, idle: Callable[[], Any]) -> None:
+    """Advance the batches until `until()` holds.
+
+    Raises:
+        StuckError: nothing moved for `timeout_s`; names the actors that were waited for.
+        WorkerError: a worker failed.
+    """
+    last_progress = time.perf_counter()
+    while not until():
+        waiting = [item for batch in batches for item in batch.waiting]
+        if not waiting:
+            time.sleep(_POLL_SECONDS / 4)
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS) if waiting else ([], [])
+        for batch in batches:
+            batch.advance(ready)
+        idle()
+        if ready:
+            last_progress = time.perf_counter()
+        elif time.perf_counter() - last_progress > timeout_s:
+            names = sorted({n for b in batches for n in [*b._generators.values(), *(n for _, n in b._annotating.values())]})
+            raise StuckError(f"rollout batch: nothing from {', '.join(names) or 'the learner'} for {timeout_s:.0f} s")

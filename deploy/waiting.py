@@ -1,0 +1,58 @@
+"""Remote waits with a deadline: past it, the run says which actor is stuck and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+_POLL_SECONDS = 0.2
+
+
+class StuckError(TimeoutError):
+    """A remote call did not answer within its deadline."""
+
+
+class WorkerError(RuntimeError):
+    """A worker failed or died; the cause is chained."""
+
+
+def wait_all(
+    pending: dict[ray.ObjectRef, str], action: str, timeout_s: float, idle: Callable[[], Any] | None = None
+) -> list[Any]:
+    """Results of the calls in the order of `pending`, whose values name the actors.
+
+    `idle` is called about five times a second meanwhile.
+
+    Raises:
+        StuckError: the deadline passed; names the actors that did not answer.
+        WorkerError: a call failed or its actor died; names the actor.
+    """
+    waited = 0.0
+    open_refs = list(pending)
+    while open_refs:
+        ready, open_refs = ray.wait(open_refs, num_returns=len(open_refs), timeout=_POLL_SECONDS)
+        for ref in ready:
+            result_of(ref, pending[ref], action)
+        if idle:
+            idle()
+        waited = 0.0 if ready else waited + _POLL_SECONDS
+        if open_refs and waited >= timeout_s:
+            names = ", ".join(sorted(pending[ref] for ref in open_refs))
+            raise StuckError(f"{action}: no answer from {names} within {timeout_s:.0f} s")
+    return [ray.get(ref) for ref in pending]
+
+
+def result_of(ref: ray.ObjectRef, name: str, action: str) -> Any:
+    """The result of a finished call.
+
+    Raises:
+        WorkerError: it failed; the message holds the cause.
+    """
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise WorkerError(f"{name} failed while {action}: {error.cause!r}\n{error}") from error
+    except ray.exceptions.RayError as error:
+        raise WorkerError(f"{name} died while {action}: {error}") from error
