@@ -26,6 +26,7 @@ response. The same record batches travel through the object store, are spooled t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,58 @@ def from_batch(batch: pa.RecordBatch) -> tuple[list[Trajectory], TrajectoryMeta]
         columns[name] = _list_views(column) if pa.types.is_list(column.type) else column.to_pylist()
     rows = [Trajectory(**{name: values[i] for name, values in columns.items()}) for i in range(batch.num_rows)]
     return rows, meta
+
+
+@dataclass(frozen=True)
+class BatchInfo:
+    """What the pipeline needs to know of a record batch without reading it."""
+
+    keys: list[tuple[int, int]]  # (ordinal, sample)
+    oldest_version: int
+    response_tokens: int
+    teacher_tokens: int
+    denoise_forwards: int
+    commit_forwards: int
+    ended: int
+    nbytes: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.keys)
+
+
+def batch_info(batch: pa.RecordBatch) -> BatchInfo:
+    """Count a record batch; `teacher_tokens` are those of the trajectories that have targets."""
+    trajectories, _ = from_batch(batch)
+    return BatchInfo(
+        keys=[(t.ordinal, t.sample) for t in trajectories],
+        oldest_version=min(t.weights_version for t in trajectories),
+        response_tokens=sum(len(t.response_ids) for t in trajectories),
+        teacher_tokens=sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories if len(t.target_offsets)),
+        denoise_forwards=sum(t.denoise_forwards for t in trajectories),
+        commit_forwards=sum(t.commit_forwards for t in trajectories),
+        ended=sum(t.finish_reason == "eos" for t in trajectories),
+        nbytes=batch.nbytes,
+    )
+
+
+def write_spool(path: Path, batches: list[pa.RecordBatch]) -> None:
+    """Record batches as one Arrow IPC file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pa.ipc.new_file(str(path), batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def read_spool(path: Path) -> list[pa.RecordBatch]:
+    """The record batches of an Arrow IPC file, memory-mapped.
+
+    Raises:
+        ValueError: the file's schema is not a trajectory schema that this code reads.
+    """
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    TrajectoryMeta.of(reader.schema)
+    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def _list_column(values: list[np.ndarray], dtype: pa.ListType) -> pa.ListArray:

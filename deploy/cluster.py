@@ -73,7 +73,7 @@ def start_pools(config: RunConfig) -> Pools:
     teacher_class = teacher.as_remote(config)
     pools = Pools(
         rollouts=[rollout_class.remote(config, i) for i in range(config.rollout.actors)],
-        teachers=[teacher_class.remote(config, i) for i in range(config.teacher.actors)],
+        teachers=[teacher_class.remote(config.teacher, config.teacher_path, i) for i in range(config.teacher.actors)],
         ranks=[rank_class.remote(config, i) for i in range(config.learner.ranks)],
     )
     timeout = config.pipeline.start_timeout_s

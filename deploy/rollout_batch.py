@@ -8,7 +8,9 @@ from typing import Any
 
 import ray
 
+from common.config import RolloutConfig
 from common.prompts import Prompt
+from common.trajectory import BatchInfo
 from deploy.cluster import Pools
 from deploy.waiting import StuckError, result_of
 
@@ -24,18 +26,20 @@ class RolloutBatch:
     """
 
     def __init__(
-        self, index: int, prompts: list[Prompt], samples: int, max_new_tokens: int, pools: Pools
+        self, index: int, prompts: list[Prompt], rollout: RolloutConfig, max_new_tokens: int, pools: Pools
     ) -> None:
         self.index = index
         self.max_new_tokens = max_new_tokens
-        self.expected = {(p.ordinal, s) for p in prompts for s in range(samples)}
+        self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
         self.refs: list[ray.ObjectRef] = []
-        self.infos: list[dict[str, Any]] = []
+        self.infos: list[BatchInfo] = []
         self.started = time.perf_counter()
         self.rollouts_done = self.targets_done = 0.0
         self.peak_teacher_queue = 0
         self._pools = pools
+        self._stream_rows = rollout.stream_rows
         self._names = pools.names()
+        self._streams: dict[Any, str] = {}
         self._generators: dict[Any, str] = {}
         self._annotating: dict[ray.ObjectRef, tuple[ray.ObjectRef, str]] = {}
         self._load = {teacher: 0 for teacher in pools.teachers}
@@ -46,6 +50,7 @@ class RolloutBatch:
             if share:
                 stream = actor.rollout.options(num_returns="streaming").remote(share, max_new_tokens)
                 self._generators[stream] = self._names[actor]
+                self._streams[stream] = self._names[actor]
             self.actor_stats.append(actor.stats.remote())  # answers when the rollout is through
 
     @property
@@ -53,8 +58,13 @@ class RolloutBatch:
         return not self._generators and not self._annotating
 
     @property
+    def streamed_rows(self) -> int:
+        """Trajectories that have left the rollout actors, as far as the teachers have counted them."""
+        return min(len(self.expected), self.finished_rows + len(self._annotating) * self._stream_rows)
+
+    @property
     def finished_rows(self) -> int:
-        return sum(info["rows"] for info in self.infos)
+        return sum(info.rows for info in self.infos)
 
     @property
     def waiting(self) -> list[Any]:
@@ -76,6 +86,7 @@ class RolloutBatch:
             if item in self._generators:
                 self._take_from(item)
             elif item in self._annotating:
+                self._raise_failed_streams()  # a failed stream's last batch makes its teacher call fail too
                 batch, name = self._annotating.pop(item)
                 self.infos.append(result_of(item, name, "computing targets"))
                 self.refs.append(batch)
@@ -84,27 +95,29 @@ class RolloutBatch:
                     self.targets_done = time.perf_counter()
 
     def _take_from(self, generator: Any) -> None:
-        name = self._generators[generator]
-        try:
-            batch = next(generator)
-        except StopIteration:
+        batch = next(generator, None)
+        if batch is None:
             del self._generators[generator]
             if not self._generators:
                 self.rollouts_done = self.targets_done = time.perf_counter()
+                self._raise_failed_streams()
             return
-        if self._is_error(generator, batch):
-            result_of(batch, name, "generating rollouts")
         teacher = min(self._pools.teachers, key=lambda t: self._load[t])
-        annotated, info = teacher.annotate.options(num_returns=2).remote(batch)
+        annotated, info = teacher.annotate_with_info.options(num_returns=2).remote(batch)
         self._load[teacher] += 1
         self._of_teacher[info] = teacher
         self._annotating[info] = (annotated, self._names[teacher])
         self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
 
-    @staticmethod
-    def _is_error(generator: Any, batch: ray.ObjectRef) -> bool:
-        """A failed stream ends with one reference that holds the error, after which it is finished."""
-        return bool(generator.is_finished())
+    def _raise_failed_streams(self) -> None:
+        ended = {stream.completed(): name for stream, name in self._streams.items()}
+        ready, _ = ray.wait(list(ended), num_returns=len(ended), timeout=0)
+        for ref in ready:
+            result_of(ref, ended[ref], "generating rollouts")
+
+    def waited_for(self) -> list[str]:
+        """Names of the actors that this batch waits for."""
+        return [*self._generators.values(), *(name for _, name in self._annotating.values())]
 
 
 def drive(batches: list[RolloutBatch], until: Callable[[], bool], timeout_s: float, idle: Callable[[], Any]) -> None:
@@ -126,5 +139,5 @@ def drive(batches: list[RolloutBatch], until: Callable[[], bool], timeout_s: flo
         if ready:
             last_progress = time.perf_counter()
         elif time.perf_counter() - last_progress > timeout_s:
-            names = sorted({n for b in batches for n in [*b._generators.values(), *(n for _, n in b._annotating.values())]})
+            names = sorted({name for batch in batches for name in batch.waited_for()})
             raise StuckError(f"rollout batch: nothing from {', '.join(names) or 'the learner'} for {timeout_s:.0f} s")

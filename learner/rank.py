@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 import warnings
@@ -10,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from common.student import (
     save_student,
     tokenizer_fingerprint,
 )
-from common.trajectory import Trajectory, TrajectoryMeta, from_batch
+from common.trajectory import Trajectory, TrajectoryMeta, from_batch, write_spool
 from common.weights import ObjectStoreTransport, WeightsHandle
 from learner.batches import BatchBuilder, TrainingBatch
 from learner.deepspeed_config import deepspeed_config
@@ -113,17 +115,22 @@ class LearnerRank:
         self.transport = ObjectStoreTransport(self.config.publish.bucket_mib * 2**20)
         return {"role": "learner", "index": self.rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 
-    def train(self, refs: list[ray.ObjectRef], first_update: int, total_updates: int) -> dict[str, float]:
+    def train(
+        self, refs: list[ray.ObjectRef], first_update: int, total_updates: int, spool: Path | None = None
+    ) -> dict[str, float]:
         """All optimiser updates of one rollout batch; returns metrics summed over ranks.
 
-        Rows are ordered by (ordinal, sample), so that updates do not depend on the order of arrival.
+        Rank 0 writes the record batches to `spool`, an Arrow IPC file, where it is given. Rows are ordered by (ordinal, sample), so that updates do not depend on the order of arrival.
 
         Raises:
             ValueError: a record batch does not fit this run.
             FloatingPointError: non-finite logits at trained positions; no update is made with them.
         """
         start = time.perf_counter()
-        trajectories, meta = self._read(refs)
+        record_batches = ray.get(list(refs))
+        trajectories, meta = self._read(record_batches)
+        if spool and self.rank == 0:
+            write_spool(spool, record_batches)
         builder = BatchBuilder(
             meta=meta,
             normalization=self.config.objective.normalization,
@@ -158,8 +165,8 @@ class LearnerRank:
             "seconds": seconds,
         }
 
-    def _read(self, refs: list[ray.ObjectRef]) -> tuple[list[Trajectory], TrajectoryMeta]:
-        batches = [from_batch(batch) for batch in ray.get(list(refs))]
+    def _read(self, record_batches: list[pa.RecordBatch]) -> tuple[list[Trajectory], TrajectoryMeta]:
+        batches = [from_batch(batch) for batch in record_batches]
         meta = batches[0][1]
         for _, other in batches:
             other.require(
@@ -212,13 +219,16 @@ class LearnerRank:
         return None
 
     def save(self, out: Path) -> None:
-        """Write the student as a complete Hugging Face folder (collective; rank 0 writes)."""
+        """Write the student as a complete Hugging Face folder, atomically (collective; rank 0 writes)."""
         tensors = gathered_parameters(self.student, self.config.publish.bucket_mib * 2**20)
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if self.rank == 0}
         if self.rank == 0:
+            partial = out.with_name(f".{out.name}.partial")
             save_student(
-                self.student, self.tokenizer, out, self.config.block_size, self.model_config.mask_token_id, state
+                self.student, self.tokenizer, partial, self.config.block_size, self.model_config.mask_token_id, state
             )
+            shutil.rmtree(out, ignore_errors=True)
+            partial.rename(out)
 
 
 def as_remote(config: RunConfig) -> Any:

@@ -1,0 +1,343 @@
+"""The teacher pool: the frozen ARLM, asked once per trajectory for its next-token distributions.
+
+A backend answers requests; an actor collects the requests of all rollout actors into large batches for it.
+The target of position i is the teacher's distribution given x0^{<i}, so one causal pass over x0 serves every
+state of a trajectory, and the pass may end before the last asked position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
+
+from common.config import RunConfig, TeacherConfig
+from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, from_batch, to_batch
+
+LEAST_REST = 1e-12  # keeps log_rest finite; float32 log-probabilities resolve the mass to about 1e-7
+
+
+@dataclass(frozen=True)
+class TargetRequest:
+    """One sequence and where its next-token distributions are wanted.
+
+    `ids` int32 [length], `positions` int [n]: the distribution at i >= 1 is that of ids[i] given ids[:i].
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class TopkTargets:
+    """The K best tokens of n distributions, best first.
+
+    `ids` int32 [n, K], `logprobs` float32 [n, K], `log_rest` float32 [n]: log of the mass of all other tokens.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    log_rest: np.ndarray
+
+
+@dataclass(frozen=True)
+class HiddenTargets:
+    """`hidden` [n, d]: final hidden states after the last norm, float32, or uint16 that holds bfloat16 bits."""
+
+    hidden: np.ndarray
+
+
+Targets = TopkTargets | HiddenTargets
+
+
+class TeacherBackend(ABC):
+    """A loaded teacher with one kind of target. It is built, used and closed in one thread."""
+
+    def __init__(
+        self, kind: Literal["topk", "hidden"], width: int, hidden_dtype: str, vocab_size: int, max_length: int
+    ) -> None:
+        """`width` is K or d; `max_length` is the longest prefix that the engine reads, in tokens."""
+        if kind == "topk" and width > vocab_size:
+            raise ValueError(f"teacher.top_k ({width}) is above the vocabulary ({vocab_size}); lower it")
+        self.kind = kind
+        self.width = width
+        self.hidden_dtype = hidden_dtype
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+
+    def targets(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        """The targets of every request, in the order of its positions.
+
+        Raises:
+            ValueError: a position or token id is out of range, or a prefix is longer than the engine reads.
+        """
+        for request in requests:
+            self._check(request)
+        asked = [TargetRequest(r.ids[: r.positions.max()], r.positions) for r in requests if len(r.positions)]
+        answers = iter(self._forward(asked) if asked else [])
+        return [next(answers) if len(r.positions) else self._nothing() for r in requests]
+
+    def close(self) -> None:
+        """Releases the engine."""
+
+    @abstractmethod
+    def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        """As `targets`, for checked requests that have positions; `ids` end before the last of these."""
+
+    def _check(self, request: TargetRequest) -> None:
+        ids, positions = request.ids, request.positions
+        if not len(positions):
+            return
+        if positions.min() < 1 or positions.max() > len(ids):
+            raise ValueError(
+                f"teacher positions [{positions.min()}, {positions.max()}] leave 1 to {len(ids)}, "
+                f"the range of a sequence of {len(ids)} tokens"
+            )
+        # on a GPU a wrong id would end the process
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"token id {ids.max()} is outside the teacher's vocabulary of {self.vocab_size}")
+        if positions.max() > self.max_length:
+            raise ValueError(
+                f"a sequence needs {positions.max()} tokens of context, the teacher reads {self.max_length}: "
+                "shorten data.max_prompt_tokens or curriculum.max_tokens, or, if the model allows more, raise "
+                "teacher.kv_cache_mib"
+            )
+
+    def _nothing(self) -> Targets:
+        if self.kind == "hidden":
+            dtype = np.uint16 if self.hidden_dtype == "bfloat16" else np.float32
+            return HiddenTargets(np.empty((0, self.width), dtype))
+        ids, logprobs = np.empty((0, self.width), np.int32), np.empty((0, self.width), np.float32)
+        return TopkTargets(ids, logprobs, log_rest(logprobs))
+
+
+def log_rest(logprobs: np.ndarray) -> np.ndarray:
+    """log(1 - sum of exp(logprobs)) over the last axis, float32; never below log(LEAST_REST)."""
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
+    return np.log(np.maximum(1.0 - mass, LEAST_REST)).astype(np.float32)
+
+
+def hidden_array(hidden: Tensor, dtype: str) -> np.ndarray:
+    """A tensor [n, d] as HiddenTargets keeps it, in main memory."""
+    if dtype == "bfloat16":
+        return hidden.to(torch.bfloat16).view(torch.uint16).cpu().numpy()
+    return hidden.float().cpu().numpy()
+
+
+def build_backend(config: TeacherConfig, model_path: str) -> TeacherBackend:
+    """Loads the configured engine; it computes with `config.resources.threads` threads.
+
+    Raises:
+        ValueError: more than one GPU is reserved for one teacher.
+    """
+    if config.resources.gpus > 1:
+        raise ValueError(
+            f"teacher.resources.gpus is {config.resources.gpus}, but one teacher uses one GPU; raise teacher.actors"
+        )
+    torch.set_num_threads(config.resources.threads)
+    # each engine is imported only where it is used: vLLM takes seconds
+    if config.backend == "vllm":
+        from actors.teacher_vllm import VllmBackend
+
+        return VllmBackend(config, model_path)
+    from actors.teacher_transformers import TransformersBackend
+
+    return TransformersBackend(config, model_path)
+
+
+def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory]) -> None:
+    """Fills the target fields for the `target_offsets` of each trajectory; they stay empty where it has none."""
+    asked = [t for t in trajectories if len(t.target_offsets)]
+    requests = [TargetRequest(t.causal_ids, len(t.prompt_ids) + t.target_offsets) for t in asked]
+    for trajectory, targets in zip(asked, backend.targets(requests), strict=True):
+        if isinstance(targets, HiddenTargets):
+            trajectory.hidden = targets.hidden.ravel()
+        else:
+            trajectory.topk_ids = targets.ids.ravel()
+            trajectory.topk_logprobs = targets.logprobs.ravel()
+            trajectory.log_rest = targets.log_rest
+
+
+@dataclass(eq=False)
+class _Work:
+    """One record batch on its way through the teacher; in the end it has a result or an error."""
+
+    trajectories: list[Trajectory]
+    meta: TrajectoryMeta
+    arrived: float = field(default_factory=time.monotonic)
+    result: pa.RecordBatch | None = None
+    error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    @property
+    def asked(self) -> list[Trajectory]:
+        return [t for t in self.trajectories if len(t.target_offsets)]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(t.causal_ids) for t in self.asked)
+
+    @property
+    def ordinals(self) -> list[int]:
+        return [t.ordinal for t in self.trajectories]
+
+
+class TeacherActor:
+    """An asyncio Ray actor around one backend.
+
+    Life cycle: constructed with the model loaded; `annotate` at any time, by any number of callers at once; `close`
+    or a kill. A call that finds nobody serving serves a batch made of its own request and of the others that wait,
+    so there is no background task that could die unseen.
+    """
+
+    def __init__(self, config: TeacherConfig, model_path: str, index: int = 0) -> None:
+        self.config = config
+        self.model_path = model_path
+        self.index = index
+        start = time.perf_counter()
+        # engines keep state per thread (OpenMP, CUDA): one thread builds and runs this one
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+        self.backend = self.thread.submit(build_backend, config, model_path).result()
+        self.load_seconds = time.perf_counter() - start
+        self.waiting: list[_Work] = []
+        self.turn = asyncio.Lock()
+        self.enough = asyncio.Event()
+        self.sequences = self.tokens = self.batches = self.failed_requests = 0
+        self.busy_seconds = 0.0
+
+    def ready(self) -> dict[str, Any]:
+        return {
+            "role": "teacher",
+            "index": self.index,
+            "pid": os.getpid(),
+            "node": ray.util.get_node_ip_address(),
+            "model_path": self.model_path,
+            "backend": self.config.backend,
+            "target_kind": self.backend.kind,
+            "target_width": self.backend.width,
+            "vocab_size": self.backend.vocab_size,
+            "max_length": self.backend.max_length,
+            "load_seconds": self.load_seconds,
+        }
+
+    def stats(self) -> dict[str, float]:
+        """Cumulative counters of this actor; `queue_depth` is the number of record batches in it now."""
+        return {
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "busy_seconds": self.busy_seconds,
+            "batches": self.batches,
+            "failed_requests": self.failed_requests,
+            "queue_depth": len(self.waiting),
+        }
+
+    async def annotate(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The same trajectories with targets; the schema's metadata says which.
+
+        Raises:
+            ValueError: the batch does not fit the schema, or has targets already.
+            RuntimeError: the backend failed on it; names the ordinals, and the cause is chained.
+        """
+        trajectories, meta = from_batch(batch)
+        meta.require(target_kind="none")
+        work = _Work(trajectories, meta)
+        self.waiting.append(work)
+        if self._waiting_tokens() >= self.config.max_batched_tokens:
+            self.enough.set()
+        async with self.turn:
+            while not work.done:
+                await self._serve()
+        if work.error is not None:
+            raise RuntimeError(
+                f"the teacher failed on ordinals {work.ordinals}: {work.error}"
+            ) from work.error
+        assert work.result is not None
+        return work.result
+
+    async def annotate_with_info(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, BatchInfo]:
+        """As `annotate`, with the few numbers that the pipeline reads in place of the batch."""
+        annotated = await self.annotate(batch)
+        return annotated, batch_info(annotated)
+
+    async def close(self) -> None:
+        """Waits for the batch in flight and releases the engine; the actor is of no use afterwards."""
+        async with self.turn:
+            await asyncio.wrap_future(self.thread.submit(self.backend.close))
+            self.thread.shutdown()
+
+    async def _serve(self) -> None:
+        """Annotates the oldest waiting requests, one backend batch of them."""
+        deadline = self.waiting[0].arrived + self.config.max_wait_ms / 1000
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.enough.wait(), max(0.0, deadline - time.monotonic()))
+        works = self._oldest()
+        start = time.perf_counter()
+        await self._attempt(works)
+        self.busy_seconds += time.perf_counter() - start
+        self.batches += 1
+        self.failed_requests += sum(w.error is not None for w in works)
+        served = [w for w in works if w.error is None]
+        self.sequences += sum(len(w.asked) for w in served)
+        self.tokens += sum(w.tokens for w in served)
+        # only now: had this task been cancelled, the next one would have to serve them
+        self.waiting = [w for w in self.waiting if not w.done]
+        if self._waiting_tokens() < self.config.max_batched_tokens:
+            self.enough.clear()
+
+    def _oldest(self) -> list[_Work]:
+        """At least one request, and more as long as all fit into max_batched_tokens."""
+        works = self.waiting[:1]
+        tokens = works[0].tokens
+        for work in self.waiting[1:]:
+            tokens += work.tokens
+            if tokens > self.config.max_batched_tokens:
+                break
+            works.append(work)
+        return works
+
+    def _waiting_tokens(self) -> int:
+        return sum(w.tokens for w in self.waiting)
+
+    async def _attempt(self, works: list[_Work]) -> None:
+        """Gives every work a result or an error."""
+        run = asyncio.wrap_future(self.thread.submit(self._annotate, works))
+        await asyncio.wait([run])
+        error = run.exception()
+        if error is not None and len(works) == 1:
+            works[0].error = error
+        elif error is not None:
+            # one by one, so that only the request at fault fails
+            for work in works:
+                await self._attempt([work])
+
+    def _annotate(self, works: list[_Work]) -> None:
+        annotate(self.backend, [t for w in works for t in w.trajectories])
+        kind, width, dtype = self.backend.kind, self.backend.width, self.backend.hidden_dtype
+        for work in works:
+            meta = replace(work.meta, target_kind=kind, target_width=width, hidden_dtype=dtype)
+            work.result = to_batch(work.trajectories, meta)
+
+
+def as_remote(config: RunConfig) -> Any:
+    """The Ray actor class with the resources of the config."""
+    resources = config.teacher.resources
+    return ray.remote(
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
+    )(TeacherActor)

@@ -1,0 +1,281 @@
+"""The pipeline: the one control loop, and the only place that knows all parts.
+
+Rollout batch k may start once the learner has published version k - S (S: the staleness bound), so at most S + 1
+batches are in flight and no trajectory is ever too old: the bound holds by admission, nothing is thrown away. Calls to
+an actor run in the order of submission, so weights queued behind a rollout are loaded right after it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+
+from actors.evaluation import EvaluationSums
+from common.config import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
+from common.curriculum import response_limit
+from common.metrics import RunLog
+from common.prompts import Prompt, load_prompts
+from common.student import load_tokenizer
+from deploy.cluster import Pools, connect, start_pools
+from deploy.progress import Progress
+from deploy.rollout_batch import RolloutBatch, drive
+from deploy.waiting import wait_all
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Train, evaluate, and leave everything in the run's folder; returns the content of `summary.json`.
+
+    Raises:
+        ConfigError: the run cannot start as configured.
+        WorkerError, StuckError: an actor failed, died, or did not answer in time; the message names it.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = load_prompts(config.data, tokenizer, config.seed)
+    problems = load_problems(config, tokenizer)
+    write_resolved_config(config)
+    connect(config)
+    try:
+        return Pipeline(config, prompts.prompts, problems).run()
+    finally:
+        ray.shutdown()
+
+
+def load_problems(config: RunConfig, tokenizer: Any) -> list[Prompt]:
+    """The held-out problems of the evaluation, in the order of their file; empty where none are configured."""
+    if not config.evaluation.problems:
+        return []
+    data = config.data.model_copy(update={"prompts": config.evaluation.problems, "epochs": 1, "limit": None})
+    return load_prompts(data, tokenizer, seed=None).prompts[: config.evaluation.count]
+
+
+def write_resolved_config(config: RunConfig) -> None:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (config.run_dir / "config.yaml").write_text(resolved)
+
+
+class Pipeline:
+    """State of one run: `version` is the learner's, and equals the number of rollout batches trained on."""
+
+    def __init__(self, config: RunConfig, prompts: list[Prompt], problems: list[Prompt]) -> None:
+        self.config = config
+        self.problems = problems
+        size = config.rollout.prompts_per_batch
+        self.batches = [prompts[i : i + size] for i in range(0, len(prompts), size)][: config.pipeline.max_batches]
+        self.updates_per_batch = -(-size * config.rollout.samples_per_prompt // config.learner.batch_rows)
+        self.version = 0
+        self.updates = self.response_tokens = 0
+        self.pools = Pools([], [], [])
+        self.acknowledgements: dict[ray.ObjectRef, str] = {}
+        self.previous_stats: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        with (
+            RunLog(config.run_dir) as log,
+            Progress(len(self.batches), config.name) as self.progress,
+        ):
+            self.progress.note("loading models")
+            self.pools = start_pools(config)
+            summary: dict[str, Any] = self._evaluate_before()
+            start = time.perf_counter()
+            self._train(log)
+            summary["train"] = {
+                "response_tokens": self.response_tokens,
+                "updates": self.updates,
+                "seconds": time.perf_counter() - start,
+            }
+            self._save(config.run_dir / "checkpoints" / "final")
+            if self.problems:
+                summary["student"] = self._evaluate_student()
+        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _train(self, log: RunLog) -> None:
+        in_flight: deque[RolloutBatch] = deque()
+        started = 0
+        for index in range(len(self.batches)):
+            begin = time.perf_counter()
+            while started < len(self.batches) and started - self.version <= self.config.pipeline.staleness:
+                in_flight.append(self._start(started))
+                started += 1
+            current = in_flight[0]
+            drive(list(in_flight), lambda: current.done, self.config.pipeline.stage_timeout_s, self._show(current))
+            self._check(current)
+            learner = self._learn(current, list(in_flight))
+            published = self._publish(list(in_flight))
+            in_flight.popleft()
+            metrics = self._metrics(current, learner, published, time.perf_counter() - begin)
+            log.batch(metrics)
+            self.progress.batch(metrics)
+            self._after_batch(index)
+
+    def _start(self, index: int) -> RolloutBatch:
+        limit = response_limit(self.config.curriculum, index, self.config.block_size)
+        return RolloutBatch(index, self.batches[index], self.config.rollout, limit, self.pools)
+
+    def _show(self, batch: RolloutBatch) -> Any:
+        def show() -> None:
+            self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
+            self.progress.stage("teacher", batch.finished_rows, len(batch.expected))
+
+        return show
+
+    def _check(self, batch: RolloutBatch) -> None:
+        """Every (ordinal, sample) exactly once, and none older than the staleness bound."""
+        keys = [key for info in batch.infos for key in info.keys]
+        if len(keys) != len(set(keys)) or set(keys) != batch.expected:
+            missing = sorted(batch.expected - set(keys))[:5]
+            raise RuntimeError(f"rollout batch {batch.index}: {len(keys)} trajectories, missing {missing}")
+        oldest = min(info.oldest_version for info in batch.infos)
+        if self.version - oldest > self.config.pipeline.staleness:
+            raise RuntimeError(
+                f"rollout batch {batch.index} was made with weights {oldest} and the learner is at {self.version}"
+            )
+
+    def _learn(self, batch: RolloutBatch, in_flight: list[RolloutBatch]) -> dict[str, float]:
+        total = self.updates_per_batch * len(self.batches)
+        spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
+        results = self._on_ranks("train", "training", in_flight, batch.refs, self.updates, total, spool)
+        self.updates += int(results[0]["updates"])
+        return results[0]
+
+    def _publish(self, in_flight: list[RolloutBatch]) -> dict[str, float]:
+        """Publish version + 1 and queue it on every rollout actor; at staleness 0 all have loaded it on return."""
+        start = time.perf_counter()
+        self.version += 1
+        handle = self._on_ranks("publish", "publishing weights", in_flight, self.version)[0]
+        loads = {actor.load_weights.remote(handle): name for actor, name in self._named(self.pools.rollouts)}
+        self._collect_acknowledgements()
+        self.acknowledgements |= loads
+        if self.config.pipeline.staleness == 0:
+            self._collect_acknowledgements()
+        return {"seconds": time.perf_counter() - start, "bytes": handle.nbytes}
+
+    def _collect_acknowledgements(self) -> None:
+        """Every rollout actor confirms the version that it runs."""
+        timeout = self.config.pipeline.stage_timeout_s
+        wait_all(self.acknowledgements, "loading weights", timeout)
+        self.acknowledgements = {}
+
+    def _on_ranks(self, method: str, action: str, in_flight: list[RolloutBatch], *arguments: Any) -> list[Any]:
+        """Call all ranks together; batches in flight go on meanwhile."""
+
+        def advance() -> None:
+            waiting = [item for batch in in_flight for item in batch.waiting]
+            if waiting:
+                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+                for batch in in_flight:
+                    batch.advance(ready)
+
+        calls = {getattr(actor, method).remote(*arguments): name for actor, name in self._named(self.pools.ranks)}
+        return wait_all(calls, action, self.config.pipeline.stage_timeout_s, advance)
+
+    def _named(self, actors: list[Any]) -> list[tuple[Any, str]]:
+        names = self.pools.names()
+        return [(actor, names[actor]) for actor in actors]
+
+    def _after_batch(self, index: int) -> None:
+        done = index + 1
+        every = self.config.pipeline.checkpoint_every_batches
+        if every and done % every == 0 and done < len(self.batches):
+            self._save(self.config.run_dir / "checkpoints" / f"batch-{done:06d}")
+        every = self.config.evaluation.every_batches
+        if self.problems and every and done % every == 0 and done < len(self.batches):
+            figures = self._evaluate(DynamicUnmasking(threshold=self.config.evaluation.threshold))
+            self.progress.note(
+                f"after {done} batches: exact match {figures['exact_match']:.1%}, "
+                f"{figures['tokens_per_step']:.2f} tokens per step"
+            )
+
+    def _save(self, out: Path) -> None:
+        self._on_ranks("save", "saving a checkpoint", [], out.resolve())
+
+    def _metrics(
+        self, batch: RolloutBatch, learner: dict[str, float], published: dict[str, float], seconds: float
+    ) -> dict[str, float]:
+        infos = batch.infos
+        tokens = sum(info.response_tokens for info in infos)
+        rows = max(batch.finished_rows, 1)
+        self.response_tokens += tokens
+        rollout_seconds = self._busy("rollout", ray.get(batch.actor_stats))
+        teacher_seconds = self._busy("teacher", ray.get([t.stats.remote() for t in self.pools.teachers]))
+        return {
+            "batch": batch.index,
+            "loss": learner["loss"],
+            "kl": learner["kl"],
+            "teacher_agreement": learner["teacher_agreement"],
+            "grad_norm": learner["grad_norm"],
+            "lr": learner["lr"],
+            "tokens_per_step": tokens / max(sum(info.denoise_forwards for info in infos), 1),
+            "share_eos": sum(info.ended for info in infos) / rows,
+            "response_length": tokens / rows,
+            "response_limit": batch.max_new_tokens,
+            "response_tokens": self.response_tokens,
+            "trained_positions": learner["trained_positions"],
+            "updates": self.updates,
+            "weights_version": self.version,
+            "staleness": self.version - 1 - min(info.oldest_version for info in infos),
+            "rollout/tokens_per_second": tokens / max(rollout_seconds, 1e-9),
+            "teacher/tokens_per_second": sum(info.teacher_tokens for info in infos) / max(teacher_seconds, 1e-9),
+            "learner/tokens_per_second": learner["packed_tokens"] / max(learner["seconds"], 1e-9),
+            "queue/rollout": len(batch.expected),
+            "queue/teacher": batch.peak_teacher_queue,
+            "queue/learner": len(batch.refs),
+            "seconds/rollout": rollout_seconds,
+            "seconds/teacher": teacher_seconds,
+            "seconds/learner": learner["seconds"],
+            "seconds/publish": published["seconds"],
+            "seconds/batch": seconds,
+            "bytes/trajectories": sum(info.nbytes for info in infos),
+            "bytes/weights": published["bytes"],
+        }
+
+    def _busy(self, role: str, stats: list[dict[str, float]]) -> float:
+        """Busy seconds of the role's busiest actor since the last batch."""
+        busiest = 0.0
+        for i, figures in enumerate(stats):
+            key = f"{role}-{i}"
+            busiest = max(busiest, figures["busy_seconds"] - self.previous_stats.get(key, 0.0))
+            self.previous_stats[key] = figures["busy_seconds"]
+        return busiest
+
+    def _evaluate_before(self) -> dict[str, Any]:
+        """The greedy teacher and the converted, untrained student."""
+        if not self.problems:
+            return {}
+        summary: dict[str, Any] = {}
+        if self.config.evaluation.teacher:
+            self.progress.note("evaluating the teacher")
+            limit = self.config.evaluation.max_new_tokens
+            summary["teacher"] = self._over_actors("evaluate_teacher", "evaluating the teacher", limit)
+        self.progress.note("evaluating the untrained student")
+        summary["student_init"] = self._evaluate(StaticUnmasking())
+        return summary
+
+    def _evaluate_student(self) -> dict[str, Any]:
+        self.progress.note("evaluating the trained student")
+        dynamic = DynamicUnmasking(threshold=self.config.evaluation.threshold)
+        return {"static": self._evaluate(StaticUnmasking()), "dynamic": self._evaluate(dynamic)}
+
+    def _evaluate(self, unmasking: Unmasking) -> dict[str, float]:
+        limit = self.config.evaluation.max_new_tokens
+        return self._over_actors("evaluate", "evaluating the student", unmasking, limit)
+
+    def _over_actors(self, method: str, action: str, *arguments: Any) -> dict[str, float]:
+        """Figures over all held-out problems, each rollout actor taking its share."""
+        count = len(self.pools.rollouts)
+        shares = [self.problems[i::count] for i in range(count)]
+        calls = {
+            getattr(actor, method).remote(share, *arguments): name
+            for (actor, name), share in zip(self._named(self.pools.rollouts), shares, strict=True)
+            if share
+        }
+        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s)
+        return sum(results, EvaluationSums()).figures()
