@@ -1,0 +1,87 @@
+"""The teacher on the Hugging Face class itself: no engine, every platform, the reference for the other backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from actors.teacher import (
+    HiddenTargets,
+    TargetRequest,
+    Targets,
+    TeacherBackend,
+    TopkTargets,
+    hidden_array,
+    log_rest,
+)
+from common.config import TeacherConfig
+from common.student import lm_head_weight, load_model
+
+LOGITS_ROWS = 1024  # positions per product with the LM head: 0.6 GiB of float32 at a vocabulary of 152k
+
+
+class TransformersBackend(TeacherBackend):
+    """Sequences of similar length share one causal forward of at most `max_batched_tokens`, padding counted.
+
+    A sequence longer than that is read alone. The LM head sees only the asked positions.
+    """
+
+    def __init__(self, config: TeacherConfig, model_path: str) -> None:
+        self.device = "cuda" if config.resources.gpus and torch.cuda.is_available() else "cpu"
+        self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
+        self.max_batched_tokens = config.max_batched_tokens
+        model = self.model.config
+        super().__init__(
+            kind=config.target,
+            width=config.top_k if config.target == "topk" else model.hidden_size,
+            hidden_dtype=config.dtype,
+            vocab_size=model.vocab_size,
+            max_length=model.max_position_embeddings,
+        )
+
+    @torch.inference_mode()
+    def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        answers: dict[int, Targets] = {}
+        for rows in self._batches([len(r.ids) for r in requests]):
+            batch = [requests[row] for row in rows]
+            for row, hidden in zip(rows, self._hidden(batch), strict=True):
+                answers[row] = self._targets_of(hidden)
+        return [answers[row] for row in range(len(requests))]
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Indices of sequences, the longest first, so that a batch's first one sets its width."""
+        batch: list[int] = []
+        for row in np.argsort(lengths)[::-1].tolist():
+            if batch and (len(batch) + 1) * lengths[batch[0]] > self.max_batched_tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        yield batch
+
+    def _hidden(self, batch: list[TargetRequest]) -> list[Tensor]:
+        """Per request, the final hidden states [n, d] from which its positions are predicted."""
+        ids = torch.zeros(len(batch), max(len(r.ids) for r in batch), dtype=torch.int64)
+        for row, request in enumerate(batch):
+            ids[row, : len(request.ids)] = torch.from_numpy(request.ids.astype(np.int64))
+        # padding lies to the right of all that is asked, so the causal mask alone is enough
+        states = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        return [
+            states[row, torch.from_numpy(r.positions.astype(np.int64) - 1)] for row, r in enumerate(batch)
+        ]
+
+    def _targets_of(self, hidden: Tensor) -> Targets:
+        if self.kind == "hidden":
+            return HiddenTargets(hidden_array(hidden, self.hidden_dtype))
+        best = [self._topk(rows) for rows in hidden.split(LOGITS_ROWS)]
+        logprobs = torch.cat([values for values, _ in best]).cpu().numpy()
+        ids = torch.cat([indices for _, indices in best]).to(torch.int32).cpu().numpy()
+        return TopkTargets(ids, logprobs, log_rest(logprobs))
+
+    def _topk(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = linear(hidden, lm_head_weight(self.model)).float()
+        values, ids = logits.topk(self.width, dim=-1)
+        return values - logits.logsumexp(dim=-1, keepdim=True), ids

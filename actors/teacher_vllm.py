@@ -1,0 +1,121 @@
+"""The teacher on vLLM, in this process: one code path for its CPU and its CUDA builds.
+
+An engine serves one kind of target. `topk` reads prompt log-probabilities, `hidden` is a pooling model whose
+"embedding" of a token is its final hidden state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch._dynamo
+
+from actors.teacher import (
+    HiddenTargets,
+    TargetRequest,
+    Targets,
+    TeacherBackend,
+    TopkTargets,
+    hidden_array,
+    log_rest,
+)
+from common.config import TeacherConfig
+
+TOKENS_PER_SLOT = 16  # a batch of max_batched_tokens holds at most so many sequences: tokens / 16
+MOST_SLOTS = 256
+
+
+class VllmBackend(TeacherBackend):
+    """Memory: weights, the KV cache (`kv_cache_mib`, or what `gpu_memory_utilization` leaves), and for `topk` the
+    logits [max_batched_tokens, V] in the model's dtype and in float32, which vLLM's own profile leaves out.
+    """
+
+    def __init__(self, config: TeacherConfig, model_path: str) -> None:
+        _set_environment(config.resources.threads)
+        from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        if on_cpu:
+            # vLLM compiles a few helpers even in eager mode: 15 s of C++ compiler at the first request
+            torch._dynamo.config.disable = True
+        self.llm = LLM(
+            model_path,
+            dtype=config.dtype,
+            enforce_eager=on_cpu,
+            max_model_len=-1,  # the model's own, or what the KV cache can hold
+            max_num_batched_tokens=config.max_batched_tokens,
+            max_num_seqs=min(MOST_SLOTS, max(1, config.max_batched_tokens // TOKENS_PER_SLOT)),
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            kv_cache_memory_bytes=config.kv_cache_mib * 2**20 if on_cpu else None,
+            enable_prefix_caching=False,  # requests for every position never read it
+            distributed_executor_backend="uni",
+            generation_config="vllm",
+            **_engine_arguments(config),
+        )
+        self.sampling = SamplingParams(
+            prompt_logprobs=config.top_k,
+            logprobs=config.top_k,
+            flat_logprobs=True,
+            detokenize=False,
+            max_tokens=1,
+            temperature=0.0,
+        )
+        model = self.llm.llm_engine.vllm_config.model_config
+        is_topk = config.target == "topk"
+        super().__init__(
+            kind=config.target,
+            width=config.top_k if is_topk else model.get_hidden_size(),
+            hidden_dtype=config.dtype,
+            vocab_size=model.get_vocab_size(),
+            # generation needs room for one more token
+            max_length=model.max_model_len - is_topk,
+        )
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        from vllm import TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=r.ids.tolist()) for r in requests]
+        rows = [r.positions - 1 for r in requests]
+        if self.kind == "hidden":
+            pooled = self.llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+            states = [output.outputs.data for output in pooled]
+            return [
+                HiddenTargets(hidden_array(state[row], self.hidden_dtype))
+                for state, row in zip(states, rows, strict=True)
+            ]
+        generated = self.llm.generate(prompts, self.sampling, use_tqdm=False)
+        return [self._topk(output, row) for output, row in zip(generated, rows, strict=True)]
+
+    def _topk(self, output: Any, rows: np.ndarray) -> TopkTargets:
+        # entries for ids[1:], then those of the generated token: row r is the distribution after ids[r]
+        parts = [output.prompt_logprobs, output.outputs[0].logprobs]
+        width = self.width + 1  # every entry lists the actual token before the K best
+        ids = np.concatenate([np.array(p.token_ids, np.int32) for p in parts]).reshape(-1, width)
+        logprobs = np.concatenate([np.array(p.logprobs, np.float32) for p in parts]).reshape(-1, width)
+        best = logprobs[rows, 1:]
+        return TopkTargets(ids[rows, 1:], best, log_rest(best))
+
+
+def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
+    if config.target == "topk":
+        return {"skip_tokenizer_init": True, "max_logprobs": config.top_k}
+    from vllm.config import PoolerConfig
+
+    return {"runner": "pooling", "pooler_config": PoolerConfig(task="token_embed", use_activation=False)}
+
+
+def _set_environment(threads: int) -> None:
+    """What vLLM reads when it is imported."""
+    # in this process: no child to bind to cores that others use, none to outlive an actor that was killed
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # its warnings about chat templates and thread binding concern servers
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

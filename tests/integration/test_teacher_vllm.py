@@ -1,0 +1,115 @@
+"""The vLLM teacher in a real Ray actor, against the transformers backend on the same random model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+
+from actors.teacher import TargetRequest, as_remote, build_backend
+from common.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
+from common.student import lm_head_weight, load_model
+from common.trajectory import from_batch, to_batch
+from tests.models import tiny_qwen3
+from tests.unit.test_teacher import META, trajectory
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+MAX_LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_qwen3(tmp_path_factory.mktemp("teacher"), max_length=MAX_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def run_config(path: str, target: str, **changes: Any) -> RunConfig:
+    # sequences are longer than one batch of 64 tokens, so vLLM reads them in pieces
+    values = {"target": target, "dtype": "float32", "max_batched_tokens": 64, "kv_cache_mib": 16}
+    return RunConfig(
+        model=ModelConfig(path=path),
+        data=DataConfig(prompts="unused"),
+        teacher=TeacherConfig(**{**values, **changes}),
+    )
+
+
+def rows() -> list[Any]:
+    """Prompt and response lengths from the shortest to the model's longest; some positions, all, or none."""
+    shapes = [
+        (1, 1, [0]),
+        (20, 60, range(60)),
+        (5, 9, [0, 8]),
+        (40, 56, [55]),
+        (3, 4, []),
+        (17, 30, [1, 5, 29]),
+    ]
+    return [trajectory(i, list(offsets), prompt, n) for i, (prompt, n, offsets) in enumerate(shapes)]
+
+
+def annotated(path: str, target: str) -> tuple[list[Any], Any]:
+    config = run_config(path, target)
+    actor = as_remote(config).remote(config.teacher, path)
+    ready = ray.get(actor.ready.remote(), timeout=200)
+    assert (ready["vocab_size"], ready["backend"], ready["target_kind"]) == (288, "vllm", target)
+    assert psutil.Process(ready["pid"]).children() == []  # the engine lives in the actor
+    parts = [to_batch(rows()[i : i + 2], META) for i in range(0, 6, 2)]
+    answers = ray.get([actor.annotate.remote(part) for part in parts], timeout=60)
+    stats = ray.get(actor.stats.remote(), timeout=10)
+    assert (stats["sequences"], stats["queue_depth"], stats["failed_requests"]) == (5, 0, 0)
+    ray.get(actor.close.remote(), timeout=30)
+    ray.kill(actor)
+    return [row for answer in answers for row in from_batch(answer)[0]], from_batch(answers[0])[1]
+
+
+def reference(path: str, target: str, row: Any) -> Any:
+    config = run_config(path, target, backend="transformers").teacher
+    request = TargetRequest(row.causal_ids, len(row.prompt_ids) + row.target_offsets)
+    return build_backend(config, path).targets([request])[0]
+
+
+def test_topk_equals_transformers(cluster: None, path: str) -> None:
+    got, meta = annotated(path, "topk")
+    assert (meta.target_kind, meta.target_width) == ("topk", 16)
+    for row in got:
+        expected = reference(path, "topk", row)
+        ids, logprobs = row.topk_ids.reshape(-1, 16), row.topk_logprobs.reshape(-1, 16)
+        np.testing.assert_allclose(logprobs, expected.logprobs, atol=1e-3)
+        np.testing.assert_allclose(np.exp(row.log_rest), np.exp(expected.log_rest), atol=1e-3)
+        # sets may differ only where tokens tie with the last one
+        for mine, theirs, scores in zip(ids, expected.ids, expected.logprobs, strict=True):
+            sure = theirs[scores > scores[-1] + 1e-3]
+            assert set(sure) <= set(mine)
+            assert len(set(mine)) == 16
+
+
+def test_hidden_times_head_equals_transformers(cluster: None, path: str) -> None:
+    got, meta = annotated(path, "hidden")
+    assert (meta.target_kind, meta.target_width, meta.hidden_dtype) == ("hidden", 64, "float32")
+    head = lm_head_weight(load_model(path, torch.float32, "sdpa")).detach().numpy()
+    for row in got:
+        expected = reference(path, "hidden", row)
+        hidden = row.hidden.reshape(-1, 64)
+        np.testing.assert_allclose(hidden @ head.T, expected.hidden @ head.T, atol=1e-3)
+
+
+def test_too_long_sequences_fail_alone_and_by_name(cluster: None, path: str) -> None:
+    config = run_config(path, "topk", max_batched_tokens=1024)
+    actor = as_remote(config).remote(config.teacher, path)
+    long, good = trajectory(7, [59], 40, 60), trajectory(8, [3])
+    calls = [actor.annotate.remote(to_batch([row], META)) for row in (long, good)]
+    with pytest.raises(RuntimeError, match=r"ordinals \[7\].*teacher reads 95"):
+        ray.get(calls[0], timeout=200)
+    assert ray.get(calls[1], timeout=30).num_rows == 1
+    ray.kill(actor)

@@ -1,0 +1,294 @@
+"""The teacher: the transformers backend against a loop over positions, and the actor that batches for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import actors.teacher
+from actors.teacher import (
+    LEAST_REST,
+    HiddenTargets,
+    TargetRequest,
+    Targets,
+    TeacherActor,
+    TeacherBackend,
+    TopkTargets,
+    annotate,
+    build_backend,
+    log_rest,
+)
+from common.config import Resources, TeacherConfig
+from common.student import lm_head_weight, load_model
+from common.trajectory import Trajectory, TrajectoryMeta, from_batch, to_batch
+from tests.models import tiny_qwen3
+
+pytestmark = pytest.mark.timeout(120)
+
+META = TrajectoryMeta(block_size=4, mask_token_id=259, tokenizer_fingerprint="tiny")
+LENGTHS = (2, 30, 7, 64, 1, 19)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_qwen3(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def log_softmax(path: str) -> Any:
+    """ids -> float64 [V]: the log-probabilities of the next token, from one forward without any batching."""
+    model = load_model(path, torch.float64, "eager")
+
+    def of(ids: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, -1]
+        return logits.log_softmax(-1).numpy()
+
+    return of
+
+
+def config(target: str = "topk", **changes: Any) -> TeacherConfig:
+    values = {"backend": "transformers", "target": target, "dtype": "float32", "max_batched_tokens": 80}
+    return TeacherConfig(**{**values, **changes})
+
+
+def requests(seed: int = 0) -> list[TargetRequest]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for length in LENGTHS:
+        count = rng.integers(1, length + 1)
+        positions = np.sort(rng.choice(np.arange(1, length + 1), count, replace=False))
+        made.append(TargetRequest(rng.integers(0, 288, length).astype(np.int32), positions))
+    return made
+
+
+def trajectory(ordinal: int, offsets: Sequence[int], prompt: int = 6, response: int = 9) -> Trajectory:
+    rng = np.random.default_rng(ordinal)
+    tail = 4 - (prompt + response) % 4
+    return Trajectory(
+        ordinal=ordinal,
+        sample=0,
+        prompt_ids=rng.integers(0, 256, prompt).astype(np.int32),
+        response_ids=rng.integers(0, 256, response).astype(np.int32),
+        tail_ids=np.full(tail, 3, np.int32),
+        reveal_round=np.zeros(response + tail, np.int16),
+        confidence=np.ones(response + tail, np.float32),
+        weights_version=0,
+        finish_reason="eos",
+        denoise_forwards=1,
+        commit_forwards=1,
+        target_offsets=np.array(offsets, np.int32),
+    )
+
+
+def test_topk_equals_a_loop_over_positions(path: str, log_softmax: Any) -> None:
+    asked = requests()
+    for request, targets in zip(asked, build_backend(config(), path).targets(asked), strict=True):
+        assert isinstance(targets, TopkTargets)
+        assert (targets.ids.dtype, targets.logprobs.dtype, targets.log_rest.dtype) == (
+            np.int32,
+            np.float32,
+            np.float32,
+        )
+        for row, position in enumerate(request.positions):
+            exact = log_softmax(request.ids[:position])
+            best = np.argsort(exact)[::-1]
+            assert targets.ids[row].tolist() == best[:16].tolist()
+            np.testing.assert_allclose(targets.logprobs[row], exact[best[:16]], atol=1e-4)
+            rest = np.exp(exact[best[16:]]).sum()
+            np.testing.assert_allclose(np.exp(targets.log_rest[row]), rest, atol=1e-5)
+
+
+def test_hidden_times_head_equals_a_loop_over_positions(path: str, log_softmax: Any) -> None:
+    asked = requests()
+    head = lm_head_weight(load_model(path, torch.float32, "sdpa")).detach().numpy()
+    for request, targets in zip(asked, build_backend(config("hidden"), path).targets(asked), strict=True):
+        assert isinstance(targets, HiddenTargets)
+        assert targets.hidden.dtype == np.float32
+        logits = torch.from_numpy(targets.hidden @ head.T)
+        exact = [log_softmax(request.ids[:position]) for position in request.positions]
+        np.testing.assert_allclose(logits.log_softmax(-1).numpy(), exact, atol=1e-4)
+
+
+def test_bfloat16_hidden_travels_as_bits(path: str) -> None:
+    asked = requests()
+    exact = build_backend(config("hidden"), path).targets(asked)
+    short = build_backend(config("hidden", dtype="bfloat16"), path).targets(asked)
+    for a, b in zip(exact, short, strict=True):
+        assert isinstance(a, HiddenTargets) and isinstance(b, HiddenTargets)
+        assert b.hidden.dtype == np.uint16
+        np.testing.assert_allclose(
+            torch.from_numpy(b.hidden).view(torch.bfloat16).float().numpy(), a.hidden, atol=0.2
+        )
+
+
+def test_log_rest_is_stable_and_finite() -> None:
+    p = np.array([[0.5, 0.25], [1.0, 0.0], [0.6, 0.4 + 1e-6], [1 - 1e-9, 0.0]])
+    with np.errstate(divide="ignore"):
+        rest = log_rest(np.log(p))
+    np.testing.assert_allclose(rest[0], np.log(0.25), rtol=1e-6)
+    np.testing.assert_allclose(rest[1:3], np.log(LEAST_REST), rtol=1e-6)
+    np.testing.assert_allclose(rest[3], np.log(1e-9), rtol=1e-6)
+
+
+def test_all_tokens_as_topk(path: str) -> None:
+    (targets,) = build_backend(config(top_k=288), path).targets([TargetRequest(np.array([5]), np.array([1]))])
+    assert isinstance(targets, TopkTargets)
+    np.testing.assert_allclose(np.exp(targets.logprobs).sum(), 1.0, atol=1e-5)
+    assert np.isfinite(targets.log_rest).all()
+
+
+def test_no_requests_and_no_positions(path: str) -> None:
+    nothing = TargetRequest(np.array([1, 2], np.int32), np.empty(0, np.int32))
+    some = TargetRequest(np.array([1, 2], np.int32), np.array([1], np.int32))
+    topk = build_backend(config(), path)
+    assert topk.targets([]) == []
+    empty, full = topk.targets([nothing, some])
+    assert isinstance(empty, TopkTargets) and isinstance(full, TopkTargets)
+    assert (empty.ids.shape, empty.logprobs.shape, empty.log_rest.shape) == ((0, 16), (0, 16), (0,))
+    assert full.ids.shape == (1, 16)
+    (hidden,) = build_backend(config("hidden", dtype="bfloat16"), path).targets([nothing])
+    assert isinstance(hidden, HiddenTargets)
+    assert (hidden.hidden.shape, hidden.hidden.dtype) == ((0, 64), np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("ids", "position", "message"),
+    [
+        ([1, 2], 0, "positions"),
+        ([1, 2], 3, "positions"),
+        ([1, 288], 1, "vocabulary"),
+        ([-1, 2], 1, "vocabulary"),
+        ([1] * 513, 513, "teacher reads 512"),
+    ],
+)
+def test_bad_requests_are_refused(path: str, ids: list[int], position: int, message: str) -> None:
+    backend = build_backend(config(), path)
+    with pytest.raises(ValueError, match=message):
+        backend.targets([TargetRequest(np.array(ids, np.int32), np.array([position]))])
+
+
+def test_impossible_configs_are_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="top_k"):
+        build_backend(config(top_k=289), path)
+    with pytest.raises(ValueError, match=r"teacher\.actors"):
+        build_backend(config(resources=Resources(gpus=2)), path)
+
+
+def test_annotate_asks_for_response_offsets(path: str, log_softmax: Any) -> None:
+    asked, silent = trajectory(0, [0, 3, 8]), trajectory(1, [])
+    annotate(build_backend(config(), path), [silent, asked])
+    assert silent.topk_ids.size == silent.log_rest.size == 0
+    best = asked.topk_ids.reshape(3, 16)[:, 0].tolist()
+    prefixes = [asked.causal_ids[: 6 + offset] for offset in (0, 3, 8)]
+    assert best == [int(log_softmax(prefix).argmax()) for prefix in prefixes]
+    assert asked.topk_logprobs.shape == (48,)
+    assert asked.log_rest.shape == (3,)
+
+
+def _annotated_together(actor: TeacherActor, batches: list[list[Trajectory]]) -> list[Any]:
+    async def run() -> list[Any]:
+        calls = [actor.annotate(to_batch(batch, META)) for batch in batches]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("target", ["topk", "hidden"])
+def test_actor_merges_concurrent_requests(path: str, target: str) -> None:
+    actor = TeacherActor(config(target), path)
+    batches = [[trajectory(i, [0, i]), trajectory(100 + i, [2])] for i in range(8)] + [
+        [],
+        [trajectory(9, [])],
+    ]
+    answers = _annotated_together(actor, batches)
+    backend = build_backend(config(target), path)
+    for batch, answer in zip(batches, answers, strict=True):
+        rows, meta = from_batch(answer)
+        assert (meta.target_kind, meta.target_width) == (target, 16 if target == "topk" else 64)
+        assert meta.hidden_dtype == "float32"
+        annotate(backend, batch)
+        for got, expected in zip(rows, batch, strict=True):
+            assert got.ordinal == expected.ordinal
+            np.testing.assert_array_equal(got.topk_ids, expected.topk_ids)
+            np.testing.assert_allclose(got.hidden, expected.hidden, atol=1e-4)
+    stats = actor.stats()
+    # 30 tokens a request, 80 in a batch: two requests each
+    assert (stats["sequences"], stats["tokens"], stats["batches"]) == (16, 240, 4)
+    assert stats["queue_depth"] == stats["failed_requests"] == 0
+    assert 0 < stats["busy_seconds"] < 60
+    ready = actor.ready()
+    assert (ready["vocab_size"], ready["backend"], ready["model_path"]) == (288, "transformers", path)
+    asyncio.run(actor.close())
+
+
+def test_actor_waits_for_company_but_not_for_long(path: str) -> None:
+    actor = TeacherActor(config(max_wait_ms=200), path)
+
+    async def run() -> None:
+        first = asyncio.create_task(actor.annotate(to_batch([trajectory(0, [1])], META)))
+        await asyncio.sleep(0.02)
+        await asyncio.gather(first, actor.annotate(to_batch([trajectory(1, [1])], META)))
+        await actor.annotate(to_batch([trajectory(2, [1])], META))
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert actor.stats()["batches"] == 2
+
+
+class _Picky(TeacherBackend):
+    """Fails on every batch that holds a token 7."""
+
+    def __init__(self) -> None:
+        super().__init__("topk", 1, "float32", 288, 512)
+
+    def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        if any((r.ids == 7).any() for r in requests):
+            raise MemoryError("token 7 is too much")
+        one = np.zeros((1, 1))
+        return [TopkTargets(one.astype(np.int32), one.astype(np.float32), one[0].astype(np.float32))] * len(
+            requests
+        )
+
+
+def test_a_failure_reaches_only_the_request_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors.teacher, "build_backend", lambda *_: _Picky())
+    actor = TeacherActor(config(max_batched_tokens=8192), "nowhere")
+    batches = [[trajectory(i, [3])] for i in range(4)]
+    for (row,) in batches:
+        row.prompt_ids[:] = 7 if row.ordinal == 2 else 1
+        row.response_ids[:] = 1
+    answers = _annotated_together(actor, batches)
+    assert [isinstance(a, Exception) for a in answers] == [False, False, True, False]
+    assert "ordinals [2]: token 7 is too much" in str(answers[2])
+    assert isinstance(answers[2].__cause__, MemoryError)
+    stats = actor.stats()
+    assert (stats["failed_requests"], stats["sequences"], stats["queue_depth"]) == (1, 3, 0)
+
+
+def test_a_cancelled_caller_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors.teacher, "build_backend", lambda *_: _Picky())
+    actor = TeacherActor(config(max_wait_ms=50), "nowhere")
+    rows = [trajectory(i, [3]) for i in range(2)]
+    for row in rows:
+        row.prompt_ids[:] = row.response_ids[:] = 1
+
+    async def run() -> Any:
+        leader, other = (asyncio.create_task(actor.annotate(to_batch([row], META))) for row in rows)
+        await asyncio.sleep(0.01)
+        leader.cancel()
+        return await asyncio.wait_for(other, 10)
+
+    assert asyncio.run(run()).num_rows == 1
+    assert actor.stats()["queue_depth"] == 0
+
+
+def test_batches_with_targets_are_refused(path: str) -> None:
+    actor = TeacherActor(config(), path)
+    (annotated,) = _annotated_together(actor, [[trajectory(0, [1])]])
+    with pytest.raises(ValueError, match="target_kind"):
+        asyncio.run(actor.annotate(annotated))
