@@ -40,7 +40,8 @@ def tiny_qwen3(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_length,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        # not the 10,000 that an engine takes which cannot read this field
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=tied,
         # the usual 0.02 gives almost uniform predictions, which would hide errors
         initializer_range=0.2,
