@@ -1,0 +1,118 @@
+"""The real learner: DeepSpeed ZeRO-3 ranks in Ray actors over gloo, against one plain PyTorch process."""
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from common.config import DynamicUnmasking, RunConfig
+from common.objective_config import ObjectiveConfig
+from common.seeds import state_rng
+from common.states import select_states
+from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
+from common.trajectory import TrajectoryMeta, read_spool, to_batch
+from common.weights import ObjectStoreTransport, load_weights
+from learner import rank
+from learner.batches import BatchBuilder
+from learner.objective import ChunkedDivergence, empty_sums
+from tests.models import tiny_qwen3
+from tests.unit.test_parity import set_targets, trajectories
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+BLOCK = 4
+
+
+def config(path: str, ranks: int) -> RunConfig:
+    return RunConfig(
+        block_size=BLOCK,
+        model={"path": path},
+        data={"prompts": "unused"},
+        rollout={"dtype": "float32"},
+        teacher={"target": "hidden", "dtype": "float32"},
+        curriculum={"min_tokens": 8, "max_tokens": 16},
+        learner={
+            "ranks": ranks,
+            "batch_rows": 4,
+            "lr": 1e-2,
+            "min_lr": 1e-3,
+            "warmup_batches": 0,
+            "dtype": "float32",
+            "gradient_checkpointing": ranks == 2,
+            "max_tokens_per_microbatch": 128,
+            "resources": {"cpus": 0.5},
+        },
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, ranks):
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    settings = config(path, ranks)
+    model, tokenizer = load_model(path, torch.float32, "sdpa"), load_tokenizer(path)
+    rows = trajectories(model, tokenizer, DynamicUnmasking(threshold=0.05))
+    for t in rows:
+        select_states(t, ObjectiveConfig(), BLOCK, tokenizer.eos_token_id, state_rng(0, t.ordinal, 0))
+    set_targets(model, rows)
+    meta = TrajectoryMeta(
+        BLOCK,
+        tokenizer.mask_token_id,
+        tokenizer_fingerprint(tokenizer),
+        target_kind="hidden",
+        target_width=model.config.hidden_size,
+    )
+    refs = [ray.put(to_batch(rows[4:], meta)), ray.put(to_batch(rows[:4], meta))]
+
+    actors = [rank.as_remote(settings).remote(settings, i) for i in range(ranks)]
+    address = ray.get(actors[0].address.remote())
+    ray.get([a.start.remote(*address) for a in actors])
+    spool = tmp_path / "spool" / "batch.arrow"
+    results = ray.get([a.train.remote(refs, 0, 2, spool) for a in actors])
+    handle = [h for h in ray.get([a.publish.remote(7) for a in actors]) if h][0]
+    ray.get([a.save.remote(tmp_path / "saved") for a in actors])
+
+    reference = train_reference(settings, path, rows, meta)
+    assert results[0]["loss"] == pytest.approx(reference, rel=1e-4)
+    assert results[0]["updates"] == 2
+    assert handle.version == 7
+    published = load_model(path, torch.float32, "sdpa")
+    load_weights(published, ObjectStoreTransport(2**20).fetch(handle))
+    saved = load_model(str(tmp_path / "saved"), torch.float32, "sdpa")
+    assert saved.config.mask_token_id == tokenizer.mask_token_id
+    assert saved.config.block_size == BLOCK
+    for (name, a), b, trained in zip(
+        published.named_parameters(), saved.parameters(), reference_model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+        torch.testing.assert_close(a, trained, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    assert [b.num_rows for b in read_spool(spool)] == [4, 4]
+
+
+def train_reference(settings: RunConfig, path: str, rows, meta) -> float:
+    """The same two updates in plain PyTorch; the model is left in `reference_model`."""
+    global reference_model
+    reference_model = load_model(path, torch.float32, "sdpa")
+    teacher_head = load_model(path, torch.float32, "sdpa").lm_head.weight.detach()
+    build = BatchBuilder(meta, "row_mean", "bucket", 4096, "sdpa", torch.device("cpu"), teacher_head)
+    optimizer = torch.optim.AdamW(reference_model.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    losses = []
+    for update, lr in enumerate([1e-2, 1e-3 + 0.5 * 9e-3 * (1 + np.cos(np.pi / 2))]):
+        part = rows[update * 4 : update * 4 + 4]
+        (micro,), _ = build.update(part, 0, 1)
+        x = build.tensors(micro, part)
+        hidden = hidden_states(reference_model, x.ids, x.positions, x.mask)
+        loss = ChunkedDivergence.apply(
+            hidden.reshape(-1, hidden.shape[-1])[x.loss_index],
+            reference_model.lm_head.weight,
+            x.target,
+            x.coefficient,
+            settings.objective.divergence,
+            1024,
+            empty_sums(torch.device("cpu")),
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference_model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
