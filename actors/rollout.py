@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from common.config import RunConfig, Unmasking
 from common.prompts import Prompt
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import convert, default_attention, load_model, tokenizer_fingerprint
+from common.student import convert, load_model, tokenizer_fingerprint
 from common.trajectory import Trajectory, TrajectoryMeta, to_batch
 from common.weights import ObjectStoreTransport, WeightsHandle, load_weights
 
@@ -29,7 +28,6 @@ class RolloutActor:
 
     def __init__(self, config: RunConfig, index: int) -> None:
         torch.set_num_threads(config.rollout.resources.threads)
-        warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
         self.config = config
         self.index = index
         model_config, self.tokenizer = convert(config.model.path, config.block_size, config.model.mask_token)

@@ -7,6 +7,7 @@ Tied parameters travel once.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def _tensor_of(data: np.ndarray, spec: TensorSpec) -> Tensor:
-    writable = data if data.flags.writeable else data.view()
-    # torch warns about read-only arrays; nobody writes here, load_weights copies
-    tensor = torch.frombuffer(writable, dtype=torch.uint8) if spec.nbytes else torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # torch warns that the buffer is read-only; nobody writes here, load_weights copies
+        warnings.filterwarnings("ignore", message=".*not writable")
+        tensor = torch.from_numpy(data)
     return tensor.view(getattr(torch, spec.dtype)).view(spec.shape)

@@ -62,7 +62,7 @@ class LearnerRank:
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         torch.set_num_threads(config.learner.resources.threads)
-        warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
+        warnings.filterwarnings("ignore", message=".*not writable")  # targets are views of Arrow buffers
         self.config = config
         self.rank = rank
         self.busy_seconds = 0.0
@@ -86,6 +86,8 @@ class LearnerRank:
             MASTER_ADDR=host,
             MASTER_PORT=str(port),
         )
+        # the optional shared-memory op would be compiled for minutes at the first start, and gloo does without
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,

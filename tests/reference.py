@@ -69,7 +69,7 @@ def reference_rollout(
                     choice = int((cdf < u * cdf[-1]).sum())
                 entropy = -(log_p[j].exp() * log_p[j]).sum().item()
                 candidates[j] = (choice, log_p[j, choice].exp().item(), entropy)
-            for j in _chosen(candidates, rule, threshold, per_step, bound):
+            for j in chosen_positions(candidates, rule, threshold, per_step, bound):
                 block[j] = candidates[j][0]
                 revealed[j] = step
             step += 1
@@ -80,7 +80,7 @@ def reference_rollout(
     return ids[len(prompt) :], rounds, forwards
 
 
-def _chosen(
+def chosen_positions(
     candidates: dict[int, tuple[int, float, float]], rule: str, threshold: float, per_step: int, bound: float
 ) -> list[int]:
     by_confidence = sorted(candidates, key=lambda j: (-candidates[j][1], j))

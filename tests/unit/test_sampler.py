@@ -1,0 +1,133 @@
+"""Invariant 2: the batched, cached, fused sampler equals the slow one-sequence reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from actors.sampler import Decoding, Request, Sampler, draw
+from common.config import (
+    DynamicUnmasking,
+    EntropyBoundUnmasking,
+    SequentialUnmasking,
+    StaticUnmasking,
+)
+from common.student import load_model
+from tests.models import tiny_qwen3
+from tests.reference import reference_rollout
+
+MASK, EOS, SEED = 287, 7, 5
+LENGTHS = [1, 3, 4, 5, 8, 9, 11, 17]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(tiny_qwen3(tmp_path_factory.mktemp("model"), seed=2), torch.float32, "sdpa")
+
+
+def requests(limit: int = 20) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [Request(i, 0, rng.integers(0, 256, size=n), limit) for i, n in enumerate(LENGTHS)]
+
+
+def sampler(model, block_size=4, slots=3) -> Sampler:
+    return Sampler(
+        model, block_size=block_size, mask_token_id=MASK, eos_token_id=EOS, slots=slots, seed=SEED
+    )
+
+
+RULES = [
+    (StaticUnmasking(), {"rule": "static"}),
+    (StaticUnmasking(steps_per_block=2), {"rule": "static", "per_step": 2}),
+    (DynamicUnmasking(threshold=0.2), {"rule": "dynamic", "threshold": 0.2}),
+    (SequentialUnmasking(tokens_per_step=2), {"rule": "sequential", "per_step": 2}),
+    (EntropyBoundUnmasking(bound_nats=4.0), {"rule": "entropy_bound", "bound": 4.0}),
+]
+
+
+@pytest.mark.parametrize(("unmasking", "reference"), RULES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_rounds_and_forwards_equal_the_reference(model, unmasking, reference, temperature):
+    done = {t.ordinal: t for t in sampler(model).generate(requests(), Decoding(unmasking, temperature))}
+    assert sorted(done) == list(range(len(LENGTHS)))
+    for request in requests():
+        ids, rounds, forwards = reference_rollout(
+            model,
+            request.prompt_ids.tolist(),
+            max_new_tokens=20,
+            block_size=4,
+            mask_token_id=MASK,
+            eos_token_id=EOS,
+            temperature=temperature,
+            key=(SEED, request.ordinal, 0),
+            **reference,
+        )
+        t = done[request.ordinal]
+        assert [*t.response_ids, *t.tail_ids] == ids
+        assert t.reveal_round.tolist() == rounds
+        assert t.denoise_forwards == forwards
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 8])
+def test_other_block_sizes(model, block_size):
+    for t in sampler(model, block_size).generate(requests(), Decoding(DynamicUnmasking(threshold=0.2), 0.0)):
+        prompt = requests()[t.ordinal].prompt_ids.tolist()
+        ids, rounds, _ = reference_rollout(
+            model, prompt, max_new_tokens=20, block_size=block_size, mask_token_id=MASK, eos_token_id=EOS,
+            rule="dynamic", threshold=0.2,
+        )  # fmt: skip
+        assert [*t.response_ids, *t.tail_ids] == ids
+        assert t.reveal_round.tolist() == rounds
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_trajectories_do_not_depend_on_slots_or_order(model, slots):
+    decoding = Decoding(DynamicUnmasking(threshold=0.2), 1.0)
+    base = {t.ordinal: t for t in sampler(model, slots=3).generate(requests(), decoding)}
+    other = {t.ordinal: t for t in sampler(model, slots=slots).generate(requests()[::-1], decoding)}
+    for ordinal, t in base.items():
+        assert t.response_ids.tolist() == other[ordinal].response_ids.tolist()
+        assert t.reveal_round.tolist() == other[ordinal].reveal_round.tolist()
+        np.testing.assert_allclose(t.confidence, other[ordinal].confidence, atol=1e-5)
+
+
+def test_ends_at_the_end_token_and_on_the_grid(model):
+    finished = list(sampler(model).generate(requests(64), Decoding(DynamicUnmasking(threshold=0.2), 1.0)))
+    for t in finished:
+        assert len(t.x0) % 4 == 0
+        assert MASK not in t.x0[len(t.prompt_ids) :]
+        assert EOS not in t.response_ids[:-1]
+        assert (t.finish_reason == "eos") == (t.response_ids[-1] == EOS)
+        assert 64 <= len(t.response_ids) <= 67 or t.finish_reason == "eos"
+    assert {t.finish_reason for t in finished} == {"eos", "length"}
+
+
+def test_broken_weights_are_refused_by_name(model):
+    broken = sampler(model)
+    weight = model.model.norm.weight.data.clone()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="ordinals"):
+        list(broken.generate(requests(), Decoding()))
+    model.model.norm.weight.data.copy_(weight)
+
+
+def test_draw_follows_the_tempered_truncated_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, 3.0])
+    count, mask = 200_000, 4
+    noise = (torch.arange(count) + 0.5) / count
+    for decoding, expected in [
+        (Decoding(temperature=2.0), torch.softmax(logits[:4] / 2, 0)),
+        (Decoding(top_k=2), torch.softmax(logits[:2], 0)),
+        (Decoding(top_p=0.5), torch.ones(1)),
+    ]:
+        tokens, confidence, _ = draw(logits.expand(count, 5), noise, decoding, mask)
+        share = torch.bincount(tokens, minlength=5).float() / count
+        torch.testing.assert_close(share[: len(expected)], expected, atol=1e-4, rtol=0)
+        raw = torch.softmax(logits, 0)
+        torch.testing.assert_close(confidence, raw[tokens])
+
+
+def test_entropy_is_of_the_raw_softmax():
+    logits = torch.randn(3, 4, 9)
+    _, _, entropy = draw(logits, torch.full((3, 4), 0.5), Decoding(EntropyBoundUnmasking()), 8)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy, expected)
