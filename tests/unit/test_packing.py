@@ -1,0 +1,106 @@
+"""Packing: nothing lost, nothing seen across documents, equal work on every rank."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.masks import dense_mask
+from common.objective_config import ObjectiveConfig
+from common.states import select_states
+from learner.packing import (
+    PAD_DOCUMENT,
+    assign_ranks,
+    coefficients,
+    document,
+    fill_rows,
+    microbatch,
+    plan_microbatches,
+)
+from tests.trajectories import EOS, trajectory
+
+BLOCK, MASK = 4, 60
+
+
+def selected(t, kind, seed=0):
+    select_states(t, ObjectiveConfig(state={"kind": kind}), BLOCK, EOS, np.random.default_rng(seed))
+    return t
+
+
+@given(trajectory(), st.sampled_from(["per_block", "global", "all_rounds", "random"]), st.integers(0, 9))
+def test_document_holds_the_states(t, kind, seed):
+    selected(t, kind, seed)
+    d = document(t, BLOCK, MASK)
+    x0, prompt = t.x0, len(t.prompt_ids)
+    clean = d.copy == 0
+    assert (d.ids[clean] == x0[d.positions[clean]]).all()
+    assert (d.positions[clean] == np.arange(clean.sum())).all()
+    for state in range(t.state_count):
+        masked = set((prompt + t.masked_offsets[t.masked_state == state]).tolist())
+        noised = d.copy == state + 1
+        for token, position in zip(d.ids[noised], d.positions[noised], strict=True):
+            assert token == (MASK if position in masked else x0[position])
+        assert clean.sum() >= (d.block[noised].max(initial=0)) * BLOCK
+    trained = t.loss_weight > 0
+    assert len(d.loss_index) == trained.sum()
+    assert (d.ids[d.loss_index] == MASK).all()
+    offsets = t.target_offsets[d.loss_target]
+    assert (d.positions[d.loss_index] == prompt + offsets).all()
+    assert d.loss_weight.tolist() == t.loss_weight[trained].tolist()
+
+
+@given(st.dictionaries(st.integers(0, 99), st.integers(1, 50), min_size=1), st.integers(8, 120), st.booleans())
+def test_plans_hold_every_document_once_within_the_budget(lengths, max_tokens, flexible):
+    plan = plan_microbatches(lengths, max_tokens, flexible)
+    placed = [i for batch in plan for row in batch for i in row]
+    assert sorted(placed) == sorted(lengths)
+    for batch in plan:
+        width = max(sum(lengths[i] for i in row) for row in batch)
+        assert width * len(batch) <= max(max_tokens, max(lengths.values()))
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 4))
+def test_ranks_share_the_work(lengths, ranks):
+    shares = assign_ranks(lengths, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+def test_first_fit_decreasing():
+    assert fill_rows({0: 5, 1: 3, 2: 4, 3: 2}, 7) == [[0, 3], [2, 1]]
+
+
+@given(st.lists(trajectory(), min_size=1, max_size=5))
+def test_normalisations(rows):
+    documents = [document(selected(t, "per_block"), BLOCK, MASK) for t in rows]
+    trained = [len(d.loss_index) for d in documents]
+    if sum(trained):
+        assert sum(c.sum() for c in coefficients(documents, "row_mean")) == pytest.approx(1, rel=1e-5)
+        assert sum(c.sum() for c in coefficients(documents, "token_mean")) == pytest.approx(1, rel=1e-5)
+        assert sum(c.sum() for c in coefficients(documents, "sum")) == sum(trained)
+        for c in coefficients(documents, "row_mean"):
+            assert not len(c) or c.sum() == pytest.approx(1 / sum(n > 0 for n in trained), rel=1e-5)
+
+
+@given(st.lists(trajectory(), min_size=1, max_size=5), st.integers(20, 200))
+def test_microbatches_place_documents_side_by_side(rows, width):
+    documents = {i: document(selected(t, "all_rounds"), BLOCK, MASK) for i, t in enumerate(rows)}
+    coefficient = dict(enumerate(coefficients(list(documents.values()), "sum")))
+    lengths = {i: len(d) for i, d in documents.items()}
+    for plan in plan_microbatches(lengths, width, True):
+        batch = microbatch(plan, documents, coefficient)
+        assert batch.ids.shape[1] % 8 == 0
+        for i in {i for row in plan for i in row}:
+            assert (batch.ids[batch.doc == i] == documents[i].ids).all()
+            assert (batch.copy[batch.doc == i] == documents[i].copy).all()
+        assert batch.tokens == sum(lengths[i] for row in plan for i in row)
+        assert (batch.doc.ravel()[batch.loss_index] == batch.loss_doc).all()
+        assert (batch.ids.ravel()[batch.loss_index] == MASK).all()
+        mask = dense_mask(*(torch.from_numpy(a) for a in (batch.doc, batch.copy, batch.block)))[:, 0]
+        assert mask.any(-1).all(), "a row without keys would give NaN"
+        for r in range(len(mask)):
+            q, k = mask[r].nonzero(as_tuple=True)
+            assert (batch.doc[r][q] == batch.doc[r][k]).all()
+    assert PAD_DOCUMENT not in documents

@@ -1,0 +1,103 @@
+"""State selection: what is masked, what is trained, and with what weight."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.objective_config import ObjectiveConfig
+from common.states import select_states
+from tests.trajectories import EOS, trajectory
+
+BLOCK = 4
+
+
+def selected(t, seed=0, **objective):
+    select_states(t, ObjectiveConfig(**objective), BLOCK, EOS, np.random.default_rng(seed))
+    return t
+
+
+def masks(t) -> np.ndarray:
+    """bool [state_count, response + tail]"""
+    out = np.zeros((t.state_count, len(t.reveal_round)), bool)
+    out[t.masked_state, t.masked_offsets] = True
+    return out
+
+
+def blocks_of(t) -> np.ndarray:
+    return (len(t.prompt_ids) + np.arange(len(t.reveal_round))) // BLOCK
+
+
+@given(trajectory(), st.sampled_from(["per_block", "global", "all_rounds"]), st.integers(0, 99))
+def test_every_state_was_visited(t, kind, seed):
+    """Inside each block of each copy, the masked positions are those revealed in rounds >= k for one k."""
+    selected(t, seed, state={"kind": kind})
+    for mask in masks(t):
+        for b in np.unique(blocks_of(t)):
+            inside = blocks_of(t) == b
+            if mask[inside].any():
+                k = t.reveal_round[inside][mask[inside]].min()
+                assert (mask[inside] == (t.reveal_round[inside] >= k)).all()
+
+
+@given(trajectory(), st.sampled_from(["per_block", "global", "all_rounds", "random"]), st.integers(0, 99))
+def test_tail_is_never_trained_and_every_kept_block_trains(t, kind, seed):
+    selected(t, seed, state={"kind": kind})
+    trained = t.loss_weight > 0
+    assert (t.masked_offsets[trained] < len(t.response_ids)).all()
+    assert not trained[t.masked_offsets >= len(t.response_ids)].any()
+    assert t.target_offsets.tolist() == sorted(set(t.masked_offsets[trained].tolist()))
+    for state in range(t.state_count):
+        of_state = t.masked_state == state
+        kept = set((blocks_of(t)[t.masked_offsets[of_state]]).tolist())
+        training = set((blocks_of(t)[t.masked_offsets[of_state & trained]]).tolist())
+        assert kept == training
+
+
+@given(trajectory())
+def test_all_rounds_trains_each_position_once_per_round_up_to_its_own(t):
+    selected(t, state={"kind": "all_rounds"})
+    counts = np.bincount(t.masked_offsets, minlength=len(t.reveal_round))
+    response = len(t.response_ids)
+    assert (counts[:response] == t.reveal_round[:response] + 1).all()
+
+
+@given(trajectory())
+def test_per_block_draws_each_round_about_equally(t):
+    """Over seeds, the chosen round of the last trained block is uniform over its rounds."""
+    block = blocks_of(t)
+    inside = np.flatnonzero(block == block[len(t.response_ids) - 1])
+    trainable = inside[inside < len(t.response_ids)]
+    rounds = t.reveal_round[trainable].max() + 1
+    seen = np.zeros(rounds)
+    for seed in range(200):
+        selected(t, seed)
+        mask = masks(t)[0]
+        seen[t.reveal_round[inside][mask[inside]].min()] += 1
+    assert (seen > 200 / rounds * 0.4).all()
+
+
+@given(trajectory(), st.integers(0, 99))
+def test_exclude_eos_leaves_the_end_token_out_of_the_loss(t, seed):
+    selected(t, seed, exclude_eos=True, state={"kind": "all_rounds"})
+    trained = t.masked_offsets[t.loss_weight > 0]
+    assert not (t.response_ids[trained] == EOS).any()
+
+
+@given(trajectory(), st.integers(0, 99))
+def test_inverse_t_weights_by_the_masked_share_of_the_block(t, seed):
+    selected(t, seed, weight="inverse_t")
+    mask = masks(t)[0] if t.state_count else None
+    for offset, weight in zip(t.masked_offsets, t.loss_weight, strict=True):
+        if weight > 0:
+            inside = blocks_of(t) == blocks_of(t)[offset]
+            assert weight == pytest.approx(1 / mask[inside].mean(), rel=1e-5)
+
+
+@given(trajectory(), st.integers(0, 99), st.sampled_from(["block", "sequence"]))
+def test_random_masks_keep_their_ratio_band(t, seed, scope):
+    selected(t, seed, state={"kind": "random", "scope": scope, "min_ratio": 1.0, "max_ratio": 1.0})
+    assert masks(t).all()
+    selected(t, seed, state={"kind": "random", "scope": scope, "min_ratio": 0.0, "max_ratio": 0.0})
+    per_block = [masks(t)[0][blocks_of(t) == b].sum() for b in np.unique(blocks_of(t))] if t.state_count else []
+    assert max(per_block, default=1) == 1
