@@ -6,12 +6,13 @@ import time
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from actors.sampler import Decoding, Request, Sampler
 from common.config import Unmasking
-from common.prompts import Prompt
+from common.prompts import Prompt, prompt_ids
 from common.student import load_model, load_tokenizer
 from common.trajectory import Trajectory
 from common.word_problems import is_correct
@@ -189,13 +190,7 @@ def generate_texts(
     ]
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Any:
-    import numpy as np
-
-    if not chat:
-        return np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)
-    messages = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, enable_thinking=False
-    )["input_ids"]
-    return np.asarray(ids, dtype=np.int32)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> np.ndarray:
+    if chat:
+        return prompt_ids(tokenizer, prompt)
+    return np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)

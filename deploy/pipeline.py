@@ -85,6 +85,8 @@ class Pipeline:
             self.pools = start_pools(config)
             summary: dict[str, Any] = self._evaluate_before()
             start = time.perf_counter()
+            self.progress.note("training")
+            self.progress.training()
             self._train(log)
             summary["train"] = {
                 "response_tokens": self.response_tokens,

@@ -1,0 +1,169 @@
+"""Where every process of a run goes, and what it will need: computed from the config, without starting anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import ModelShape, Resources, RunConfig
+from common.config_file import ConfigError
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_RUNTIME_BYTES = 700 * 2**20  # Python, torch and Ray of one process, about
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process: its role, number, Ray resources, threads, and estimated bytes by part."""
+
+    role: str
+    index: int
+    cpus: float
+    gpus: float
+    threads: int
+    memory: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All processes, and the payload of one rollout batch in bytes at the full response length."""
+
+    processes: list[Process]
+    payload: dict[str, int]
+    shape: ModelShape
+
+    @property
+    def cpus(self) -> float:
+        return sum(p.cpus for p in self.processes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(p.gpus for p in self.processes)
+
+
+def plan(config: RunConfig) -> Placement:
+    """Placement and estimates.
+
+    Raises:
+        ConfigError: the model's sizes are known neither from its folder nor from model.shape.
+    """
+    shape = model_shape(config)
+    longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
+    per_role = [
+        ("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape, longest)),
+        ("teacher", config.teacher.actors, config.teacher.resources, _teacher_memory(config, shape)),
+        ("learner", config.learner.ranks, config.learner.resources, _learner_memory(config, shape)),
+    ]
+    processes = [
+        _process(role, i, resources, memory) for role, count, resources, memory in per_role for i in range(count)
+    ]
+    return Placement(processes, _payload(config, shape), shape)
+
+
+def model_shape(config: RunConfig) -> ModelShape:
+    """Sizes from the model's config.json where its folder is here, else model.shape."""
+    file = Path(config.model.path) / "config.json"
+    if not file.is_file():
+        if config.model.shape is None:
+            raise ConfigError(
+                f"model.path {config.model.path!r} is not a folder on this machine and model.shape is not set; "
+                "download the model, or describe its sizes in model.shape"
+            )
+        return config.model.shape
+    raw = json.loads(file.read_text())
+    return ModelShape(
+        hidden_size=raw["hidden_size"],
+        layers=raw["num_hidden_layers"],
+        heads=raw["num_attention_heads"],
+        kv_heads=raw.get("num_key_value_heads", raw["num_attention_heads"]),
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        intermediate_size=raw["intermediate_size"],
+        vocab_size=raw["vocab_size"],
+        tied_embeddings=raw.get("tie_word_embeddings", False),
+    )
+
+
+def check_resources(placement: Placement, cpus: float, gpus: float) -> None:
+    """Refuse a placement that Ray cannot hold.
+
+    Raises:
+        ConfigError: names what each role asks for, what there is, and which fields to lower.
+    """
+    for what, asked, available in (("CPUs", placement.cpus, cpus), ("GPUs", placement.gpus, gpus)):
+        if asked > available + 1e-6:
+            roles = {}
+            for p in placement.processes:
+                roles.setdefault(p.role, []).append(p.cpus if what == "CPUs" else p.gpus)
+            asks = ", ".join(f"{role} {len(each)} x {each[0]:g}" for role, each in roles.items())
+            field = what.lower()
+            raise ConfigError(
+                f"the run asks for {asked:g} {what} ({asks}), but Ray has {available:g}; lower rollout.actors, "
+                f"teacher.actors, learner.ranks or their resources.{field}, or give Ray more (ray.num_cpus, "
+                "ray.address)"
+            )
+
+
+def _process(role: str, index: int, resources: Resources, memory: dict[str, int]) -> Process:
+    return Process(role, index, resources.cpus, resources.gpus, resources.threads, memory)
+
+
+def _rollout_memory(config: RunConfig, shape: ModelShape, longest: int) -> dict[str, int]:
+    width = _BYTES[config.rollout.dtype]
+    block_rows = config.rollout.slots * config.block_size
+    return {
+        "weights": shape.parameters * width,
+        "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
+        "logits": block_rows * shape.vocab_size * 4 * 3,
+        "runtime": _RUNTIME_BYTES,
+    }
+
+
+def _teacher_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    width = _BYTES[config.teacher.dtype]
+    logits = config.teacher.max_batched_tokens * shape.vocab_size * (width + 4)
+    return {
+        "weights": shape.parameters * width,
+        "KV cache": config.teacher.kv_cache_mib * 2**20 if config.teacher.backend == "vllm" else 0,
+        "logits": logits if config.teacher.target == "topk" else 0,
+        "runtime": _RUNTIME_BYTES,
+    }
+
+
+def _learner_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    learner, ranks = config.learner, config.learner.ranks
+    width = _BYTES[learner.dtype]
+    states = shape.parameters * (12 if learner.dtype == "bfloat16" else 8)  # Adam moments, and fp32 weights for bf16
+    tokens = learner.max_tokens_per_microbatch
+    per_layer = shape.hidden_size * (2 if learner.gradient_checkpointing else 16)
+    head = shape.vocab_size * shape.hidden_size
+    return {
+        "weights and gradients (sharded)": 2 * shape.parameters * width // ranks,
+        "optimiser states (sharded)": states // ranks,
+        "activations": tokens * shape.layers * per_layer * width,
+        "LM head, whole, with its gradient": head * (width + 4),
+        "teacher's LM head": head * _BYTES[config.teacher.dtype] if config.teacher.target == "hidden" else 0,
+        "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
+        "runtime": _RUNTIME_BYTES,
+    }
+
+
+def _payload(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    """Bytes of one rollout batch if every response has the greatest length; per_block trains about 5 in 8 of them."""
+    rows = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
+    response = rows * config.curriculum.max_tokens
+    positions = response * (config.block_size + 1) // (2 * config.block_size)
+    per_position = (
+        config.teacher.top_k * 8 + 4
+        if config.teacher.target == "topk"
+        else shape.hidden_size * _BYTES[config.teacher.dtype]
+    )
+    return {
+        "trajectories": rows * config.data.max_prompt_tokens * 4 + response * 10,
+        "targets": positions * per_position,
+        "weights": shape.parameters * _BYTES[config.learner.dtype],
+    }
