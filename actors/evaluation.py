@@ -68,7 +68,7 @@ def evaluate_shard(
     sums = EvaluationSums(problems=len(problems))
     for trajectory in sampler.generate(requests, decoding):
         text = tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
-        sums.correct += is_correct(text, answers[trajectory.ordinal])
+        sums.correct += is_correct(text, answers[trajectory.ordinal] or "")
         sums.response_tokens += len(trajectory.response_ids)
         sums.denoise_forwards += trajectory.denoise_forwards
         sums.commit_forwards += trajectory.commit_forwards
@@ -109,7 +109,7 @@ def evaluate_teacher_shard(
         for problem, row in zip(chunk, out[:, width:].tolist(), strict=True):
             ended = tokenizer.eos_token_id in row
             length = row.index(tokenizer.eos_token_id) + 1 if ended else len(row)
-            sums.correct += is_correct(tokenizer.decode(row[:length], skip_special_tokens=True), problem.answer)
+            sums.correct += is_correct(tokenizer.decode(row[:length], skip_special_tokens=True), problem.answer or "")
             sums.response_tokens += length
             sums.denoise_forwards += length
             sums.ended += ended
@@ -181,13 +181,9 @@ def generate_texts(
     sampler, tokenizer = load_sampler(
         path, block_size=block_size, slots=min(len(prompts), 64), dtype=dtype, device=device, seed=seed
     )
-    requests = [
-        Request(i, 0, _prompt_ids(tokenizer, prompt, chat), max_new_tokens) for i, prompt in enumerate(prompts)
-    ]
+    requests = [Request(i, 0, _prompt_ids(tokenizer, prompt, chat), max_new_tokens) for i, prompt in enumerate(prompts)]
     done: dict[int, Any] = {t.ordinal: t for t in sampler.generate(requests, Decoding(unmasking, temperature))}
-    return [
-        (tokenizer.decode(done[i].response_ids, skip_special_tokens=True), done[i]) for i in range(len(prompts))
-    ]
+    return [(tokenizer.decode(done[i].response_ids, skip_special_tokens=True), done[i]) for i in range(len(prompts))]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> np.ndarray:

@@ -81,9 +81,7 @@ class RolloutActor:
         pending: list[Trajectory] = []
         for trajectory in self.sampler.generate(requests, decoding):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
-            select_states(
-                trajectory, self.config.objective, self.config.block_size, self.tokenizer.eos_token_id, rng
-            )
+            select_states(trajectory, self.config.objective, self.config.block_size, self.tokenizer.eos_token_id, rng)
             pending.append(trajectory)
             if len(pending) >= rollout.stream_rows:
                 self.busy_seconds += time.perf_counter() - start

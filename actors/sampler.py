@@ -9,7 +9,7 @@ A slot whose sequence has ended is refilled before the next pass.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,14 @@ class Sampler:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, block_size: int, mask_token_id: int, eos_token_id: int, slots: int, seed: int
+        self,
+        model: PreTrainedModel,
+        *,
+        block_size: int,
+        mask_token_id: int,
+        eos_token_id: int,
+        slots: int,
+        seed: int,
     ) -> None:
         self.model = model
         self.block_size = block_size
@@ -152,9 +159,7 @@ class Sampler:
         return state.reveal(active, rows, current, reveal, tokens, confidence, self.eos_token_id)
 
 
-def draw(
-    logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates for every position, by inverse-CDF sampling with one uniform number each.
 
     Args:
@@ -222,7 +227,9 @@ class _SlotState:
         self.round = zeros(slots)
         self.key = zeros(slots)
 
-    def admit(self, admitted: dict[int, Request], keys: Tensor, mask_token_id: int, end_of) -> None:
+    def admit(
+        self, admitted: dict[int, Request], keys: Tensor, mask_token_id: int, end_of: Callable[[Request], int]
+    ) -> None:
         """Put new sequences in their slots: all response positions masked, decoding to start behind the prompt."""
         size = self.block_size
         for slot, request in admitted.items():

@@ -263,9 +263,7 @@ class TeacherActor:
             while not work.done:
                 await self._serve()
         if work.error is not None:
-            raise RuntimeError(
-                f"the teacher failed on ordinals {work.ordinals}: {work.error}"
-            ) from work.error
+            raise RuntimeError(f"the teacher failed on ordinals {work.ordinals}: {work.error}") from work.error
         assert work.result is not None
         return work.result
 

@@ -69,9 +69,7 @@ class TransformersBackend(TeacherBackend):
             ids[row, : len(request.ids)] = torch.from_numpy(request.ids.astype(np.int64))
         # padding lies to the right of all that is asked, so the causal mask alone is enough
         states = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-        return [
-            states[row, torch.from_numpy(r.positions.astype(np.int64) - 1)] for row, r in enumerate(batch)
-        ]
+        return [states[row, torch.from_numpy(r.positions.astype(np.int64) - 1)] for row, r in enumerate(batch)]
 
     def _targets_of(self, hidden: Tensor) -> Targets:
         if self.kind == "hidden":

@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.config import DynamicUnmasking, EntropyBoundUnmasking, SequentialUnmasking, StaticUnmasking, Unmasking
+from common.config import (
+    DynamicUnmasking,
+    EntropyBoundUnmasking,
+    SequentialUnmasking,
+    StaticUnmasking,
+    Unmasking,
+)
 
 
 def choose(rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class EntropyBoundUnmasking(Section):
 
 
 Unmasking = Annotated[
-    StaticUnmasking | DynamicUnmasking | SequentialUnmasking | EntropyBoundUnmasking, Field(discriminator="rule")
+    StaticUnmasking | DynamicUnmasking | SequentialUnmasking | EntropyBoundUnmasking,
+    Field(discriminator="rule"),
 ]
 
 
@@ -165,7 +166,9 @@ class LearnerConfig(Section):
     ranks: int = Field(2, ge=1, description="processes in the ZeRO world")
     batch_rows: int = Field(8, ge=1, description="trajectories per optimiser update, over all ranks")
     max_tokens_per_microbatch: int = Field(
-        16384, ge=8, description="token budget of one packed forward on one rank, clean and noised copies counted"
+        16384,
+        ge=8,
+        description="token budget of one packed forward on one rank, clean and noised copies counted",
     )
     lr: float = Field(1e-5, gt=0)
     min_lr: float = Field(1e-6, ge=0)
@@ -179,7 +182,8 @@ class LearnerConfig(Section):
     logits_chunk_rows: int = Field(1024, ge=1, description="masked positions per chunk of the LM head and the loss")
     gradient_checkpointing: bool = True
     deepspeed: dict[str, Any] = Field(
-        {}, description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer"
+        {},
+        description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer",
     )
     resources: Resources = Resources()
 

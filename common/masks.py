@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 
-def allowed(
-    doc_q: Tensor, copy_q: Tensor, block_q: Tensor, doc_k: Tensor, copy_k: Tensor, block_k: Tensor
-) -> Tensor:
+def allowed(doc_q: Tensor, copy_q: Tensor, block_q: Tensor, doc_k: Tensor, copy_k: Tensor, block_k: Tensor) -> Tensor:
     """The rule, elementwise on broadcastable integer tensors; returns bool of the broadcast shape."""
     same_block = (copy_q == copy_k) & (block_q == block_k)
     earlier = (copy_k == 0) & (block_k < block_q)
@@ -56,4 +54,4 @@ def decoding_mask(query_positions: Tensor, key_length: int, block_size: int) -> 
     Key j of the cache is position j of the sequence, so the rule reduces to block_k <= block_q.
     """
     block_k = torch.arange(key_length, device=query_positions.device) // block_size
-    return (block_k[None, None, None, :] <= (query_positions // block_size)[:, None, :, None])
+    return block_k[None, None, None, :] <= (query_positions // block_size)[:, None, :, None]

@@ -89,9 +89,7 @@ def _masks(
     return [(masked, _share(masked, index)) for masked in masks]
 
 
-def _random_mask(
-    state: RandomState, block: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _random_mask(state: RandomState, block: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     _, index = np.unique(block, return_inverse=True)
     draws = index.max(initial=0) + 1 if state.scope == "block" else 1
     ratio = state.min_ratio + (state.max_ratio - state.min_ratio) * rng.random(draws)

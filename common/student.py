@@ -14,7 +14,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 # Full attention in every layer: the families whose block-causal student is exact with one prebuilt mask.
 SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
@@ -109,7 +115,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def hidden_states(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Any, cache: Any = None, use_cache: bool = False
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Any,
+    cache: Any = None,
+    use_cache: bool = False,
 ) -> Tensor:
     """Final hidden states [R, N, d] (after the last norm) under a prebuilt mask.
 
@@ -146,6 +157,6 @@ def head_of_folder(path: str) -> Tensor:
     for wanted in ("lm_head.weight", "model.embed_tokens.weight"):  # tied models store the embedding only
         for file in files:
             with safe_open(file, framework="pt") as tensors:
-                if wanted in tensors.keys():
+                if wanted in tensors.keys():  # noqa: SIM118 (not a dict)
                     return tensors.get_tensor(wanted)
     raise ValueError(f"no lm_head.weight or model.embed_tokens.weight in the safetensors files of {path!r}")

@@ -26,6 +26,7 @@ response. The same record batches travel through the object store, are spooled t
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -260,4 +261,4 @@ def _list_column(values: list[np.ndarray], dtype: pa.ListType) -> pa.ListArray:
 def _list_views(column: pa.ListArray) -> list[np.ndarray]:
     offsets = column.offsets.to_numpy()
     flat = column.values.to_numpy(zero_copy_only=True)
-    return [flat[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [flat[start:end] for start, end in pairwise(offsets)]

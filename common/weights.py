@@ -81,7 +81,7 @@ class ObjectStoreTransport(WeightsTransport):
                     bucket=len(refs),
                     offset=filled,
                     nbytes=data.nbytes,
-                    checksum=xxhash.xxh3_64_intdigest(data),
+                    checksum=xxhash.xxh3_64_intdigest(data.data),
                 )
             )
             parts += [data, np.zeros(padded - data.nbytes, np.uint8)]
@@ -101,7 +101,7 @@ class ObjectStoreTransport(WeightsTransport):
             if spec.bucket != bucket:
                 bucket, buffer = spec.bucket, ray.get(handle.buckets[spec.bucket])
             data = buffer[spec.offset : spec.offset + spec.nbytes]
-            if xxhash.xxh3_64_intdigest(data) != spec.checksum:
+            if xxhash.xxh3_64_intdigest(data.data) != spec.checksum:
                 raise ValueError(f"weights version {handle.version}: checksum of {spec.name!r} differs")
             yield spec.name, _tensor_of(data, spec)
 

@@ -77,9 +77,7 @@ def stream(seed: int, split: Split = "train", difficulty: Difficulty = STANDARD)
             yield problem
 
 
-def generate(
-    seed: int, count: int, split: Split = "train", difficulty: Difficulty = STANDARD
-) -> list[WordProblem]:
+def generate(seed: int, count: int, split: Split = "train", difficulty: Difficulty = STANDARD) -> list[WordProblem]:
     """The first `count` problems of `stream`."""
     return list(islice(stream(seed, split, difficulty), count))
 

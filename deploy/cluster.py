@@ -78,9 +78,7 @@ def start_pools(config: RunConfig) -> Pools:
     )
     timeout = config.pipeline.start_timeout_s
     names = pools.names()
-    (address,) = wait_all(
-        {pools.ranks[0].address.remote(): names[pools.ranks[0]]}, "starting the learner", timeout
-    )
+    (address,) = wait_all({pools.ranks[0].address.remote(): names[pools.ranks[0]]}, "starting the learner", timeout)
     ready = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
     ready |= {actor.start.remote(*address): names[actor] for actor in pools.ranks}
     wait_all(ready, "loading models", timeout)

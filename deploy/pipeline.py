@@ -20,8 +20,8 @@ from actors.evaluation import EvaluationSums
 from common.config import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.curriculum import response_limit
 from common.metrics import RunLog
-from common.prompts import Prompt, load_prompts
-from common.student import load_tokenizer
+from common.prompts import Prompt, PromptSet
+from deploy import preflight
 from deploy.cluster import Pools, connect, start_pools
 from deploy.progress import Progress
 from deploy.rollout_batch import RolloutBatch, drive
@@ -35,23 +35,13 @@ def run(config: RunConfig) -> dict[str, Any]:
         ConfigError: the run cannot start as configured.
         WorkerError, StuckError: an actor failed, died, or did not answer in time; the message names it.
     """
-    tokenizer = load_tokenizer(config.model.path)
-    prompts = load_prompts(config.data, tokenizer, config.seed)
-    problems = load_problems(config, tokenizer)
+    prompts, problems = preflight.check(config)
     write_resolved_config(config)
     connect(config)
     try:
-        return Pipeline(config, prompts.prompts, problems).run()
+        return Pipeline(config, prompts, problems).run()
     finally:
         ray.shutdown()
-
-
-def load_problems(config: RunConfig, tokenizer: Any) -> list[Prompt]:
-    """The held-out problems of the evaluation, in the order of their file; empty where none are configured."""
-    if not config.evaluation.problems:
-        return []
-    data = config.data.model_copy(update={"prompts": config.evaluation.problems, "epochs": 1, "limit": None})
-    return load_prompts(data, tokenizer, seed=None).prompts[: config.evaluation.count]
 
 
 def write_resolved_config(config: RunConfig) -> None:
@@ -63,11 +53,13 @@ def write_resolved_config(config: RunConfig) -> None:
 class Pipeline:
     """State of one run: `version` is the learner's, and equals the number of rollout batches trained on."""
 
-    def __init__(self, config: RunConfig, prompts: list[Prompt], problems: list[Prompt]) -> None:
+    def __init__(self, config: RunConfig, prompts: PromptSet, problems: list[Prompt]) -> None:
         self.config = config
         self.problems = problems
+        self.dropped = prompts.dropped
         size = config.rollout.prompts_per_batch
-        self.batches = [prompts[i : i + size] for i in range(0, len(prompts), size)][: config.pipeline.max_batches]
+        self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
+        self.batches = self.batches[: config.pipeline.max_batches]
         self.updates_per_batch = -(-size * config.rollout.samples_per_prompt // config.learner.batch_rows)
         self.version = 0
         self.updates = self.response_tokens = 0
@@ -81,6 +73,8 @@ class Pipeline:
             RunLog(config.run_dir) as log,
             Progress(len(self.batches), config.name) as self.progress,
         ):
+            for reason, count in self.dropped.items():
+                self.progress.note(f"{count} prompts dropped: {reason}")
             self.progress.note("loading models")
             self.pools = start_pools(config)
             summary: dict[str, Any] = self._evaluate_before()
@@ -108,7 +102,7 @@ class Pipeline:
                 in_flight.append(self._start(started))
                 started += 1
             current = in_flight[0]
-            drive(list(in_flight), lambda: current.done, self.config.pipeline.stage_timeout_s, self._show(current))
+            drive(list(in_flight), current, self.config.pipeline.stage_timeout_s, self._show)
             self._check(current)
             learner = self._learn(current, list(in_flight))
             published = self._publish(list(in_flight))
@@ -122,12 +116,9 @@ class Pipeline:
         limit = response_limit(self.config.curriculum, index, self.config.block_size)
         return RolloutBatch(index, self.batches[index], self.config.rollout, limit, self.pools)
 
-    def _show(self, batch: RolloutBatch) -> Any:
-        def show() -> None:
-            self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
-            self.progress.stage("teacher", batch.finished_rows, len(batch.expected))
-
-        return show
+    def _show(self, batch: RolloutBatch) -> None:
+        self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
+        self.progress.stage("teacher", batch.finished_rows, len(batch.expected))
 
     def _check(self, batch: RolloutBatch) -> None:
         """Every (ordinal, sample) exactly once, and none older than the staleness bound."""

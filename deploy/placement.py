@@ -96,7 +96,7 @@ def check_resources(placement: Placement, cpus: float, gpus: float) -> None:
     """
     for what, asked, available in (("CPUs", placement.cpus, cpus), ("GPUs", placement.gpus, gpus)):
         if asked > available + 1e-6:
-            roles = {}
+            roles: dict[str, list[float]] = {}
             for p in placement.processes:
                 roles.setdefault(p.role, []).append(p.cpus if what == "CPUs" else p.gpus)
             asks = ", ".join(f"{role} {len(each)} x {each[0]:g}" for role, each in roles.items())

@@ -7,7 +7,16 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bars,
+)
 from rich.table import Table
 
 _STAGES = ("rollout", "teacher", "learner", "publish")
@@ -61,7 +70,8 @@ class Progress:
         if not self.console.is_terminal:
             self.console.print(
                 f"batch {done}/{self.total}  KL {metrics['kl']:.4f}  tokens/step {metrics['tokens_per_step']:.2f}  "
-                f"limit {metrics['response_limit']:.0f}  lr {metrics['lr']:.2e}  version {metrics['weights_version']:.0f}  "
+                f"limit {metrics['response_limit']:.0f}  lr {metrics['lr']:.2e}  "
+                f"version {metrics['weights_version']:.0f}  "
                 f"rollout {metrics['rollout/tokens_per_second']:.0f} tok/s  "
                 f"teacher {metrics['teacher/tokens_per_second']:.0f} tok/s  "
                 f"learner {metrics['learner/tokens_per_second']:.0f} tok/s  {metrics['seconds/batch']:.2f} s",
@@ -120,7 +130,5 @@ def summary_table(summary: dict[str, Any]) -> Table:
     ]
     for model, decoding, figures in rows:
         if figures:
-            table.add_row(
-                model, decoding, f"{figures['exact_match']:.1%}", f"{figures['tokens_per_step']:.2f}"
-            )
+            table.add_row(model, decoding, f"{figures['exact_match']:.1%}", f"{figures['tokens_per_step']:.2f}")
     return table

@@ -12,7 +12,8 @@ from common.config import RolloutConfig
 from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
-from deploy.waiting import StuckError, result_of
+from deploy.errors import StuckError
+from deploy.waiting import result_of
 
 _POLL_SECONDS = 0.2
 
@@ -42,7 +43,7 @@ class RolloutBatch:
         self._streams: dict[Any, str] = {}
         self._generators: dict[Any, str] = {}
         self._annotating: dict[ray.ObjectRef, tuple[ray.ObjectRef, str]] = {}
-        self._load = {teacher: 0 for teacher in pools.teachers}
+        self._load = dict.fromkeys(pools.teachers, 0)
         self._of_teacher: dict[ray.ObjectRef, Any] = {}
         self.actor_stats: list[ray.ObjectRef] = []
         for i, actor in enumerate(pools.rollouts):
@@ -120,24 +121,24 @@ class RolloutBatch:
         return [*self._generators.values(), *(name for _, name in self._annotating.values())]
 
 
-def drive(batches: list[RolloutBatch], until: Callable[[], bool], timeout_s: float, idle: Callable[[], Any]) -> None:
-    """Advance the batches until `until()` holds.
+def drive(
+    batches: list[RolloutBatch], target: RolloutBatch, timeout_s: float, show: Callable[[RolloutBatch], None]
+) -> None:
+    """Advance all batches until `target` is done; `show` is called with it meanwhile.
 
     Raises:
         StuckError: nothing moved for `timeout_s`; names the actors that were waited for.
         WorkerError: a worker failed.
     """
     last_progress = time.perf_counter()
-    while not until():
+    while not target.done:
         waiting = [item for batch in batches for item in batch.waiting]
-        if not waiting:
-            time.sleep(_POLL_SECONDS / 4)
-        ready, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS) if waiting else ([], [])
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
         for batch in batches:
             batch.advance(ready)
-        idle()
+        show(target)
         if ready:
             last_progress = time.perf_counter()
         elif time.perf_counter() - last_progress > timeout_s:
-            names = sorted({name for batch in batches for name in batch.waited_for()})
-            raise StuckError(f"rollout batch: nothing from {', '.join(names) or 'the learner'} for {timeout_s:.0f} s")
+            names = ", ".join(sorted({name for batch in batches for name in batch.waited_for()}))
+            raise StuckError(f"rollout batch {target.index}: nothing from {names} for {timeout_s:.0f} s")

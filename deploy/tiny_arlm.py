@@ -61,9 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in (PAD, START, END, MASK)]
-    )
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, START, END, MASK)])
     # Role names are not special: they must survive decoding with skip_special_tokens.
     backend.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
     return PreTrainedTokenizerFast(
@@ -106,9 +104,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
@@ -143,14 +139,12 @@ def response_loss(model: Qwen3ForCausalLM, batch: Batch) -> torch.Tensor:
     return cross_entropy(model.lm_head(hidden[counted]), labels[:, 1:][counted])
 
 
-def exact_match(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[WordProblem]
-) -> float:
+def exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[WordProblem]) -> float:
     """Share of the problems whose greedy response ends in the right answer, from 0 to 1."""
     inputs = tokenizer([prompt_text(p.question) for p in problems], return_tensors="pt", padding=True)
     model.eval()
     with torch.inference_mode():
-        output = model.generate(  # type: ignore[misc]  # transformers types self as another protocol
+        output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             do_sample=False,
@@ -215,9 +209,7 @@ def _batches(seed: int, batch_size: int, difficulty: Difficulty) -> Iterator[lis
     problems = stream(STREAM_SEED + seed, "train", difficulty)
     order = random.Random(seed)
     while True:
-        bucket = sorted(
-            islice(problems, batch_size * BUCKET_BATCHES), key=lambda p: len(p.question) + len(p.response)
-        )
+        bucket = sorted(islice(problems, batch_size * BUCKET_BATCHES), key=lambda p: len(p.question) + len(p.response))
         batches = [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
         order.shuffle(batches)
         yield from batches

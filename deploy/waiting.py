@@ -7,15 +7,9 @@ from typing import Any
 
 import ray
 
+from deploy.errors import StuckError, WorkerError
+
 _POLL_SECONDS = 0.2
-
-
-class StuckError(TimeoutError):
-    """A remote call did not answer within its deadline."""
-
-
-class WorkerError(RuntimeError):
-    """A worker failed or died; the cause is chained."""
 
 
 def wait_all(

@@ -55,9 +55,7 @@ class BatchBuilder:
         Every rank gets the same number of micro-batches (ZeRO-3 forwards are collective): short ones get a dummy
         document that trains nothing.
         """
-        documents = {
-            i: document(t, self.meta.block_size, self.meta.mask_token_id) for i, t in enumerate(trajectories)
-        }
+        documents = {i: document(t, self.meta.block_size, self.meta.mask_token_id) for i, t in enumerate(trajectories)}
         coefficient = dict(enumerate(coefficients(list(documents.values()), self.normalization)))
         trained = [i for i, d in documents.items() if len(d.loss_index)]
         shares = assign_ranks([len(documents[i]) for i in trained], ranks)

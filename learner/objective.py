@@ -125,9 +125,9 @@ class ChunkedDivergence(torch.autograd.Function):
         sums: LossSums,
     ) -> Tensor:
         need_grad = hidden.requires_grad or weight.requires_grad
-        grad_hidden = torch.zeros_like(hidden) if need_grad else None
+        grad_hidden = torch.zeros_like(hidden)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_grad else None
+        grad_weight = torch.zeros(weight.shape if need_grad else (0,), dtype=wide, device=weight.device)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -168,9 +168,7 @@ def empty_sums(device: torch.device) -> LossSums:
     return LossSums(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
 
 
-def _add(
-    sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, log_t: Tensor, log_s: Tensor
-) -> None:
+def _add(sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, log_t: Tensor, log_s: Tensor) -> None:
     sums.loss += loss.double()
     sums.divergence += per_position.double().sum()
     sums.agree += (log_t.argmax(-1) == log_s.argmax(-1)).double().sum()

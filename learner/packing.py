@@ -160,7 +160,10 @@ def plan_microbatches(lengths: dict[int, int], max_tokens: int, flexible_width: 
 
 
 def microbatch(
-    rows: list[list[int]], documents: dict[int, Document], coefficient: dict[int, np.ndarray], multiple: int = 8
+    rows: list[list[int]],
+    documents: dict[int, Document],
+    coefficient: dict[int, np.ndarray],
+    multiple: int = 8,
 ) -> MicroBatch:
     """Lay out rows of documents; the width is rounded up to `multiple`."""
     width = max(sum(len(documents[i]) for i in row) for row in rows)
@@ -174,7 +177,12 @@ def microbatch(
         for index in row:
             d = documents[index]
             span = slice(start, start + len(d))
-            ids[r, span], positions[r, span], copy[r, span], block[r, span] = d.ids, d.positions, d.copy, d.block
+            ids[r, span], positions[r, span], copy[r, span], block[r, span] = (
+                d.ids,
+                d.positions,
+                d.copy,
+                d.block,
+            )
             doc[r, span] = index
             loss_index.append(r * width + start + d.loss_index)
             loss_doc.append(np.full(len(d.loss_index), index))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import deepspeed
 from torch import Tensor, nn
 
 
@@ -14,6 +13,8 @@ def gathered_parameters(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[s
     Parameters are gathered together up to `bucket_bytes`. Each tensor is valid until the next one is asked for: it
     must be copied before. All ranks must exhaust the iterator, since gathering is collective.
     """
+    import deepspeed  # slow to import and chatty: only in the ranks
+
     for names, parameters in _buckets(model, bucket_bytes):
         with deepspeed.zero.GatheredParameters(parameters):
             for name, parameter in zip(names, parameters, strict=True):

@@ -51,9 +51,7 @@ class TrainingModule(nn.Module):
         hidden = hidden_states(self.student, batch.ids, batch.positions, batch.mask)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
         head = lm_head_weight(self.student)
-        return ChunkedDivergence.apply(
-            rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums
-        )
+        return ChunkedDivergence.apply(rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums)
 
 
 class LearnerRank:
@@ -115,14 +113,20 @@ class LearnerRank:
             head = head_of_folder(self.config.teacher_path)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
         self.transport = ObjectStoreTransport(self.config.publish.bucket_mib * 2**20)
-        return {"role": "learner", "index": self.rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+        return {
+            "role": "learner",
+            "index": self.rank,
+            "pid": os.getpid(),
+            "node": ray.util.get_node_ip_address(),
+        }
 
     def train(
         self, refs: list[ray.ObjectRef], first_update: int, total_updates: int, spool: Path | None = None
     ) -> dict[str, float]:
         """All optimiser updates of one rollout batch; returns metrics summed over ranks.
 
-        Rank 0 writes the record batches to `spool`, an Arrow IPC file, where it is given. Rows are ordered by (ordinal, sample), so that updates do not depend on the order of arrival.
+        Rank 0 writes the record batches to `spool`, an Arrow IPC file, where it is given. Rows are ordered by
+        (ordinal, sample), so that updates do not depend on the order of arrival.
 
         Raises:
             ValueError: a record batch does not fit this run.
@@ -144,7 +148,14 @@ class LearnerRank:
         )
         rows = self.config.learner.batch_rows
         updates = -(-len(trajectories) // rows)
-        totals = {"loss": 0.0, "kl": 0.0, "agree": 0.0, "positions": 0.0, "grad_norm": 0.0, "packed_tokens": 0.0}
+        totals = {
+            "loss": 0.0,
+            "kl": 0.0,
+            "agree": 0.0,
+            "positions": 0.0,
+            "grad_norm": 0.0,
+            "packed_tokens": 0.0,
+        }
         for u in range(updates):
             lr = learning_rate(self.config.learner, first_update + u, updates, total_updates)
             for group in self.optimizer.param_groups:
@@ -227,7 +238,12 @@ class LearnerRank:
         if self.rank == 0:
             partial = out.with_name(f".{out.name}.partial")
             save_student(
-                self.student, self.tokenizer, partial, self.config.block_size, self.model_config.mask_token_id, state
+                self.student,
+                self.tokenizer,
+                partial,
+                self.config.block_size,
+                self.model_config.mask_token_id,
+                state,
             )
             shutil.rmtree(out, ignore_errors=True)
             partial.rename(out)
@@ -239,6 +255,6 @@ def as_remote(config: RunConfig) -> Any:
     variables = {"OMP_NUM_THREADS": str(resources.threads)}
     if not resources.gpus:
         variables["DS_ACCELERATOR"] = "cpu"
-    return ray.remote(
-        num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": variables}
-    )(LearnerRank)
+    return ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": variables})(
+        LearnerRank
+    )

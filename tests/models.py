@@ -50,9 +50,7 @@ def tiny_qwen3(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config).to(dtype)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)

@@ -67,7 +67,7 @@ def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, rank
     ray.get([a.start.remote(*address) for a in actors])
     spool = tmp_path / "spool" / "batch.arrow"
     results = ray.get([a.train.remote(refs, 0, 2, spool) for a in actors])
-    handle = [h for h in ray.get([a.publish.remote(7) for a in actors]) if h][0]
+    handle = next(h for h in ray.get([a.publish.remote(7) for a in actors]) if h)
     ray.get([a.save.remote(tmp_path / "saved") for a in actors])
 
     reference = train_reference(settings, path, rows, meta)

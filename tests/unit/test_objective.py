@@ -78,7 +78,9 @@ def test_topk_drop_is_the_released_sum_and_may_be_negative():
     values = divergence(ForwardKL(), *target.classes(hidden @ weight.T))
     t, s = (teacher_hidden @ head.T).softmax(-1), (hidden @ weight.T).softmax(-1)
     for i in range(POSITIONS):
-        expected = sum(p * math.log(p / q) for p, q in zip(t[i, target.ids[i]].tolist(), s[i, target.ids[i]].tolist(), strict=True))
+        expected = sum(
+            p * math.log(p / q) for p, q in zip(t[i, target.ids[i]].tolist(), s[i, target.ids[i]].tolist(), strict=True)
+        )
         assert values[i].item() == pytest.approx(expected, rel=1e-9)
     flat = torch.zeros(1, V)
     peaked = TopKTarget(torch.arange(K)[None], torch.full((1, K), -5.0), torch.tensor([0.0]), "drop")
@@ -142,9 +144,7 @@ def test_bad_positions_are_counted():
     hidden, weight, teacher_hidden, head, coefficient = data()
     hidden[2] = math.nan
     sums = empty_sums(CPU)
-    ChunkedDivergence.apply(
-        hidden, weight, HiddenTarget(teacher_hidden, head), coefficient, ForwardKL(), 3, sums
-    )
+    ChunkedDivergence.apply(hidden, weight, HiddenTarget(teacher_hidden, head), coefficient, ForwardKL(), 3, sums)
     assert sums.bad.item() == 1
 
 

@@ -30,9 +30,7 @@ def requests(limit: int = 20) -> list[Request]:
 
 
 def sampler(model, block_size=4, slots=3) -> Sampler:
-    return Sampler(
-        model, block_size=block_size, mask_token_id=MASK, eos_token_id=EOS, slots=slots, seed=SEED
-    )
+    return Sampler(model, block_size=block_size, mask_token_id=MASK, eos_token_id=EOS, slots=slots, seed=SEED)
 
 
 RULES = [

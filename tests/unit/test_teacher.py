@@ -122,9 +122,7 @@ def test_bfloat16_hidden_travels_as_bits(path: str) -> None:
     for a, b in zip(exact, short, strict=True):
         assert isinstance(a, HiddenTargets) and isinstance(b, HiddenTargets)
         assert b.hidden.dtype == np.uint16
-        np.testing.assert_allclose(
-            torch.from_numpy(b.hidden).view(torch.bfloat16).float().numpy(), a.hidden, atol=0.2
-        )
+        np.testing.assert_allclose(torch.from_numpy(b.hidden).view(torch.bfloat16).float().numpy(), a.hidden, atol=0.2)
 
 
 def test_log_rest_is_stable_and_finite() -> None:
@@ -250,9 +248,7 @@ class _Picky(TeacherBackend):
         if any((r.ids == 7).any() for r in requests):
             raise MemoryError("token 7 is too much")
         one = np.zeros((1, 1))
-        return [TopkTargets(one.astype(np.int32), one.astype(np.float32), one[0].astype(np.float32))] * len(
-            requests
-        )
+        return [TopkTargets(one.astype(np.int32), one.astype(np.float32), one[0].astype(np.float32))] * len(requests)
 
 
 def test_a_failure_reaches_only_the_request_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,7 @@ def test_shipped_tokenizer_is_the_built_one(tokenizer: PreTrainedTokenizerFast) 
     assert len({tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}) == 3
 
 
-@pytest.mark.parametrize(
-    "text", ["7+5=12. Answer: 9", " two  spaces \n", "déjà vu 你好", "a user's <|im_end|>"]
-)
+@pytest.mark.parametrize("text", ["7+5=12. Answer: 9", " two  spaces \n", "déjà vu 你好", "a user's <|im_end|>"])
 def test_tokenizer_round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -91,9 +89,7 @@ def test_shipped_problem_files_are_the_generated_ones(tmp_path: Path) -> None:
 
 
 def test_short_training_lowers_the_loss_and_is_deterministic(tmp_path: Path) -> None:
-    first, again = (
-        make_tiny_arlm(tmp_path / name, seed=7, steps=12, batch_size=8, heldout=4) for name in ("a", "b")
-    )
+    first, again = (make_tiny_arlm(tmp_path / name, seed=7, steps=12, batch_size=8, heldout=4) for name in ("a", "b"))
     assert first["last_loss"] < first["first_loss"] - 0.5
     assert first["last_loss"] == again["last_loss"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]

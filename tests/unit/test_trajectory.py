@@ -55,10 +55,19 @@ def make(n: int = 2) -> list[Trajectory]:
     rng = np.random.default_rng(0)
     return [
         Trajectory(
-            ordinal=i, sample=0, prompt_ids=np.arange(3), response_ids=np.arange(5), tail_ids=np.empty(0),
-            reveal_round=np.zeros(5), confidence=rng.random(5), weights_version=i, finish_reason="length",
-            denoise_forwards=2, commit_forwards=1, hidden=np.arange(10) * 7,
-        )  # fmt: skip
+            ordinal=i,
+            sample=0,
+            prompt_ids=np.arange(3),
+            response_ids=np.arange(5),
+            tail_ids=np.empty(0),
+            reveal_round=np.zeros(5),
+            confidence=rng.random(5),
+            weights_version=i,
+            finish_reason="length",
+            denoise_forwards=2,
+            commit_forwards=1,
+            hidden=np.arange(10) * 7,
+        )
         for i in range(n)
     ]
 

@@ -18,12 +18,8 @@ RULES = st.one_of(
             {"rule": "dynamic", "threshold": p[0], "per_step": p[1]},
         )
     ),
-    st.integers(1, 4).map(
-        lambda n: (SequentialUnmasking(tokens_per_step=n), {"rule": "sequential", "per_step": n})
-    ),
-    st.floats(0, 6).map(
-        lambda b: (EntropyBoundUnmasking(bound_nats=b), {"rule": "entropy_bound", "bound": b})
-    ),
+    st.integers(1, 4).map(lambda n: (SequentialUnmasking(tokens_per_step=n), {"rule": "sequential", "per_step": n})),
+    st.floats(0, 6).map(lambda b: (EntropyBoundUnmasking(bound_nats=b), {"rule": "entropy_bound", "bound": b})),
 )
 
 
@@ -37,11 +33,7 @@ def test_equal_to_the_reference(rule, seed):
     entropy = 2 * torch.rand(5, 8, generator=generator).double()
     reveal = choose(unmasking, masked, confidence, entropy)
     for row in range(5):
-        candidates = {
-            j: (0, confidence[row, j].item(), entropy[row, j].item())
-            for j in range(8)
-            if masked[row, j]
-        }
+        candidates = {j: (0, confidence[row, j].item(), entropy[row, j].item()) for j in range(8) if masked[row, j]}
         defaults = {"threshold": 0.9, "per_step": 1, "bound": 0.1}
         expected = chosen_positions(candidates, **{**defaults, **reference}) if candidates else []
         assert reveal[row].nonzero()[:, 0].tolist() == sorted(expected)
