@@ -20,14 +20,14 @@ Dtype = Literal["float32", "bfloat16"]
 class ModelShape(Section):
     """Sizes of a model whose files are not on this disk, for the estimates of `--dry-run`."""
 
-    hidden_size: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    tied_embeddings: bool = True
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
+    layers: int = Field(gt=0, description="decoder layers")
+    heads: int = Field(gt=0, description="query heads")
+    kv_heads: int = Field(gt=0, description="key and value heads")
+    head_dim: int = Field(gt=0, description="width of one head")
+    intermediate_size: int = Field(gt=0, description="width of the MLP")
+    vocab_size: int = Field(gt=0, description="embedding rows")
+    tied_embeddings: bool = Field(True, description="the LM head is the embedding")
 
     @property
     def parameters(self) -> int:
@@ -61,22 +61,22 @@ class DynamicUnmasking(Section):
     """Reveal every position with confidence above `threshold`, and at least the `min_tokens` most confident."""
 
     rule: Literal["dynamic"] = "dynamic"
-    threshold: float = Field(0.9, ge=0, le=1)
-    min_tokens: int = Field(1, ge=1)
+    threshold: float = Field(0.9, ge=0, le=1, description="confidence (probability) above which a token is revealed")
+    min_tokens: int = Field(1, ge=1, description="tokens revealed per step at least")
 
 
 class SequentialUnmasking(Section):
     """Reveal the leftmost `tokens_per_step` masked positions."""
 
     rule: Literal["sequential"] = "sequential"
-    tokens_per_step: int = Field(1, ge=1)
+    tokens_per_step: int = Field(1, ge=1, description="tokens revealed per step")
 
 
 class EntropyBoundUnmasking(Section):
     """Reveal the lowest-entropy positions while their cumulated entropy stays under `bound_nats`, at least one."""
 
     rule: Literal["entropy_bound"] = "entropy_bound"
-    bound_nats: float = Field(0.1, ge=0)
+    bound_nats: float = Field(0.1, ge=0, description="largest cumulated entropy of one step's tokens, nats")
 
 
 Unmasking = Annotated[
@@ -99,13 +99,13 @@ class RolloutConfig(Section):
     actors: int = Field(2, ge=1, description="processes in the pool")
     slots: int = Field(64, ge=1, description="sequences decoded at the same time in one actor")
     prompts_per_batch: int = Field(128, ge=1, description="prompts of one rollout batch, over all actors")
-    samples_per_prompt: int = Field(1, ge=1)
+    samples_per_prompt: int = Field(1, ge=1, description="trajectories per prompt")
     stream_rows: int = Field(8, ge=1, description="finished trajectories per record batch sent on")
-    unmasking: Unmasking = DynamicUnmasking()
-    temperature: float = Field(1.0, ge=0, description="0: argmax")
-    top_k: int = Field(0, ge=0, description="0: off")
-    top_p: float = Field(1.0, gt=0, le=1)
-    dtype: Dtype = "bfloat16"
+    unmasking: Unmasking = Field(DynamicUnmasking(), description="which masked positions a step reveals")
+    temperature: float = Field(1.0, ge=0, description="of the sampling softmax; 0: argmax")
+    top_k: int = Field(0, ge=0, description="sample from the K most likely tokens only; 0: off")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off")
+    dtype: Dtype = Field("bfloat16", description="of weights and activations")
     resources: Resources = Resources()
 
 
@@ -113,15 +113,15 @@ class TeacherConfig(Section):
     """The pool of teacher actors: the frozen ARLM."""
 
     path: str | None = Field(None, description="default: model.path")
-    backend: Literal["vllm", "transformers"] = "vllm"
+    backend: Literal["vllm", "transformers"] = Field("vllm", description="the engine that reads trajectories")
     target: Literal["topk", "hidden"] = Field(
         "hidden",
         description="topk: the K best tokens and the log of the remaining mass; hidden: the final hidden state, "
         "to which the learner applies the teacher's LM head (exact full vocabulary)",
     )
     top_k: int = Field(16, ge=1, description="K of target topk")
-    actors: int = Field(1, ge=1)
-    dtype: Dtype = "bfloat16"
+    actors: int = Field(1, ge=1, description="processes in the pool")
+    dtype: Dtype = Field("bfloat16", description="of weights and activations")
     max_batched_tokens: int = Field(8192, ge=16, description="tokens of one teacher forward")
     max_wait_ms: float = Field(20.0, ge=0, description="how long a request waits for others to join its batch")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="vLLM's share of its GPU's memory")
@@ -133,12 +133,12 @@ class DataConfig(Section):
     """Prompts of the run and the held-out problems."""
 
     prompts: str = Field(description="JSON, JSONL or Parquet file, or a folder of them")
-    question_field: str = "question"
-    domain_field: str = "domain"
-    answer_field: str = "answer"
+    question_field: str = Field("question", description="field of a record that holds the prompt")
+    domain_field: str = Field("domain", description="field that holds the domain, where known")
+    answer_field: str = Field("answer", description="field that holds the answer; used in evaluation only")
     enable_thinking: bool = Field(False, description="passed to the chat template")
     max_prompt_tokens: int = Field(2000, ge=1, description="longer prompts are dropped and counted")
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, description="passes over the prompts, each in an order of its own")
     limit: int | None = Field(None, ge=1, description="use only the first N prompts of the seeded order")
     domain_max_tokens: dict[str, int] = Field({}, description="response length cap by domain, tokens")
 
@@ -146,9 +146,11 @@ class DataConfig(Section):
 class CurriculumConfig(Section):
     """Response length limit as a function of the rollout batch, in tokens, rounded to the block size."""
 
-    schedule: Literal["constant", "linear", "cos"] = "cos"
-    min_tokens: int = Field(100, ge=1)
-    max_tokens: int = Field(4000, ge=1)
+    schedule: Literal["constant", "linear", "cos"] = Field(
+        "cos", description="how the limit grows; cos: 1 - cos(pi p / 2), slow at first; constant: max_tokens throughout"
+    )
+    min_tokens: int = Field(100, ge=1, description="limit of the first rollout batch")
+    max_tokens: int = Field(4000, ge=1, description="limit of the last rollout batches")
     batches: int = Field(100, ge=1, description="rollout batches until max_tokens is reached")
 
     @model_validator(mode="after")
@@ -170,17 +172,17 @@ class LearnerConfig(Section):
         ge=8,
         description="token budget of one packed forward on one rank, clean and noised copies counted",
     )
-    lr: float = Field(1e-5, gt=0)
-    min_lr: float = Field(1e-6, ge=0)
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    lr: float = Field(1e-5, gt=0, description="AdamW learning rate after warm-up")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
     warmup_batches: int = Field(5, ge=0, description="rollout batches of linear warm-up")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    eps: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     grad_clip: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = Field("bfloat16", description="of the forward; bfloat16 keeps float32 master weights")
     logits_chunk_rows: int = Field(1024, ge=1, description="masked positions per chunk of the LM head and the loss")
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, a third more work")
     deepspeed: dict[str, Any] = Field(
         {},
         description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer",
@@ -210,7 +212,7 @@ class EvaluationConfig(Section):
 
     problems: str | None = Field(None, description="file as data.prompts, with answers; none: no evaluation")
     count: int = Field(200, ge=1, description="first N problems of the file")
-    max_new_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(512, ge=1, description="response length limit, tokens")
     threshold: float = Field(0.9, ge=0, le=1, description="confidence threshold of the dynamic evaluation")
     every_batches: int = Field(0, ge=0, description="also evaluate during training; 0: only before and after")
     teacher: bool = Field(True, description="evaluate the greedy autoregressive teacher too")
@@ -226,7 +228,7 @@ class PipelineConfig(Section):
     stage_timeout_s: float = Field(1800.0, gt=0, description="deadline of every remote wait")
     start_timeout_s: float = Field(900.0, gt=0, description="deadline for the actors to load their models")
     checkpoint_every_batches: int = Field(0, ge=0, description="0: only at the end")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="older checkpoints of batches are deleted")
     spool: bool = Field(False, description="write every trained record batch as Arrow IPC to the run's folder")
 
 
@@ -242,8 +244,8 @@ class RunConfig(Section):
     """Everything a run needs. See deploy/presets for complete examples."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="folder under output_dir")
-    output_dir: Path = Path("runs")
-    seed: int = Field(0, ge=0)
+    output_dir: Path = Field(Path("runs"), description="parent of the runs' folders")
+    seed: int = Field(0, ge=0, description="of prompt order, sampling and state selection")
     block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid")
     model: ModelConfig
     data: DataConfig

@@ -36,9 +36,9 @@ class RandomState(Section):
     """Masks drawn at a ratio t ~ U(min_ratio, max_ratio), per block or per sequence (MDLM, BD3LM)."""
 
     kind: Literal["random"] = "random"
-    scope: Literal["block", "sequence"] = "block"
-    min_ratio: float = Field(0.0, ge=0, le=1)
-    max_ratio: float = Field(1.0, ge=0, le=1)
+    scope: Literal["block", "sequence"] = Field("block", description="one ratio per block or per sequence")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="least mask ratio")
+    max_ratio: float = Field(1.0, ge=0, le=1, description="greatest mask ratio")
     at_least_one: bool = Field(True, description="mask one position in a block whose draw masked none")
 
 
@@ -61,14 +61,14 @@ class MixedKL(Section):
     """D = (1 - alpha) KL(phi || p) + alpha KL(p || phi)."""
 
     kind: Literal["mixed_kl"] = "mixed_kl"
-    alpha: float = Field(0.5, ge=0, le=1)
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the reverse KL")
 
 
 class JensenShannon(Section):
     """D = alpha KL(phi || m) + (1 - alpha) KL(p || m) with m = alpha phi + (1 - alpha) p."""
 
     kind: Literal["jensen_shannon"] = "jensen_shannon"
-    alpha: float = Field(0.5, gt=0, lt=1)
+    alpha: float = Field(0.5, gt=0, lt=1, description="weight of phi in m; near 0 like forward, near 1 like reverse KL")
 
 
 Divergence = Annotated[ForwardKL | ReverseKL | MixedKL | JensenShannon, Field(discriminator="kind")]
@@ -85,5 +85,7 @@ class ObjectiveConfig(Section):
         description="tokens outside the teacher's top-k: left out (may be negative), renormalised over the k, or "
         "one class of their own (a true KL, a lower bound of the full one)",
     )
-    normalization: Literal["row_mean", "token_mean", "sum"] = "row_mean"
+    normalization: Literal["row_mean", "token_mean", "sum"] = Field(
+        "row_mean", description="row_mean: mean over a row's positions, then over rows; token_mean: over all positions"
+    )
     exclude_eos: bool = Field(False, description="leave the end token out of the loss, as the released code does")

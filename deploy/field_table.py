@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 from rich.table import Table
 
 from common.config import RunConfig
+from common.config_fields import is_tag, sections_of, tag_of
 
 
 def field_table() -> Table:
-    """One row per field: dotted name, type, default, description."""
+    """One row per field: dotted name, type, default, meaning."""
     table = Table(box=None, padding=(0, 1))
     for column in ("field", "type", "default", "meaning"):
         table.add_column(column, overflow="fold")
@@ -24,32 +23,27 @@ def field_table() -> Table:
     return table
 
 
-def rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """(field, type, default, description) of a section and the sections in it."""
-    for name, field in model.model_fields.items():
-        sections = list(_sections(field.annotation))
-        path = f"{prefix}{name}"
-        if len(sections) == 1:
-            yield from rows(sections[0], f"{path}.")
-        elif sections:
-            for section in sections:
-                tag = next(f.default for n, f in section.model_fields.items() if n in ("rule", "kind"))
-                yield path, "choice", "", f"[bold]{tag}[/bold]: {(section.__doc__ or '').splitlines()[0]}"
-                yield from (r for r in rows(section, f"{path}.") if not r[0].endswith((".rule", ".kind")))
+def rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """(field, type, default, meaning) of a section and the sections in it; a choice lists its options in turn."""
+    for name, field in section.model_fields.items():
+        inner = sections_of(field.annotation)
+        path = prefix + name
+        if len(inner) == 1:
+            yield from rows(inner[0], f"{path}.")
+        elif inner:
+            tag_name = next(n for n in inner[0].model_fields if is_tag([n]))
+            tags = " | ".join(str(tag_of(option)) for option in inner)
+            yield f"{path}.{tag_name}", tags, str(tag_of(type(field.default))), f"chooses the fields of {path}"
+            for option in inner:
+                yield "", "", "", f"[italic]with {tag_of(option)}:[/italic] {(option.__doc__ or '').splitlines()[0]}"
+                yield from (row for row in rows(option, f"{path}.") if not is_tag(row[0].split(".")))
         else:
-            default = "required" if field.default is PydanticUndefined else str(field.default)
-            yield path, _type_name(field.annotation), default, field.description or ""
+            default = "required" if field.is_required() else str(field.default)
+            yield path, type_name(field.annotation), default, field.description or ""
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        for argument in typing.get_args(annotation):
-            yield from _sections(argument)
-
-
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """A type as a person writes it: `float`, `a | b`, `int | None`."""
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(str(a) for a in typing.get_args(annotation))
     if isinstance(annotation, type) and not typing.get_args(annotation):
