@@ -23,19 +23,24 @@ from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
 from deploy import preflight
 from deploy.cluster import Pools, connect, start_pools
+from deploy.errors import WorkerError
 from deploy.progress import Progress
 from deploy.rollout_batch import RolloutBatch, drive
 from deploy.waiting import wait_all
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     """Train, evaluate, and leave everything in the run's folder; returns the content of `summary.json`.
+
+    An earlier run in that folder is an error, or with `overwrite` replaced.
 
     Raises:
         ConfigError: the run cannot start as configured.
         WorkerError, StuckError: an actor failed, died, or did not answer in time; the message names it.
     """
-    prompts, problems = preflight.check(config)
+    prompts, problems = preflight.check(config, overwrite)
+    if overwrite:
+        preflight.clear_run_dir(config)
     write_resolved_config(config)
     connect(config)
     try:
@@ -65,6 +70,7 @@ class Pipeline:
         self.updates = self.response_tokens = 0
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}
+        self.queued_version = 0
         self.previous_stats: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
@@ -146,15 +152,18 @@ class Pipeline:
         handle = self._on_ranks("publish", "publishing weights", in_flight, self.version)[0]
         loads = {actor.load_weights.remote(handle): name for actor, name in self._named(self.pools.rollouts)}
         self._collect_acknowledgements()
-        self.acknowledgements |= loads
+        self.acknowledgements, self.queued_version = loads, handle.version
         if self.config.pipeline.staleness == 0:
             self._collect_acknowledgements()
         return {"seconds": time.perf_counter() - start, "bytes": handle.nbytes}
 
     def _collect_acknowledgements(self) -> None:
-        """Every rollout actor confirms the version that it runs."""
+        """Every rollout actor confirms the version that was last queued on it."""
         timeout = self.config.pipeline.stage_timeout_s
-        wait_all(self.acknowledgements, "loading weights", timeout)
+        versions = wait_all(self.acknowledgements, "loading weights", timeout)
+        for name, version in zip(self.acknowledgements.values(), versions, strict=True):
+            if version != self.queued_version:
+                raise WorkerError(f"{name} runs weights version {version}, expected {self.queued_version}")
         self.acknowledgements = {}
 
     def _on_ranks(self, method: str, action: str, in_flight: list[RolloutBatch], *arguments: Any) -> list[Any]:
@@ -197,8 +206,9 @@ class Pipeline:
         tokens = sum(info.response_tokens for info in infos)
         rows = max(batch.finished_rows, 1)
         self.response_tokens += tokens
-        rollout_seconds = self._busy("rollout", ray.get(batch.actor_stats))
-        teacher_seconds = self._busy("teacher", ray.get([t.stats.remote() for t in self.pools.teachers]))
+        rollout_seconds = self._busy(batch.actor_stats)
+        teacher_stats = {actor.stats.remote(): name for actor, name in self._named(self.pools.teachers)}
+        teacher_seconds = self._busy(teacher_stats)
         return {
             "batch": batch.index,
             "loss": learner["loss"],
@@ -230,13 +240,13 @@ class Pipeline:
             "bytes/weights": published["bytes"],
         }
 
-    def _busy(self, role: str, stats: list[dict[str, float]]) -> float:
+    def _busy(self, stats: dict[ray.ObjectRef, str]) -> float:
         """Busy seconds of the role's busiest actor since the last batch."""
+        figures = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
         busiest = 0.0
-        for i, figures in enumerate(stats):
-            key = f"{role}-{i}"
-            busiest = max(busiest, figures["busy_seconds"] - self.previous_stats.get(key, 0.0))
-            self.previous_stats[key] = figures["busy_seconds"]
+        for name, figure in zip(stats.values(), figures, strict=True):
+            busiest = max(busiest, figure["busy_seconds"] - self.previous_stats.get(name, 0.0))
+            self.previous_stats[name] = figure["busy_seconds"]
         return busiest
 
     def _evaluate_before(self) -> dict[str, Any]:

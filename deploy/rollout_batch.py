@@ -45,14 +45,14 @@ class RolloutBatch:
         self._annotating: dict[ray.ObjectRef, tuple[ray.ObjectRef, str]] = {}
         self._load = dict.fromkeys(pools.teachers, 0)
         self._of_teacher: dict[ray.ObjectRef, Any] = {}
-        self.actor_stats: list[ray.ObjectRef] = []
+        self.actor_stats: dict[ray.ObjectRef, str] = {}
         for i, actor in enumerate(pools.rollouts):
             share = prompts[i :: len(pools.rollouts)]
             if share:
                 stream = actor.rollout.options(num_returns="streaming").remote(share, max_new_tokens)
                 self._generators[stream] = self._names[actor]
                 self._streams[stream] = self._names[actor]
-            self.actor_stats.append(actor.stats.remote())  # answers when the rollout is through
+            self.actor_stats[actor.stats.remote()] = self._names[actor]  # answers when the rollout is through
 
     @property
     def done(self) -> bool:

@@ -1,0 +1,51 @@
+"""A worker that dies or stops answering ends the run with its name, the cause and a non-zero exit status."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+COMMAND = [
+    sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers", "--evaluation.problems", "null",
+    "--learner.ranks", "1", "--pipeline.stage_timeout_s", "15",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("role", "sent", "message"),
+    [
+        ("RolloutActor", signal.SIGKILL, r"rollout-\d died while"),
+        ("LearnerRank", signal.SIGKILL, "learner-0 died while"),
+        ("TeacherActor", signal.SIGSTOP, "nothing from teacher-0 for 15 s"),
+    ],
+)
+def test_broken_worker_ends_the_run_by_name(tmp_path, role, sent, message):
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        run = subprocess.Popen([*COMMAND, "--output_dir", str(tmp_path)], stdout=out, stderr=subprocess.STDOUT)
+        metrics = tmp_path / "tiny" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 120, log)
+        victim = next(p for p in psutil.Process(run.pid).children(recursive=True) if role in "".join(p.cmdline()))
+        os.kill(victim.pid, sent)
+        status = run.wait(timeout=90)
+        if sent == signal.SIGSTOP and victim.is_running():
+            victim.kill()
+    text = " ".join(log.read_text().split())
+    assert status == 1, text
+    assert "run failed" in text
+    assert re.search(message, text), text
+    assert not (tmp_path / "tiny" / "summary.json").exists()
+
+
+def wait_for(condition, timeout_s: float, log) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
