@@ -243,7 +243,7 @@ class RayConfig(Section):
 class RunConfig(Section):
     """Everything a run needs. See deploy/presets for complete examples."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="folder under output_dir")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under output_dir")
     output_dir: Path = Field(Path("runs"), description="parent of the runs' folders")
     seed: int = Field(0, ge=0, description="of prompt order, sampling and state selection")
     block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid")

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from common.config import DataConfig
-
-_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 class PromptError(ValueError):
@@ -46,7 +46,7 @@ def load_prompts(data: DataConfig, tokenizer: Any, seed: int | None) -> PromptSe
     """Read, tokenise, drop what is too long, and order by `seed` (None: the order of the file), epoch by epoch.
 
     Raises:
-        PromptError: see read_records; or a question is missing, or no prompt is left.
+        PromptError: see read_records; a row has no question; or every prompt is too long.
     """
     questions = list(_questions(data))
     kept, dropped = [], Counter[str]()
@@ -58,17 +58,22 @@ def load_prompts(data: DataConfig, tokenizer: Any, seed: int | None) -> PromptSe
             kept.append((question, ids, domain, answer))
     if not kept:
         raise PromptError(
-            f"data.prompts {data.prompts!r}: all {len(questions)} prompts are longer than data.max_prompt_tokens "
+            f"{data.prompts!r}: all {len(questions)} prompts are longer than data.max_prompt_tokens "
             f"({data.max_prompt_tokens}); raise it"
         )
     prompts: list[Prompt] = []
+    chosen = _order(len(kept), seed, 0)[: data.limit]
     for epoch in range(data.epochs):
-        rng = np.random.default_rng([seed, epoch]) if seed is not None else None
-        order = rng.permutation(len(kept)) if rng is not None else np.arange(len(kept))
-        for index in order[: data.limit]:
+        order = chosen if epoch == 0 else chosen[_order(len(chosen), seed, epoch)]
+        for index in order:
             question, ids, domain, answer = kept[index]
             prompts.append(Prompt(len(prompts), question, ids, domain, answer))
     return PromptSet(prompts, dict(dropped))
+
+
+def _order(count: int, seed: int | None, epoch: int) -> np.ndarray:
+    """int64 [count]: an epoch's order."""
+    return np.arange(count) if seed is None else np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def prompt_ids(tokenizer: Any, question: str, *, enable_thinking: bool = False) -> np.ndarray:
@@ -99,50 +104,65 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of every row of a JSON list, JSONL or Parquet file, or of a folder of them in sorted order.
 
     Raises:
-        PromptError: the path is missing, of an unknown kind, empty, or a row is not an object.
+        PromptError: the path is missing, of an unknown kind or empty, or a row is broken or not an object.
     """
     if not path.exists():
-        raise PromptError(f"data.prompts: {str(path)!r} does not exist; give a JSON, JSONL or Parquet file or folder")
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES)
-        if not files:
-            raise PromptError(f"data.prompts: folder {str(path)!r} holds no {', '.join(_SUFFIXES)} file")
-    else:
-        files = [path]
+        raise PromptError(f"{str(path)!r} does not exist; give a JSON, JSONL or Parquet file, or a folder of them")
+    files = sorted(f for f in path.rglob("*") if f.suffix in _READERS) if path.is_dir() else [path]
+    if not files:
+        raise PromptError(f"folder {str(path)!r} holds no {', '.join(_READERS)} file; put the prompts there")
     for file in files:
+        if file.suffix not in _READERS:
+            raise PromptError(f"{str(file)!r} is none of {', '.join(_READERS)}; convert or rename it")
         count = 0
-        for place, record in _read_file(file):
+        for place, record in _READERS[file.suffix](file):
             if not isinstance(record, dict):
                 raise PromptError(f"{place}: expected an object with fields, found {type(record).__name__}")
             count += 1
             yield place, record
         if not count:
-            raise PromptError(f"data.prompts: {str(file)!r} is empty; remove it or fill it")
+            raise PromptError(f"{str(file)!r} is empty; fill it or remove it")
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        for row, record in enumerate(parquet.read_table(file).to_pylist()):
-            yield f"{file}, row {row + 1}", record
-    elif file.suffix == ".jsonl":
-        for number, line in enumerate(file.read_text().splitlines(), start=1):
-            if line.strip():
-                yield f"{file}, line {number}", _parse(line, f"{file}, line {number}")
-    elif file.suffix == ".json":
-        records = _parse(file.read_text() or "[]", str(file))
-        if not isinstance(records, list):
-            raise PromptError(f"{file}: expected a JSON list of objects; use .jsonl for one object a line")
-        for row, record in enumerate(records):
-            yield f"{file}, entry {row + 1}", record
-    else:
-        raise PromptError(f"data.prompts: {str(file)!r} is none of {', '.join(_SUFFIXES)}")
-
-
-def _parse(text: str, place: str) -> Any:
+def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        return json.loads(text)
+        rows = parquet.read_table(file).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise PromptError(f"{file}: not valid Parquet ({error}); write it again") from error
+    for row, record in enumerate(rows, start=1):
+        yield f"{file}, row {row}", record
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(file).split("\n"), start=1):  # not splitlines: text may hold U+2028
+        if line.strip():
+            try:
+                yield f"{file}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise PromptError(f"{file}, line {number}: not valid JSON ({error.msg}); mend or remove it") from error
+
+
+def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        records = json.loads(_text(file).strip() or "[]")
     except json.JSONDecodeError as error:
-        where = place if "line" in place else f"{place}, line {error.lineno}"
-        raise PromptError(f"{where}: not valid JSON ({error.msg}); mend or remove it") from error
+        hint = "one object a line belongs in a .jsonl file" if error.msg == "Extra data" else "mend it"
+        raise PromptError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); {hint}") from error
+    if not isinstance(records, list):
+        raise PromptError(f"{file}: expected a JSON list of objects, found {type(records).__name__}")
+    for row, record in enumerate(records, start=1):
+        yield f"{file}, entry {row}", record
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

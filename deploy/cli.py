@@ -5,15 +5,17 @@ Heavy libraries are imported inside the commands, so that `--help` and `--dry-ru
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from common.config import (
+    DataConfig,
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
@@ -21,25 +23,38 @@ from common.config import (
     Unmasking,
 )
 from common.config_file import ConfigError, load_config, preset_names
-from common.prompts import PromptError
+from common.prompts import Prompt
+from deploy.errors import RunError
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn an autoregressive LM into a block-diffusion LM by on-policy distillation (OPDLM).",
+    epilog="Begin with [bold]opdlm train tiny[/bold]: the whole loop on this machine, no GPU needed.",
 )
 console = Console()
 
-Rule = Annotated[str, typer.Option(help="unmasking rule: static, dynamic, sequential or entropy_bound")]
-Threshold = Annotated[float, typer.Option(help="confidence threshold of the dynamic rule")]
-BlockSize = Annotated[int | None, typer.Option(help="tokens per block; default: the model's own")]
+Rule = Annotated[
+    Literal["static", "dynamic", "sequential", "entropy_bound"],
+    typer.Option(
+        metavar="RULE",
+        help="which masked tokens a step reveals: static (one, the most confident), sequential (one, the leftmost), "
+        "dynamic (all above the threshold) or entropy_bound (the surest within an entropy budget)",
+    ),
+]
+Threshold = Annotated[float, typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule")]
+BlockSize = Annotated[int | None, typer.Option(min=1, help="tokens per block; default: the model's own")]
+DtypeName = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and activations")]
+Student = Annotated[str, typer.Argument(help="folder of a trained or converted student", metavar="MODEL")]
 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog=f"Presets: {', '.join(preset_names())}. `opdlm fields` lists every field that can be overridden.",
+    options_metavar="[OPTIONS] [--FIELD VALUE]...",
+    epilog=f"Presets: {', '.join(preset_names())}.",
 )
 def train(
     context: typer.Context,
@@ -47,15 +62,33 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show config, placement and estimates; start nothing")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a finished run of the same name")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run of the same name")] = False,
 ) -> None:
     """Train a block-diffusion student.
 
-    Any field of the config can be overridden:
+    [bold]Examples[/bold]
 
-        opdlm train deploy/presets/tiny.yaml
+        opdlm train tiny
         opdlm train tiny --name mine --learner.lr 5e-4 --teacher.backend transformers
+        opdlm train my.yaml --rollout.unmasking.rule static --rollout.unmasking.steps_per_block 2
         opdlm train qwen3-4b --dry-run
+
+    [bold]Overrides[/bold]
+
+    Every field of the config can be overridden as --FIELD VALUE or --FIELD=VALUE; values are YAML.
+    [bold]opdlm fields[/bold] lists them all. The most used:
+
+        --name, --output_dir           the run's folder is output_dir/name
+        --model.path                   the autoregressive model to start from
+        --data.prompts                 JSON, JSONL or Parquet with a question per row
+        --pipeline.max_batches         stop after so many rollout batches
+        --rollout.actors               rollout processes; also teacher.actors and learner.ranks
+        --rollout.prompts_per_batch    prompts per rollout batch
+        --learner.lr                   learning rate
+        --teacher.backend              vllm or transformers
+        --teacher.target               hidden (full vocabulary) or topk
+        --curriculum.max_tokens        longest response
+        --evaluation.problems          held-out problems with answers; null: no evaluation
     """
     settings = load_config(config, context.args)
     if dry_run:
@@ -63,45 +96,65 @@ def train(
 
         show(settings, console)
         return
-    if overwrite and settings.run_dir.exists():
-        shutil.rmtree(settings.run_dir)
     from deploy.pipeline import run
     from deploy.progress import summary_table
 
-    summary = run(settings)
-    console.print(summary_table(summary))
+    summary = run(settings, overwrite)
+    if "student" in summary:
+        console.print(summary_table(summary))
     console.print(
-        f"everything is in [bold]{settings.run_dir}[/bold]; try: opdlm generate {settings.run_dir}/checkpoints/final"
+        f"everything is in {settings.run_dir}; try: opdlm generate {settings.run_dir}/checkpoints/final",
+        soft_wrap=True,
+        highlight=False,
     )
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="folder of a trained or converted student")],
-    problems: Annotated[Path, typer.Option(help="JSON, JSONL or Parquet with questions and answers")],
+    model: Student,
+    problems: Annotated[Path, typer.Option(help="JSON, JSONL or Parquet with a question and an answer per row")],
     rule: Rule = "dynamic",
     threshold: Threshold = 0.9,
     block_size: BlockSize = None,
-    count: Annotated[int, typer.Option(help="first N problems")] = 200,
-    max_new_tokens: Annotated[int, typer.Option(help="response length limit, tokens")] = 512,
-    slots: Annotated[int, typer.Option(help="sequences decoded at the same time")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="first N problems")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="response length limit, tokens")] = 512,
+    slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
+    dtype: DtypeName = "float32",
     autoregressive: Annotated[
-        bool, typer.Option("--autoregressive", help="evaluate a causal LM by greedy decoding instead")
+        bool, typer.Option("--autoregressive", help="evaluate a causal LM, such as the teacher, by greedy decoding")
     ] = False,
 ) -> None:
     """Exact match and tokens per step on problems with a checkable answer.
 
-    opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl
-    """
-    unmasking = unmasking_of(rule, threshold)
-    held_out = _problems(model, problems, count)
-    from actors.evaluation import evaluate_student, evaluate_teacher
+    [bold]Examples[/bold]
 
+        opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl
+        opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl --rule static
+        opdlm eval deploy/models/tiny-arlm --problems deploy/data/word_problems_heldout.jsonl --autoregressive
+    """
+    from deploy.preflight import check_model_folder, check_student_folder, read_problems
+
+    if autoregressive:
+        check_model_folder("MODEL", model)
+    else:
+        check_student_folder(model)
+    from actors.evaluation import evaluate_student, evaluate_teacher
+    from common.student import load_tokenizer
+
+    held_out: list[Prompt] = read_problems(
+        "--problems", DataConfig(prompts=str(problems)), load_tokenizer(model), count
+    )
     if autoregressive:
         figures = evaluate_teacher(model, held_out, max_new_tokens=max_new_tokens)
     else:
         figures = evaluate_student(
-            model, held_out, unmasking, block_size=block_size, max_new_tokens=max_new_tokens, slots=slots
+            model,
+            held_out,
+            unmasking_of(rule, threshold),
+            block_size=block_size,
+            max_new_tokens=max_new_tokens,
+            slots=slots,
+            dtype=dtype,
         )
     for name, value in figures.items():
         console.print(f"{name:>32}  {value:.4g}", highlight=False)
@@ -109,55 +162,70 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="folder of a trained or converted student")],
-    prompt: Annotated[str | None, typer.Argument(help="the prompt; or use --file")] = None,
-    file: Annotated[Path | None, typer.Option(help="a file with one prompt a line")] = None,
+    model: Student,
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; or use --file", metavar="PROMPT")] = None,
+    file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="a text file with one prompt a line")
+    ] = None,
     rule: Rule = "dynamic",
     threshold: Threshold = 0.9,
     block_size: BlockSize = None,
-    max_new_tokens: Annotated[int, typer.Option(help="response length limit, tokens")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
-    seed: int = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="response length limit, tokens")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
+    dtype: DtypeName = "float32",
     raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
 ) -> None:
     """Answer a prompt by block diffusion.
 
-    opdlm generate runs/tiny/checkpoints/final "Tom has 5 apples, buys 4 more and gives 2 away. How many now?"
+    [bold]Example[/bold]
+
+        opdlm generate runs/tiny/checkpoints/final "Tom has 5 apples and buys 4 more. How many apples now?"
     """
-    unmasking = unmasking_of(rule, threshold)
-    prompts = [prompt] if prompt else [line for line in file.read_text().splitlines() if line] if file else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    prompts = [prompt] if prompt else [line for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError("no prompt: give it as an argument, or a file of prompts with --file")
-    check_student(model)
+        raise ConfigError("no prompt: give it after MODEL, or a file with one prompt a line with --file")
+    from deploy.preflight import check_student_folder
+
+    check_student_folder(model)
     from actors.evaluation import generate_texts
 
     results = generate_texts(
-        model, prompts, unmasking, block_size=block_size, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed, chat=not raw,
-    )  # fmt: skip
+        model,
+        prompts,
+        unmasking_of(rule, threshold),
+        block_size=block_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=not raw,
+        dtype=dtype,
+    )
     for question, (text, trajectory) in zip(prompts, results, strict=True):
         if len(prompts) > 1:
-            console.print(f"[dim]{question}[/dim]", highlight=False)
+            console.print(Text(question, style="dim"))
         print(text)
-        rate = len(trajectory.response_ids) / trajectory.denoise_forwards
-        console.print(
-            f"[dim]{len(trajectory.response_ids)} tokens in {trajectory.denoise_forwards} steps, "
-            f"{rate:.2f} tokens per step[/dim]",
-            highlight=False,
-        )
+        tokens, steps = len(trajectory.response_ids), trajectory.denoise_forwards
+        console.print(Text(f"{tokens} tokens in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
 
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="folder or hub id of an autoregressive LM")],
-    out: Annotated[Path, typer.Argument(help="folder to write")],
-    block_size: Annotated[int, typer.Option(help="tokens per block")] = 4,
+    model: Annotated[str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")],
+    block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,
     mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|mask|>",
+    dtype: DtypeName = "bfloat16",
 ) -> None:
-    """Write the untrained student of an ARLM: same weights, a mask token, block size in the config.
+    """Write the untrained student of an ARLM: same weights, a mask token, its block size in the config.
 
-    opdlm convert deploy/models/tiny-arlm /tmp/student --block-size 4
+    [bold]Example[/bold]
+
+        opdlm convert deploy/models/tiny-arlm student --block-size 4
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"OUT: {str(out)!r} exists; choose another folder, or remove it")
     from deploy.preflight import check_model_folder
 
     check_model_folder("MODEL", model)
@@ -165,22 +233,30 @@ def convert(
 
     from common.student import convert_folder
 
-    convert_folder(model, out, block_size, mask_token, torch.bfloat16)
-    console.print(f"wrote {out}")
+    convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
+    console.print(f"wrote {out}; it is untrained: opdlm train does that", soft_wrap=True, highlight=False)
 
 
 @app.command("make-tiny-arlm")
 def make_tiny(
     out: Annotated[Path, typer.Option(help="folder to write")] = Path("tiny-arlm"),
-    seed: int = 0,
-    steps: Annotated[int | None, typer.Option(help="optimiser updates; default: those of the shipped model")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of weights and problems")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="optimiser updates; default: as the shipped model")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="compute threads")] = 1,
 ) -> None:
-    """Train the tiny autoregressive model of the demo from scratch (about ten minutes on one core)."""
+    """Train the demo's tiny autoregressive model from scratch, about ten minutes on one core.
+
+    [bold]Example[/bold]
+
+        opdlm make-tiny-arlm --out my-arlm --seed 1
+    """
     from deploy.tiny_arlm import make_tiny_arlm
 
-    figures = make_tiny_arlm(out, seed=seed) if steps is None else make_tiny_arlm(out, seed=seed, steps=steps)
+    options: dict[str, Any] = {} if steps is None else {"steps": steps}
+    figures = make_tiny_arlm(out, seed=seed, threads=threads, **options)
     for name, value in figures.items():
         console.print(f"{name:>16}  {value}", highlight=False)
+    console.print(f"wrote {out}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -193,53 +269,33 @@ def fields() -> None:
 
 def unmasking_of(rule: str, threshold: float) -> Unmasking:
     """The unmasking rule of the --rule and --threshold options."""
-    rules: dict[str, Any] = {
-        "static": StaticUnmasking,
-        "sequential": SequentialUnmasking,
-        "entropy_bound": EntropyBoundUnmasking,
+    rules: dict[str, Unmasking] = {
+        "static": StaticUnmasking(),
+        "dynamic": DynamicUnmasking(threshold=threshold),
+        "sequential": SequentialUnmasking(),
+        "entropy_bound": EntropyBoundUnmasking(),
     }
-    if rule == "dynamic":
-        if not 0 <= threshold <= 1:
-            raise ConfigError(f"--threshold {threshold} is not a probability; give a number from 0 to 1")
-        return DynamicUnmasking(threshold=threshold)
-    if rule not in rules:
-        raise ConfigError(f"--rule {rule!r} is unknown; choose static, dynamic, sequential or entropy_bound")
-    return rules[rule]()
-
-
-def check_student(model: str) -> None:
-    from deploy.preflight import check_model_folder
-
-    check_model_folder("MODEL", model)
-
-
-def _problems(model: str, problems: Path, count: int) -> list[Any]:
-    check_student(model)
-    from common.config import DataConfig
-    from common.prompts import load_prompts
-    from common.student import load_tokenizer
-
-    data = DataConfig(prompts=str(problems), max_prompt_tokens=1_000_000)
-    loaded = load_prompts(data, load_tokenizer(model), seed=None).prompts[:count]
-    if any(p.answer is None for p in loaded):
-        raise ConfigError(f"--problems {str(problems)!r}: some rows have no {data.answer_field!r} field")
-    return loaded
+    return rules[rule]
 
 
 def main() -> None:
-    """Run the command line; user errors end with status 2 and no traceback, failed workers with status 1."""
-    from deploy.errors import RunError
-
+    """Run the command line; bad input ends with status 2 and no traceback, a failed run with status 1."""
+    # progress bars of single files say nothing here; a user's own setting wins
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
-    except (ConfigError, PromptError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        app(prog_name="opdlm")
+    except ConfigError as error:
+        _report("error: ", error)
         sys.exit(2)
     except RunError as error:
-        Console(stderr=True).print(
-            f"[bold red]run failed:[/bold red] {error}", highlight=False, soft_wrap=True, markup=True
-        )
+        _report("run failed: ", error)
         sys.exit(1)
+
+
+def _report(label: str, error: Exception) -> None:
+    text = Text.assemble((label, "bold red"), str(error))
+    Console(stderr=True).print(text, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,57 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common.config import RunConfig
+from common.config import DataConfig, RunConfig
 from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.placement import check_resources, plan
 
+_ANY_LENGTH = 10**9
 
-def looks_local(path: str) -> bool:
-    """Whether a model path means a folder and not a hub id (`organisation/name`)."""
-    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
+
+def check(config: RunConfig, overwrite: bool = False) -> tuple[PromptSet, list[Prompt]]:
+    """All checks of a run; returns its prompts and held-out problems, so that nothing is read twice.
+
+    Raises:
+        ConfigError: the run cannot start as configured.
+    """
+    check_run_dir(config, overwrite)
+    check_model_folder("model.path", config.model.path)
+    check_model_folder("teacher.path", config.teacher_path)
+    check_processes(config)
+    tokenizer, limit = check_models(config)
+    prompts, problems = read_prompts(config, tokenizer)
+    _check_lengths(config, prompts, problems, limit)
+    return prompts, problems
+
+
+def check_run_dir(config: RunConfig, overwrite: bool) -> None:
+    """Refuse a folder that holds another run, or with `overwrite` one that holds something else."""
+    folder = config.run_dir
+    if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"name: {str(folder)!r} is not the folder of a run, so it is not replaced; choose another --name"
+        )
+    metrics = folder / "metrics.jsonl"
+    if not overwrite and metrics.is_file() and metrics.stat().st_size:
+        state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
+        raise ConfigError(
+            f"name: {str(folder)!r} holds {state} run; choose another --name, or replace it with --overwrite"
+        )
+
+
+def clear_run_dir(config: RunConfig) -> None:
+    """Remove an earlier run that `check_run_dir` allowed to replace."""
+    shutil.rmtree(config.run_dir, ignore_errors=True)
 
 
 def check_model_folder(field: str, path: str) -> None:
-    """Refuse a folder that is missing or holds no causal LM.
+    """Refuse a folder that is missing or holds no causal LM; a hub id passes.
 
     Raises:
         ConfigError: names the field, the path and the remedy.
@@ -29,93 +64,124 @@ def check_model_folder(field: str, path: str) -> None:
         if looks_local(path):
             raise ConfigError(f"{field}: folder {path!r} does not exist; give a Hugging Face model folder or a hub id")
         return
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"{field}: {path!r} has no config.json; give the folder of a Hugging Face causal LM")
-    architectures = json.loads(file.read_text()).get("architectures") or []
+    architectures = model_json(field, path).get("architectures") or []
     if not any(name.endswith("ForCausalLM") for name in architectures):
         raise ConfigError(
-            f"{field}: {path!r} is {architectures or 'of no stated architecture'}, not a causal LM "
+            f"{field}: {path!r} is {', '.join(architectures) or 'of no stated architecture'}, not a causal LM "
             "(an architecture that ends in ForCausalLM); choose another model"
         )
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(f"{field}: {path!r} holds no .safetensors file; save the model with save_pretrained")
 
 
-def check(config: RunConfig) -> tuple[PromptSet, list[Prompt]]:
-    """All checks of a run; returns its prompts and held-out problems, so that nothing is read twice.
-
-    Raises:
-        ConfigError: the run cannot start as configured.
-    """
-    check_model_folder("model.path", config.model.path)
-    check_model_folder("teacher.path", config.teacher_path)
-    if config.ray.address is None:
-        check_resources(plan(config), config.ray.num_cpus or os.cpu_count() or 1, _local_gpus())
-    if (config.run_dir / "summary.json").exists():
+def check_student_folder(path: str) -> None:
+    """Refuse a MODEL that is no converted student: it would not know its mask token and block size."""
+    check_model_folder("MODEL", path)
+    if Path(path).is_dir() and model_json("MODEL", path).get("mask_token_id") is None:
         raise ConfigError(
-            f"name: {str(config.run_dir)!r} already holds a finished run; choose another --name, or add --overwrite"
+            f"MODEL: {path!r} is an autoregressive model, not a student; convert it first with opdlm convert {path} OUT"
         )
 
+
+def model_json(field: str, path: str) -> dict[str, Any]:
+    """The config.json of a model folder."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{field}: {path!r} has no config.json; give the folder of a Hugging Face causal LM")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{field}: {str(file)!r} is not a JSON object ({error}); save the model again") from error
+
+
+def looks_local(path: str) -> bool:
+    """Whether a model path means a folder and not a hub id (`organisation/name`)."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
+
+
+def check_processes(config: RunConfig) -> None:
+    """Refuse processes that cannot run here: missing CPUs, GPUs or teacher engine."""
+    if config.learner.ranks > 1 and 0 < config.learner.resources.gpus < 1:
+        raise ConfigError(
+            f"learner.resources.gpus: {config.learner.resources.gpus:g} would put several ranks on one GPU, which NCCL "
+            "refuses; use 1, or learner.ranks 1"
+        )
+    if config.ray.address is not None:
+        return  # another machine's; checked when connected
+    if config.teacher.backend == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "teacher.backend: 'vllm' is not installed; install opdlm[cpu] or opdlm[cuda], "
+            "or use --teacher.backend transformers"
+        )
+    placement = plan(config)
+    check_resources(placement, config.ray.num_cpus or os.cpu_count() or 1, _local_gpus() if placement.gpus else 0)
+
+
+def check_models(config: RunConfig) -> tuple[Any, int]:
+    """The student's tokenizer, and the number of positions that both models can read."""
     from transformers import AutoConfig
 
     from common.student import convert, load_tokenizer, tokenizer_fingerprint
 
     try:
         model_config, tokenizer = convert(config.model.path, config.block_size, config.model.mask_token)
+        teacher_config = AutoConfig.from_pretrained(config.teacher_path)
+        teacher_tokenizer = load_tokenizer(config.teacher_path)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"model.path {config.model.path!r}: {error}") from error
-    if config.teacher.path and tokenizer_fingerprint(load_tokenizer(config.teacher.path)) != tokenizer_fingerprint(
-        tokenizer
-    ):
+        raise ConfigError(f"model.path {config.model.path!r}, teacher.path {config.teacher_path!r}: {error}") from error
+    if tokenizer_fingerprint(teacher_tokenizer) != tokenizer_fingerprint(tokenizer):
         raise ConfigError(
-            f"teacher.path {config.teacher.path!r} and model.path {config.model.path!r} have different tokenizers; "
+            f"teacher.path {config.teacher_path!r} and model.path {config.model.path!r} have different tokenizers; "
             "token ids must mean the same to both: choose models of one family"
         )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.path {config.model.path!r}: the tokenizer has no end token; set eos_token in it")
-    prompts, problems = read_prompts(config, tokenizer)
-    _check_lengths(
-        config,
-        prompts,
-        problems,
-        min(model_config.max_position_embeddings, _teacher_length(config, AutoConfig)),
-    )
-    return prompts, problems
+    for what, value in (("end token", tokenizer.eos_token_id), ("chat template", tokenizer.chat_template)):
+        if value is None:
+            raise ConfigError(f"model.path {config.model.path!r}: the tokenizer has no {what}; add it to its files")
+    return tokenizer, min(model_config.max_position_embeddings, teacher_config.max_position_embeddings)
 
 
 def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Prompt]]:
     """The run's prompts, and its held-out problems in the order of their file."""
     try:
         prompts = load_prompts(config.data, tokenizer, config.seed)
-        if not config.evaluation.problems:
-            return prompts, []
-        data = config.data.model_copy(update={"prompts": config.evaluation.problems, "epochs": 1, "limit": None})
-        problems = load_prompts(data, tokenizer, seed=None).prompts[: config.evaluation.count]
     except PromptError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"data.prompts: {error}") from error
+    if not config.evaluation.problems:
+        return prompts, []
+    data = config.data.model_copy(update={"prompts": config.evaluation.problems})
+    return prompts, read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
+
+
+def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> list[Prompt]:
+    """The first `count` problems of a file, each with an answer."""
+    data = data.model_copy(update={"epochs": 1, "limit": None, "max_prompt_tokens": _ANY_LENGTH})
+    try:
+        problems = load_prompts(data, tokenizer, seed=None).prompts[:count]
+    except PromptError as error:
+        raise ConfigError(f"{field}: {error}") from error
     without = [p.question for p in problems if p.answer is None]
     if without:
         raise ConfigError(
-            f"evaluation.problems {config.evaluation.problems!r}: {len(without)} problems have no "
-            f"{config.data.answer_field!r}, the first is {without[0]!r}; set data.answer_field"
+            f"{field}: {len(without)} of {len(problems)} problems of {data.prompts!r} have no field "
+            f"{data.answer_field!r}, the first is {without[0]!r}; add answers, or set data.answer_field"
         )
-    return prompts, problems
+    return problems
 
 
 def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt], limit: int) -> None:
-    longest = max(len(p.ids) for p in prompts.prompts + problems)
-    response = max(config.curriculum.max_tokens, config.evaluation.max_new_tokens if problems else 0)
-    needed = longest + response + config.block_size
-    if needed > limit:
-        raise ConfigError(
-            f"the longest prompt ({longest} tokens) and response ({response}) need {needed} positions, the model has "
-            f"{limit}; lower data.max_prompt_tokens, curriculum.max_tokens or evaluation.max_new_tokens"
-        )
-
-
-def _teacher_length(config: RunConfig, auto_config: Any) -> int:
-    return int(auto_config.from_pretrained(config.teacher_path).max_position_embeddings)
+    parts = [("data.prompts", prompts.prompts, "curriculum.max_tokens", config.curriculum.max_tokens)]
+    if problems:
+        response = config.evaluation.max_new_tokens
+        parts.append(("evaluation.problems", problems, "evaluation.max_new_tokens", response))
+    for field, rows, response_field, response in parts:
+        longest = max(len(p.ids) for p in rows)
+        needed = -(-(longest + response) // config.block_size) * config.block_size
+        if needed > limit:
+            raise ConfigError(
+                f"{response_field}: {response} after the longest prompt of {field} ({longest} tokens) needs {needed} "
+                f"positions, the models have {limit}; lower {response_field} to {limit - longest} or less, "
+                "or drop long prompts with data.max_prompt_tokens"
+            )
 
 
 def _local_gpus() -> int:
