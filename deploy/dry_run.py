@@ -11,37 +11,50 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from common.config import RunConfig
+from common.config_file import ConfigError
+from common.prompts import PromptError, read_records
 from deploy.placement import Placement, plan
+from deploy.preflight import check_model_folder
 
 
 def show(config: RunConfig, console: Console) -> None:
-    """Print everything; Ray is not started and no model is loaded.
+    """Print everything; Ray is not started and no model is loaded. What is not on this machine becomes a note.
 
     Raises:
-        ConfigError: the model's sizes are unknown.
+        ConfigError: a folder that is here is no causal LM, the model's sizes are unknown, or a prompt file is broken.
     """
+    for field, path in (("model.path", config.model.path), ("teacher.path", config.teacher_path)):
+        if Path(path).is_dir():
+            check_model_folder(field, path)
     placement = plan(config)
+    notes = _notes(config, placement)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.rule("config")
     console.print(Syntax(resolved, "yaml", background_color="default"))
     console.rule("placement")
     console.print(_placement_table(placement))
-    console.print(f"together: {placement.cpus:g} CPUs, {placement.gpus:g} GPUs; this machine has {os.cpu_count()} CPUs")
-    console.rule("estimates")
+    console.print(f"together: {placement.cpus:g} CPUs, {placement.gpus:g} GPUs; memory is a rough estimate")
+    console.rule("payload of one rollout batch, at most")
+    used = {"trajectories", "weights", f"targets ({config.teacher.target})"}
     for name, nbytes in placement.payload.items():
-        console.print(f"{name:>14} per rollout batch, at most  {size(nbytes):>10}", highlight=False)
-    console.print(f"{'parameters':>14}  {placement.shape.parameters:,}", highlight=False)
-    for note in _missing(config):
-        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+        style = None if name in used else "dim"
+        unused = "" if name in used else f"  not used: teacher.target is {config.teacher.target}"
+        console.print(f"{name:>18}  {size(nbytes):>10}{unused}", style=style, highlight=False)
+    console.rule("run")
+    console.print(f"{'parameters':>18}  {placement.shape.parameters:,}", highlight=False)
+    for name, value in _work(config).items():
+        console.print(f"{name:>18}  {value:,}", highlight=False)
+    for note in notes:
+        console.print(f"[yellow]note:[/yellow] {note}", highlight=False, soft_wrap=True)
 
 
 def size(nbytes: float) -> str:
     """Bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
             return f"{nbytes:.1f} {unit}"
         nbytes /= 1024
-    raise AssertionError
+    return f"{nbytes:.1f} GiB"
 
 
 def _placement_table(placement: Placement) -> Table:
@@ -61,12 +74,38 @@ def _placement_table(placement: Placement) -> Table:
     return table
 
 
-def _missing(config: RunConfig) -> list[str]:
+def _work(config: RunConfig) -> dict[str, int]:
+    """Prompts, rollout batches and updates of the run, where the prompts are here; over-long ones still counted."""
+    if not Path(config.data.prompts).exists():
+        return {}
+    try:
+        count = sum(1 for _ in read_records(Path(config.data.prompts)))
+    except PromptError as error:
+        raise ConfigError(f"data.prompts: {error}") from error
+    trained = min(count, config.data.limit or count) * config.data.epochs
+    full_batches = -(-trained // config.rollout.prompts_per_batch)
+    batches = min(full_batches, config.pipeline.max_batches or full_batches)
+    trained = min(trained, batches * config.rollout.prompts_per_batch)
+    rows = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
+    return {
+        "prompts in the file": count,
+        "prompts to train": trained,
+        "rollout batches": batches,
+        "updates, at most": batches * -(-rows // config.learner.batch_rows),
+    }
+
+
+def _notes(config: RunConfig, placement: Placement) -> list[str]:
     places = {
         "model.path": config.model.path,
+        "teacher.path": config.teacher.path,
         "data.prompts": config.data.prompts,
         "evaluation.problems": config.evaluation.problems,
     }
-    return [
+    missing = [
         f"{field} {path!r} is not on this machine" for field, path in places.items() if path and not Path(path).exists()
     ]
+    here = config.ray.num_cpus or os.cpu_count() or 1
+    if config.ray.address is None and placement.cpus > here:
+        missing.append(f"the run asks for {placement.cpus:g} CPUs, this machine has {here}")
+    return missing

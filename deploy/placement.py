@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import ModelShape, Resources, RunConfig
+from common.config import ModelShape, RunConfig
 from common.config_file import ConfigError
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _RUNTIME_BYTES = 700 * 2**20  # Python, torch and Ray of one process, about
+_BYTES_PER_RESPONSE_TOKEN = 26  # id, reveal round, confidence; masked offset, state, weight; target offset
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -52,30 +54,41 @@ def plan(config: RunConfig) -> Placement:
     Raises:
         ConfigError: the model's sizes are known neither from its folder nor from model.shape.
     """
-    shape = model_shape(config)
-    longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
+    shape = model_shape("model.path", config.model.path, config.model.shape)
+    teacher_shape = model_shape("teacher.path", config.teacher_path, config.model.shape)
     per_role = [
-        ("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape, longest)),
-        ("teacher", config.teacher.actors, config.teacher.resources, _teacher_memory(config, shape)),
-        ("learner", config.learner.ranks, config.learner.resources, _learner_memory(config, shape)),
+        ("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape)),
+        ("teacher", config.teacher.actors, config.teacher.resources, _teacher_memory(config, teacher_shape)),
+        ("learner", config.learner.ranks, config.learner.resources, _learner_memory(config, shape, teacher_shape)),
     ]
     processes = [
-        _process(role, i, resources, memory) for role, count, resources, memory in per_role for i in range(count)
+        Process(role, i, resources.cpus, resources.gpus, resources.threads, memory)
+        for role, count, resources, memory in per_role
+        for i in range(count)
     ]
-    return Placement(processes, _payload(config, shape), shape)
+    return Placement(processes, _payload(config, shape, teacher_shape), shape)
 
 
-def model_shape(config: RunConfig) -> ModelShape:
-    """Sizes from the model's config.json where its folder is here, else model.shape."""
-    file = Path(config.model.path) / "config.json"
+def model_shape(field: str, path: str, fallback: ModelShape | None) -> ModelShape:
+    """Sizes from the model's config.json where its folder is here, else `fallback`.
+
+    Raises:
+        ConfigError: there is neither, or the file lacks a size.
+    """
+    file = Path(path) / "config.json"
     if not file.is_file():
-        if config.model.shape is None:
+        if fallback is None:
             raise ConfigError(
-                f"model.path {config.model.path!r} is not a folder on this machine and model.shape is not set; "
-                "download the model, or describe its sizes in model.shape"
+                f"{field}: {path!r} is not a model folder on this machine and model.shape is not set; "
+                "download the model and give its folder, or describe its sizes in model.shape"
             )
-        return config.model.shape
-    raw = json.loads(file.read_text())
+        return fallback
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    missing = [name for name in _SIZES if name not in raw]
+    if missing:
+        raise ConfigError(
+            f"{field}: {str(file)!r} lacks {', '.join(missing)}; give the folder of a decoder-only causal LM"
+        )
     return ModelShape(
         hidden_size=raw["hidden_size"],
         layers=raw["num_hidden_layers"],
@@ -108,12 +121,9 @@ def check_resources(placement: Placement, cpus: float, gpus: float) -> None:
             )
 
 
-def _process(role: str, index: int, resources: Resources, memory: dict[str, int]) -> Process:
-    return Process(role, index, resources.cpus, resources.gpus, resources.threads, memory)
-
-
-def _rollout_memory(config: RunConfig, shape: ModelShape, longest: int) -> dict[str, int]:
+def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
+    longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
     block_rows = config.rollout.slots * config.block_size
     return {
         "weights": shape.parameters * width,
@@ -124,46 +134,43 @@ def _rollout_memory(config: RunConfig, shape: ModelShape, longest: int) -> dict[
 
 
 def _teacher_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+    """On a GPU, vLLM's KV cache takes what gpu_memory_utilization leaves, which is not counted here."""
     width = _BYTES[config.teacher.dtype]
     logits = config.teacher.max_batched_tokens * shape.vocab_size * (width + 4)
+    own_cache = config.teacher.backend == "vllm" and not config.teacher.resources.gpus
     return {
         "weights": shape.parameters * width,
-        "KV cache": config.teacher.kv_cache_mib * 2**20 if config.teacher.backend == "vllm" else 0,
+        "KV cache": config.teacher.kv_cache_mib * 2**20 if own_cache else 0,
         "logits": logits if config.teacher.target == "topk" else 0,
         "runtime": _RUNTIME_BYTES,
     }
 
 
-def _learner_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+def _learner_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:
     learner, ranks = config.learner, config.learner.ranks
     width = _BYTES[learner.dtype]
     states = shape.parameters * (12 if learner.dtype == "bfloat16" else 8)  # Adam moments, and fp32 weights for bf16
-    tokens = learner.max_tokens_per_microbatch
     per_layer = shape.hidden_size * (2 if learner.gradient_checkpointing else 16)
     head = shape.vocab_size * shape.hidden_size
+    teacher_head = teacher.vocab_size * teacher.hidden_size * _BYTES[config.teacher.dtype]
     return {
         "weights and gradients (sharded)": 2 * shape.parameters * width // ranks,
         "optimiser states (sharded)": states // ranks,
-        "activations": tokens * shape.layers * per_layer * width,
+        "activations": learner.max_tokens_per_microbatch * shape.layers * per_layer * width,
         "LM head, whole, with its gradient": head * (width + 4),
-        "teacher's LM head": head * _BYTES[config.teacher.dtype] if config.teacher.target == "hidden" else 0,
+        "teacher's LM head": teacher_head if config.teacher.target == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
         "runtime": _RUNTIME_BYTES,
     }
 
 
-def _payload(config: RunConfig, shape: ModelShape) -> dict[str, int]:
-    """Bytes of one rollout batch if every response has the greatest length; per_block trains about 5 in 8 of them."""
+def _payload(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:
+    """Bytes of one rollout batch if every response has the greatest length and every position a target."""
     rows = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
     response = rows * config.curriculum.max_tokens
-    positions = response * (config.block_size + 1) // (2 * config.block_size)
-    per_position = (
-        config.teacher.top_k * 8 + 4
-        if config.teacher.target == "topk"
-        else shape.hidden_size * _BYTES[config.teacher.dtype]
-    )
     return {
-        "trajectories": rows * config.data.max_prompt_tokens * 4 + response * 10,
-        "targets": positions * per_position,
+        "trajectories": rows * config.data.max_prompt_tokens * 4 + response * _BYTES_PER_RESPONSE_TOKEN,
+        "targets (topk)": response * (config.teacher.top_k * 8 + 4),
+        "targets (hidden)": response * teacher.hidden_size * _BYTES[config.teacher.dtype],
         "weights": shape.parameters * _BYTES[config.learner.dtype],
     }
