@@ -1,0 +1,48 @@
+"""The run's log: JSON lines and TensorBoard events say the same, under the registry's names."""
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common.metrics import METRICS, RunLog
+
+
+def figures(batch: int) -> dict[str, float]:
+    return {name: batch + i / 64 for i, name in enumerate(METRICS) if name != "time"} | {"batch": batch}
+
+
+def test_json_lines_and_events_agree(tmp_path):
+    with RunLog(tmp_path) as log:
+        for batch in range(3):
+            log.batch(figures(batch))
+            assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == batch + 1  # readable at once
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [set(METRICS)] * 3
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"kl", "seconds/publish", "bytes/weights", "rollout/tokens_per_second"} <= set(tags)
+    for tag in tags:
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [(n, lines[n][tag]) for n in range(3)]
+
+
+def test_unknown_and_missing_names_are_refused(tmp_path):
+    with RunLog(tmp_path) as log:
+        with pytest.raises(KeyError, match="spped"):
+            log.batch(figures(0) | {"spped": 1.0})
+        with pytest.raises(KeyError, match="kl"):
+            log.batch({name: value for name, value in figures(0).items() if name != "kl"})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_log_goes_on_where_it_was(tmp_path):
+    for batch in range(2):
+        with RunLog(tmp_path) as log:
+            log.batch(figures(batch))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_every_metric_says_what_it_means():
+    assert all(spec.meaning for spec in METRICS.values())

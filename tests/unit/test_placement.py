@@ -1,0 +1,74 @@
+"""Placement: one process per reservation, totals, estimates, and refusal with the fields to lower."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from common.config_file import ConfigError, load_config
+from deploy.placement import check_resources, model_shape, plan
+
+
+def test_every_process_is_listed_with_its_resources():
+    placement = plan(load_config("tiny", ["--rollout.actors", "3", "--learner.resources.threads", "2"]))
+    assert [(p.role, p.index) for p in placement.processes] == [
+        ("rollout", 0), ("rollout", 1), ("rollout", 2), ("teacher", 0), ("learner", 0), ("learner", 1),
+    ]  # fmt: skip
+    assert placement.cpus == 3 * 0.25 + 0.25 + 2 * 0.5
+    assert placement.gpus == 0
+    assert {p.threads for p in placement.processes if p.role == "learner"} == {2}
+
+
+def test_sizes_come_from_the_models_folder():
+    config = load_config("tiny")
+    shape = model_shape("model.path", config.model.path, None)
+    with safe_open(Path(config.model.path) / "model.safetensors", "pt") as file:
+        stored = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - not a dict
+    norms = sum(size[0] for size in stored if len(size) == 1)
+    assert shape.parameters + norms == sum(size[0] * (size[1] if len(size) > 1 else 1) for size in stored)
+
+
+def test_estimates_follow_the_config():
+    one, two = (plan(load_config("qwen3-8b", ["--learner.ranks", n])) for n in ("1", "2"))
+    states = "optimiser states (sharded)"
+    assert one.processes[-1].memory[states] == 2 * two.processes[-1].memory[states]
+    half = plan(load_config("qwen3-8b", ["--rollout.slots", "32"]))
+    assert one.processes[0].memory["KV cache"] == 2 * half.processes[0].memory["KV cache"]
+    assert one.payload["weights"] == 2 * one.shape.parameters
+    assert one.payload["targets (topk)"] == 128 * 4000 * (16 * 8 + 4)
+    assert one.payload["targets (hidden)"] == 128 * 4000 * 4096 * 2
+
+
+def test_a_larger_teacher_counts_with_its_own_size(tmp_path):
+    raw = json.loads((Path(load_config("tiny").model.path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"hidden_size": 512}))
+    small, large = (plan(load_config("tiny", ["--teacher.path", p])) for p in ("null", str(tmp_path)))
+    teacher = {p: next(q for q in plan_.processes if q.role == "teacher") for p, plan_ in (("s", small), ("l", large))}
+    assert teacher["l"].memory["weights"] > 3 * teacher["s"].memory["weights"]
+    assert large.payload["targets (hidden)"] == 4 * small.payload["targets (hidden)"]
+    assert large.processes[0] == small.processes[0]
+
+
+def test_unknown_sizes_are_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.path: 'some/model' is not a model folder.*model\.shape"):
+        plan(load_config("tiny", ["--model.path", "some/model"]))
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    with pytest.raises(ConfigError, match=r"lacks num_hidden_layers, num_attention_heads, intermediate_size"):
+        plan(load_config("tiny", ["--model.path", str(tmp_path)]))
+
+
+def test_too_few_cpus_or_gpus_are_refused_by_role_and_field():
+    placement = plan(load_config("qwen3-8b"))
+    check_resources(placement, cpus=16, gpus=8)
+    with pytest.raises(ConfigError) as error:
+        check_resources(placement, cpus=16, gpus=4)
+    for part in ("asks for 8 GPUs", "rollout 2 x 1", "learner 4 x 1", "Ray has 4", "learner.ranks", "resources.gpus"):
+        assert part in str(error.value)
+    with pytest.raises(ConfigError, match=r"asks for 16 CPUs .*Ray has 2; lower rollout\.actors.*resources\.cpus"):
+        check_resources(placement, cpus=2, gpus=8)
+
+
+def test_fractions_that_just_fit_are_accepted():
+    resources = ["--rollout.actors", "7", "--rollout.resources.cpus", "0.1", "--teacher.resources.cpus", "0.3"]
+    check_resources(plan(load_config("tiny", resources)), cpus=2, gpus=0)
