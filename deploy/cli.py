@@ -24,7 +24,7 @@ from common.config import (
 )
 from common.config_file import ConfigError, load_config, preset_names
 from common.prompts import Prompt
-from deploy.errors import RunError
+from deploy.errors import RunError, Stopped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +63,10 @@ def train(
         bool, typer.Option("--dry-run", help="show config, placement and estimates; start nothing")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run of the same name")] = False,
+    resume: Annotated[
+        Literal["auto"] | None,
+        typer.Option(help="auto: go on from the run's newest checkpoint; start it where there is none"),
+    ] = None,
 ) -> None:
     """Train a block-diffusion student.
 
@@ -99,7 +103,9 @@ def train(
     from deploy.pipeline import run
     from deploy.progress import summary_table
 
-    summary = run(settings, overwrite)
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+    summary = run(settings, overwrite, resume == "auto")
     if "student" in summary:
         console.print(summary_table(summary))
     console.print(
@@ -288,6 +294,9 @@ def main() -> None:
     except ConfigError as error:
         _report("error: ", error)
         sys.exit(2)
+    except Stopped as stopped:
+        _report("stopped: ", stopped)
+        sys.exit(stopped.exit_status)
     except RunError as error:
         _report("run failed: ", error)
         sys.exit(1)

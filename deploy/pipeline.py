@@ -11,40 +11,47 @@ import json
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import yaml
 
-from actors.evaluation import EvaluationSums
-from common.config import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
+from common.config import RunConfig
 from common.curriculum import response_limit
 from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
 from deploy import preflight
+from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
 from deploy.cluster import Pools, connect, start_pools
 from deploy.errors import WorkerError
+from deploy.evaluator import Evaluator
 from deploy.progress import Progress
 from deploy.rollout_batch import RolloutBatch, drive
+from deploy.stop_signals import StopSignals
 from deploy.waiting import wait_all
 
 
-def run(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
+def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Train, evaluate, and leave everything in the run's folder; returns the content of `summary.json`.
 
-    An earlier run in that folder is an error, or with `overwrite` replaced.
+    An earlier run in that folder is an error, or with `overwrite` replaced, or with `resume` gone on with from its
+    newest checkpoint (from the start where it has none); a finished one is left as it is.
 
     Raises:
         ConfigError: the run cannot start as configured.
         WorkerError, StuckError: an actor failed, died, or did not answer in time; the message names it.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
     """
-    prompts, problems = preflight.check(config, overwrite)
+    summary = config.run_dir / "summary.json"
+    if resume and summary.exists():  # so that a job that is tried again ends well
+        return dict(json.loads(summary.read_text()))
+    prompts, problems = preflight.check(config, overwrite, resume)
     if overwrite:
         preflight.clear_run_dir(config)
     write_resolved_config(config)
     connect(config)
     try:
-        return Pipeline(config, prompts, problems).run()
+        return Pipeline(config, prompts, problems).run(resume)
     finally:
         ray.shutdown()
 
@@ -67,15 +74,23 @@ class Pipeline:
         self.batches = self.batches[: config.pipeline.max_batches]
         self.updates_per_batch = -(-size * config.rollout.samples_per_prompt // config.learner.batch_rows)
         self.version = 0
-        self.updates = self.response_tokens = 0
+        self.state = RunState()
+        self.checkpoints = Checkpoints(
+            config.run_dir, config.pipeline.keep_checkpoints, config.pipeline.copy_checkpoints_to
+        )
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}
         self.queued_version = 0
         self.previous_stats: dict[str, float] = {}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, resume: bool) -> dict[str, Any]:
         config = self.config
+        checkpoint = self.checkpoints.latest() if resume else None
+        if checkpoint:
+            self.state = checkpoint[1]
+        truncate_metrics(config.run_dir, self.state.batches)
         with (
+            StopSignals() as self.stop,
             RunLog(config.run_dir) as log,
             Progress(len(self.batches), config.name) as self.progress,
         ):
@@ -83,40 +98,55 @@ class Pipeline:
                 self.progress.note(f"{count} prompts dropped: {reason}")
             self.progress.note("loading models")
             self.pools = start_pools(config)
-            summary: dict[str, Any] = self._evaluate_before()
-            start = time.perf_counter()
+            self.evaluator = Evaluator(config, self.problems, self.pools)
+            if checkpoint:
+                self._restore(checkpoint[0])
+            else:
+                self.progress.note("evaluating the teacher and the untrained student")
+                self.state.summary = self.evaluator.before()
             self.progress.note("training")
             self.progress.training()
             self._train(log)
-            summary["train"] = {
-                "response_tokens": self.response_tokens,
-                "updates": self.updates,
-                "seconds": time.perf_counter() - start,
+            self.state.summary["train"] = {
+                "response_tokens": self.state.response_tokens,
+                "updates": self.state.updates,
+                "seconds": self.state.seconds,
             }
-            self._save(config.run_dir / "checkpoints" / "final")
-            if self.problems:
-                summary["student"] = self._evaluate_student()
-        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        return summary
+            self._save("final")
+            self.progress.note("evaluating the trained student")
+            self.state.summary |= self.evaluator.after()
+        (config.run_dir / "summary.json").write_text(json.dumps(self.state.summary, indent=2) + "\n")
+        return self.state.summary
+
+    def _restore(self, folder: Path) -> None:
+        """Weights and optimiser of the learner, then its version into every rollout actor."""
+        self.progress.note(f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done")
+        self._on_ranks("load", "loading a checkpoint", [], folder / "resume")
+        self._publish(self.state.batches, [])
+        self._collect_acknowledgements()
 
     def _train(self, log: RunLog) -> None:
         in_flight: deque[RolloutBatch] = deque()
-        started = 0
-        for index in range(len(self.batches)):
+        started = self.state.batches
+        for index in range(self.state.batches, len(self.batches)):
             begin = time.perf_counter()
             while started < len(self.batches) and started - self.version <= self.config.pipeline.staleness:
                 in_flight.append(self._start(started))
                 started += 1
             current = in_flight[0]
-            drive(list(in_flight), current, self.config.pipeline.stage_timeout_s, self._show)
+            timeout = self.config.pipeline.stage_timeout_s
+            drive(list(in_flight), current, timeout, self._show, lambda: self.stop.requested)
+            if self.stop.requested:
+                self._stop()
             self._check(current)
             learner = self._learn(current, list(in_flight))
-            published = self._publish(list(in_flight))
+            published = self._publish(index + 1, list(in_flight))
             in_flight.popleft()
+            self.state.batches = index + 1
             metrics = self._metrics(current, learner, published, time.perf_counter() - begin)
             log.batch(metrics)
             self.progress.batch(metrics)
-            self._after_batch(index)
+            self._after_batch(index + 1)
 
     def _start(self, index: int) -> RolloutBatch:
         limit = response_limit(self.config.curriculum, index, self.config.block_size)
@@ -141,14 +171,14 @@ class Pipeline:
     def _learn(self, batch: RolloutBatch, in_flight: list[RolloutBatch]) -> dict[str, float]:
         total = self.updates_per_batch * len(self.batches)
         spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
-        results = self._on_ranks("train", "training", in_flight, batch.refs, self.updates, total, spool)
-        self.updates += int(results[0]["updates"])
+        results = self._on_ranks("train", "training", in_flight, batch.refs, self.state.updates, total, spool)
+        self.state.updates += int(results[0]["updates"])
         return results[0]
 
-    def _publish(self, in_flight: list[RolloutBatch]) -> dict[str, float]:
-        """Publish version + 1 and queue it on every rollout actor; at staleness 0 all have loaded it on return."""
+    def _publish(self, version: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
+        """Publish `version` and queue it on every rollout actor; at staleness 0 all have loaded it on return."""
         start = time.perf_counter()
-        self.version += 1
+        self.version = version
         handle = self._on_ranks("publish", "publishing weights", in_flight, self.version)[0]
         loads = {actor.load_weights.remote(handle): name for actor, name in self._named(self.pools.rollouts)}
         self._collect_acknowledgements()
@@ -183,21 +213,38 @@ class Pipeline:
         names = self.pools.names()
         return [(actor, names[actor]) for actor in actors]
 
-    def _after_batch(self, index: int) -> None:
-        done = index + 1
+    def _after_batch(self, done: int) -> None:
+        """Checkpoint and evaluate where it is time; end here if a stop was asked for."""
+        if self.stop.requested:
+            self._stop()
         every = self.config.pipeline.checkpoint_every_batches
-        if every and done % every == 0 and done < len(self.batches):
-            self._save(self.config.run_dir / "checkpoints" / f"batch-{done:06d}")
+        last = done == len(self.batches)
+        if every and done % every == 0 and not last:
+            self._save(self._batch_name())
         every = self.config.evaluation.every_batches
-        if self.problems and every and done % every == 0 and done < len(self.batches):
-            figures = self._evaluate(DynamicUnmasking(threshold=self.config.evaluation.threshold))
+        if self.problems and every and done % every == 0 and not last:
+            figures = self.evaluator.dynamic()
             self.progress.note(
                 f"after {done} batches: exact match {figures['exact_match']:.1%}, "
                 f"{figures['tokens_per_step']:.2f} tokens per step"
             )
 
-    def _save(self, out: Path) -> None:
-        self._on_ranks("save", "saving a checkpoint", [], out.resolve())
+    def _stop(self) -> NoReturn:
+        """The learner stands between two batches: save, and end with the signal's status."""
+        done = self.state.batches
+        self.progress.note(f"asked to stop: saving a checkpoint after {done} batches")
+        if not (self.checkpoints.folder / self._batch_name()).exists():
+            self._save(self._batch_name())
+        raise self.stop.error(f"stopped after {done} of {len(self.batches)} batches; go on with --resume auto")
+
+    def _batch_name(self) -> str:
+        return f"batch-{self.state.batches:06d}"
+
+    def _save(self, name: str) -> None:
+        """A checkpoint; the final one holds the model only."""
+        partial = self.checkpoints.begin(name)
+        self._on_ranks("save", "saving a checkpoint", [], partial, None if name == "final" else partial / "resume")
+        self.checkpoints.finish(name, self.state)
 
     def _metrics(
         self, batch: RolloutBatch, learner: dict[str, float], published: dict[str, float], seconds: float
@@ -205,7 +252,8 @@ class Pipeline:
         infos = batch.infos
         tokens = sum(info.response_tokens for info in infos)
         rows = max(batch.finished_rows, 1)
-        self.response_tokens += tokens
+        self.state.response_tokens += tokens
+        self.state.seconds += seconds
         rollout_seconds = self._busy(batch.actor_stats)
         teacher_stats = {actor.stats.remote(): name for actor, name in self._named(self.pools.teachers)}
         teacher_seconds = self._busy(teacher_stats)
@@ -220,9 +268,9 @@ class Pipeline:
             "share_eos": sum(info.ended for info in infos) / rows,
             "response_length": tokens / rows,
             "response_limit": batch.max_new_tokens,
-            "response_tokens": self.response_tokens,
+            "response_tokens": self.state.response_tokens,
             "trained_positions": learner["trained_positions"],
-            "updates": self.updates,
+            "updates": self.state.updates,
             "weights_version": self.version,
             "staleness": self.version - 1 - min(info.oldest_version for info in infos),
             "rollout/tokens_per_second": tokens / max(rollout_seconds, 1e-9),
@@ -248,37 +296,3 @@ class Pipeline:
             busiest = max(busiest, figure["busy_seconds"] - self.previous_stats.get(name, 0.0))
             self.previous_stats[name] = figure["busy_seconds"]
         return busiest
-
-    def _evaluate_before(self) -> dict[str, Any]:
-        """The greedy teacher and the converted, untrained student."""
-        if not self.problems:
-            return {}
-        summary: dict[str, Any] = {}
-        if self.config.evaluation.teacher:
-            self.progress.note("evaluating the teacher")
-            limit = self.config.evaluation.max_new_tokens
-            summary["teacher"] = self._over_actors("evaluate_teacher", "evaluating the teacher", limit)
-        self.progress.note("evaluating the untrained student")
-        summary["student_init"] = self._evaluate(StaticUnmasking())
-        return summary
-
-    def _evaluate_student(self) -> dict[str, Any]:
-        self.progress.note("evaluating the trained student")
-        dynamic = DynamicUnmasking(threshold=self.config.evaluation.threshold)
-        return {"static": self._evaluate(StaticUnmasking()), "dynamic": self._evaluate(dynamic)}
-
-    def _evaluate(self, unmasking: Unmasking) -> dict[str, float]:
-        limit = self.config.evaluation.max_new_tokens
-        return self._over_actors("evaluate", "evaluating the student", unmasking, limit)
-
-    def _over_actors(self, method: str, action: str, *arguments: Any) -> dict[str, float]:
-        """Figures over all held-out problems, each rollout actor taking its share."""
-        count = len(self.pools.rollouts)
-        shares = [self.problems[i::count] for i in range(count)]
-        calls = {
-            getattr(actor, method).remote(share, *arguments): name
-            for (actor, name), share in zip(self._named(self.pools.rollouts), shares, strict=True)
-            if share
-        }
-        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s)
-        return sum(results, EvaluationSums()).figures()

@@ -12,18 +12,19 @@ from typing import Any
 from common.config import DataConfig, RunConfig
 from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
+from deploy.checkpoints import check_same_run
 from deploy.placement import check_resources, plan
 
 _ANY_LENGTH = 10**9
 
 
-def check(config: RunConfig, overwrite: bool = False) -> tuple[PromptSet, list[Prompt]]:
+def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> tuple[PromptSet, list[Prompt]]:
     """All checks of a run; returns its prompts and held-out problems, so that nothing is read twice.
 
     Raises:
         ConfigError: the run cannot start as configured.
     """
-    check_run_dir(config, overwrite)
+    check_run_dir(config, overwrite, resume)
     check_model_folder("model.path", config.model.path)
     check_model_folder("teacher.path", config.teacher_path)
     check_processes(config)
@@ -33,9 +34,13 @@ def check(config: RunConfig, overwrite: bool = False) -> tuple[PromptSet, list[P
     return prompts, problems
 
 
-def check_run_dir(config: RunConfig, overwrite: bool) -> None:
-    """Refuse a folder that holds another run, or with `overwrite` one that holds something else."""
+def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
+    """Refuse a folder that holds another run; with `overwrite` one that holds something else; with `resume` one
+    of another config."""
     folder = config.run_dir
+    if resume:
+        check_same_run(config)
+        return
     if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
         raise ConfigError(
             f"name: {str(folder)!r} is not the folder of a run, so it is not replaced; choose another --name"
@@ -45,6 +50,7 @@ def check_run_dir(config: RunConfig, overwrite: bool) -> None:
         state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
         raise ConfigError(
             f"name: {str(folder)!r} holds {state} run; choose another --name, or replace it with --overwrite"
+            + (", or go on with --resume auto" if state == "an unfinished" else "")
         )
 
 

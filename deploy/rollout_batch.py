@@ -122,16 +122,20 @@ class RolloutBatch:
 
 
 def drive(
-    batches: list[RolloutBatch], target: RolloutBatch, timeout_s: float, show: Callable[[RolloutBatch], None]
+    batches: list[RolloutBatch],
+    target: RolloutBatch,
+    timeout_s: float,
+    show: Callable[[RolloutBatch], None],
+    stopping: Callable[[], bool],
 ) -> None:
-    """Advance all batches until `target` is done; `show` is called with it meanwhile.
+    """Advance all batches until `target` is done, or `stopping()` holds; `show` is called with it meanwhile.
 
     Raises:
         StuckError: nothing moved for `timeout_s`; names the actors that were waited for.
         WorkerError: a worker failed.
     """
     last_progress = time.perf_counter()
-    while not target.done:
+    while not target.done and not stopping():
         waiting = [item for batch in batches for item in batch.waiting]
         ready, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
         for batch in batches:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import time
 import warnings
@@ -231,22 +230,27 @@ class LearnerRank:
             pass
         return None
 
-    def save(self, out: Path) -> None:
-        """Write the student as a complete Hugging Face folder, atomically (collective; rank 0 writes)."""
+    def save(self, out: Path, resume: Path | None = None) -> None:
+        """Write the student into `out` as a complete Hugging Face folder, and every rank's shards of weights and
+        optimiser into `resume` where it is given (collective; the folders are on storage that all ranks share)."""
         tensors = gathered_parameters(self.student, self.config.publish.bucket_mib * 2**20)
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if self.rank == 0}
         if self.rank == 0:
-            partial = out.with_name(f".{out.name}.partial")
             save_student(
-                self.student,
-                self.tokenizer,
-                partial,
-                self.config.block_size,
-                self.model_config.mask_token_id,
-                state,
+                self.student, self.tokenizer, out, self.config.block_size, self.model_config.mask_token_id, state
             )
-            shutil.rmtree(out, ignore_errors=True)
-            partial.rename(out)
+        if resume:
+            self.engine.save_checkpoint(str(resume), tag="state")
+
+    def load(self, resume: Path) -> None:
+        """Weights and optimiser from the shards that as many ranks wrote with `save` (collective).
+
+        Raises:
+            ValueError: the folder holds no such shards.
+        """
+        loaded, _ = self.engine.load_checkpoint(str(resume), tag="state")
+        if loaded is None:
+            raise ValueError(f"{str(resume)!r} holds no DeepSpeed checkpoint")
 
 
 def as_remote(config: RunConfig) -> Any:

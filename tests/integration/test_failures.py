@@ -13,8 +13,8 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 COMMAND = [
-    sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers", "--evaluation.problems", "null",
-    "--learner.ranks", "1", "--pipeline.stage_timeout_s", "15",
+    sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers",
+    "--evaluation.problems", "null", "--learner.ranks", "1", "--pipeline.stage_timeout_s", "15",
 ]  # fmt: skip
 
 

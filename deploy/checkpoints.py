@@ -1,0 +1,122 @@
+"""Checkpoints: complete Hugging Face folders with the state to go on from, written atomically.
+
+    checkpoints/batch-000040/   config.json, tokenizer, model.safetensors   loads like any model folder
+                                resume/                                     DeepSpeed's shards: weights, optimiser
+                                manifest.json                               written last, holds the run's counters
+
+A folder without a manifest, or with a leading dot, is what an interrupted save left; it is never resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config import RunConfig
+from common.config_file import ConfigError
+
+_MANIFEST = "manifest.json"
+# sections that do not change what is trained, and may differ when a run goes on
+_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard")
+
+
+@dataclass
+class RunState:
+    """Counters of a run after `batches` rollout batches; `version` of the weights equals `batches`."""
+
+    batches: int = 0
+    updates: int = 0
+    response_tokens: int = 0
+    seconds: float = 0.0
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last; `keep` of them stay."""
+
+    def __init__(self, run_dir: Path, keep: int, copy_to: str | None) -> None:
+        self.folder = run_dir.resolve() / "checkpoints"
+        self.keep = keep
+        self.copy_to = copy_to
+
+    def begin(self, name: str) -> Path:
+        """An empty folder for all ranks to write in."""
+        partial = self.folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def finish(self, name: str, state: RunState) -> Path:
+        """Write the manifest, give the folder its name, copy it where asked, prune older ones."""
+        partial, final = self.folder / f".{name}.partial", self.folder / name
+        (partial / _MANIFEST).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        if self.copy_to:
+            copy_folder(final, f"{self.copy_to.rstrip('/')}/{name}")
+        for old in self.complete()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def complete(self) -> list[Path]:
+        """Resumable checkpoints, oldest first."""
+        return sorted(p.parent for p in self.folder.glob(f"batch-*/{_MANIFEST}"))
+
+    def latest(self) -> tuple[Path, RunState] | None:
+        """The newest resumable checkpoint and its counters."""
+        complete = self.complete()
+        if not complete:
+            return None
+        return complete[-1], RunState(**json.loads((complete[-1] / _MANIFEST).read_text()))
+
+
+def copy_folder(source: Path, url: str) -> None:
+    """Copy a folder to any URL that pyarrow's file systems know (s3://, gs://, hdfs://, file://, a path)."""
+    from pyarrow import fs
+
+    target, path = fs.FileSystem.from_uri(url) if "://" in url else (fs.LocalFileSystem(), str(Path(url).resolve()))
+    target.create_dir(path, recursive=True)
+    fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=target)
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Refuse to resume with a config that would train something else.
+
+    Raises:
+        ConfigError: names the fields that differ and both values.
+    """
+    file = config.run_dir / "config.yaml"
+    if not file.is_file():
+        return
+    before, now = yaml.safe_load(file.read_text()), config.model_dump(mode="json")
+    different = [
+        f"{path} was {old!r} and is {new!r}"
+        for section in now
+        if section not in _FREE
+        for path, old, new in _differences(section, before.get(section), now[section])
+    ]
+    if different:
+        raise ConfigError(
+            "--resume: the config differs from the run's: " + "; ".join(different) + ". Use the run's own "
+            f"{str(file)!r}, or start another run with --name"
+        )
+
+
+def _differences(path: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(f"{path}.{key}", old.get(key), new.get(key))]
+    return [] if old == new else [(path, old, new)]
+
+
+def truncate_metrics(run_dir: Path, batches: int) -> None:
+    """Drop logged batches that the checkpoint does not hold: they will be trained again."""
+    file = run_dir / "metrics.jsonl"
+    if file.is_file():
+        lines = [line for line in file.read_text().splitlines() if json.loads(line)["batch"] < batches]
+        file.write_text("".join(f"{line}\n" for line in lines))
