@@ -1,0 +1,182 @@
+"""The command line as a newcomer meets it: help, errors without traceback, statuses, and the small commands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from common.config import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
+from common.config_file import REPOSITORY, load_config
+from deploy import cli, pipeline
+from deploy.errors import WorkerError
+from deploy.field_table import rows
+from tests.models import tiny_qwen3
+
+HELDOUT = str(REPOSITORY / "deploy/data/word_problems_heldout.jsonl")
+
+
+@pytest.fixture
+def opdlm(monkeypatch, capsys):
+    """Runs a command in this process; returns status, standard output, standard error."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["opdlm", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(cli, "console", cli.Console(width=120))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return call
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "convert", "make-tiny-arlm", "fields"])
+def test_every_command_has_help(opdlm, command):
+    status, out, _ = opdlm(command, "--help")
+    assert status == 0
+    assert f"opdlm {command}" in out
+
+
+def test_help_lists_commands_and_train_help_explains_overrides(opdlm):
+    assert "make-tiny-arlm" in opdlm("--help")[1]
+    out = opdlm("train", "--help")[1]
+    for part in ("opdlm train tiny --name mine", "--FIELD VALUE", "--learner.lr", "opdlm fields", "qwen3-8b"):
+        assert part in out
+
+
+def test_examples_in_the_help_are_valid():
+    text = cli.train.__doc__ or ""
+    examples = [line.split()[2:] for line in text.splitlines() if line.strip().startswith("opdlm train ")]
+    assert len(examples) >= 4
+    for source, *overrides in examples:
+        preset = "tiny" if source == "my.yaml" else source
+        load_config(preset, [o for o in overrides if o != "--dry-run"])
+
+
+def test_most_used_fields_in_the_help_exist():
+    known = {field for field, *_ in rows(RunConfig, "")}
+    named = re.findall(r"--([\w.]+)", (cli.train.__doc__ or "").split("The most used:")[1])
+    assert len(named) >= 11
+    assert set(named) <= known
+
+
+def test_fields_table_names_every_field(opdlm):
+    out = opdlm("fields")[1]
+    for part in ("learner.lr", "1e-05", "rollout.unmasking.rule", "objective.divergence.alpha", "required"):
+        assert part in out
+
+
+def test_dry_run_starts_nothing(opdlm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = opdlm("train", "tiny", "--dry-run", "--learner.lr", "3e-4")
+    assert status == 0
+    for part in ("lr: 0.0003", "rollout-1", "learner-1", "rollout batches"):
+        assert part in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "tinny"], "did you mean 'tiny'?"),
+        (["train", "tiny", "--learner.lrr", "1"], "did you mean learner.lr?"),
+        (["train", "tiny", "--learner.betas", "[1, [x]]"], "learner.betas"),
+        (["train", "tiny", "--model.path", "./nope", "--output_dir", "OUT"], "model.path: folder './nope'"),
+        (["train", "tiny", "--data.prompts", "./nope", "--output_dir", "OUT"], "data.prompts: 'nope' does not"),
+        (["generate", "nope"], "no prompt"),
+        (["generate", "nope", "hello"], "MODEL: folder 'nope' does not exist"),
+        (["eval", "nope", "--problems", HELDOUT], "MODEL: folder 'nope' does not exist"),
+        (["eval", "ARLM", "--problems", HELDOUT], "convert it first with opdlm convert"),
+        (["eval", "ARLM", "--problems", "nope.jsonl", "--autoregressive"], "--problems: 'nope.jsonl' does not exist"),
+        (["convert", "nope", "OUT/new"], "MODEL: folder 'nope' does not exist"),
+        (["convert", "ARLM", "ARLM"], "exists; choose another folder"),
+        (["generate", "ARLM", "x", "--rule", "best"], "'best' is not one of"),
+        (["generate", "ARLM", "x", "--threshold", "2"], "--threshold"),
+        (["generate", "ARLM", "--file", "nope.txt"], "does not exist"),
+    ],
+)
+def test_bad_input_ends_with_status_two_and_a_remedy(opdlm, tmp_path, arguments, said):
+    places = {"ARLM": str(REPOSITORY / "deploy/models/tiny-arlm"), "OUT": str(tmp_path), "OUT/new": f"{tmp_path}/new"}
+    status, out, err = opdlm(*[places.get(a, a) for a in arguments])
+    assert (status, out) == (2, "")
+    assert said in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+def test_a_failed_run_ends_with_status_one_and_its_cause(opdlm, monkeypatch):
+    def fail(*_: Any) -> dict[str, Any]:
+        raise WorkerError("learner-1 died while training: [/rank1] unbalanced [bold]markup[/x]")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    status, _, err = opdlm("train", "tiny")
+    assert status == 1
+    assert err.strip() == "run failed: learner-1 died while training: [/rank1] unbalanced [bold]markup[/x]"
+
+
+def test_summary_of_a_run_is_printed(opdlm, monkeypatch):
+    half = {"exact_match": 0.5, "tokens_per_step": 2.25}
+    summary = {"teacher": half, "student_init": half, "student": {"static": half, "dynamic": half}}
+    monkeypatch.setattr(pipeline, "run", lambda *_: summary)
+    out = opdlm("train", "tiny")[1]
+    assert out.count("50.0%") == 4
+    assert out.count("2.25") == 4
+    assert "opdlm generate runs/tiny/checkpoints/final" in out
+    monkeypatch.setattr(pipeline, "run", lambda *_: {"train": {}})
+    assert "everything is in runs/tiny" in opdlm("train", "tiny")[1]
+
+
+def test_rules_of_the_command_line():
+    assert cli.unmasking_of("dynamic", 0.8) == DynamicUnmasking(threshold=0.8)
+    assert cli.unmasking_of("static", 0.8) == StaticUnmasking()
+    assert cli.unmasking_of("sequential", 0.8) == SequentialUnmasking()
+    assert cli.unmasking_of("entropy_bound", 0.8) == EntropyBoundUnmasking()
+
+
+def test_convert_then_generate_then_eval(opdlm, tmp_path):
+    student = tmp_path / "student"
+    assert opdlm("convert", tiny_qwen3(tmp_path / "arlm"), student, "--block-size", 8)[0] == 0
+    saved = json.loads((student / "config.json").read_text())
+    assert (saved["block_size"], saved["mask_token_id"]) == (8, 259)
+
+    status, out, _ = opdlm("generate", student, "2 + 2?", "--max-new-tokens", 8, "--rule", "static")
+    assert status == 0
+    assert "1.00 per step" in out
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("[red]1 + 1?\n\n2 + 2?\n")
+    out = opdlm("generate", student, "--file", prompts, "--max-new-tokens", 8, "--raw")[1]
+    assert "[red]1 + 1?" in out
+    assert out.count("per step") == 2
+
+    status, out, _ = opdlm("eval", student, "--problems", HELDOUT, "--count", 2, "--max-new-tokens", 8)
+    assert status == 0
+    assert "exact_match" in out
+
+
+def test_the_shipped_arlm_solves_problems_autoregressively(opdlm):
+    arlm = REPOSITORY / "deploy/models/tiny-arlm"
+    arguments = ["--problems", HELDOUT, "--count", 10, "--max-new-tokens", 72, "--autoregressive"]
+    figures = dict(line.split() for line in opdlm("eval", arlm, *arguments)[1].splitlines())
+    assert float(figures["exact_match"]) >= 0.9
+    assert float(figures["tokens_per_step"]) == 1
+
+
+def test_make_tiny_arlm_passes_its_options_on(monkeypatch, tmp_path):
+    calls: list[tuple[Path, dict[str, int]]] = []
+    monkeypatch.setattr(
+        "deploy.tiny_arlm.make_tiny_arlm", lambda out, **o: calls.append((out, o)) or {"exact_match": 1}
+    )
+    result = CliRunner().invoke(cli.app, ["make-tiny-arlm", "--out", str(tmp_path), "--seed", "3", "--steps", "5"])
+    assert result.exit_code == 0
+    assert calls == [(tmp_path, {"seed": 3, "threads": 1, "steps": 5})]
+
+
+def test_python_dash_m_deploy_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "deploy", "train", "tinny"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no config 'tinny'")

@@ -1,0 +1,164 @@
+"""What ends a run before any process starts, each with field, value and remedy."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from common.config_file import ConfigError, load_config
+from deploy import preflight
+from tests.models import tiny_qwen3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_qwen3(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    """A model folder of the test's own, to be broken."""
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+def config(tmp_path, *overrides: str):
+    small = ["--data.limit", "4", "--evaluation.count", "2", "--teacher.backend", "transformers"]
+    return load_config("tiny", ["--output_dir", str(tmp_path / "runs"), *small, *overrides])
+
+
+def refused(settings) -> str:
+    with pytest.raises(ConfigError) as error:
+        preflight.check(settings)
+    return str(error.value)
+
+
+def edit(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_good_run_gets_its_prompts_and_problems(tmp_path):
+    prompts, problems = preflight.check(config(tmp_path, "--data.epochs", "2"))
+    assert [p.ordinal for p in prompts.prompts] == list(range(8))
+    assert [p.ordinal for p in problems] == [0, 1]
+    assert all(p.answer for p in problems)
+    assert preflight.check(config(tmp_path, "--evaluation.problems", "null"))[1] == []
+
+
+@pytest.mark.parametrize("field", ["model.path", "teacher.path"])
+def test_a_missing_model_folder(tmp_path, field):
+    said = refused(config(tmp_path, f"--{field}", str(tmp_path / "nope")))
+    assert said.startswith(f"{field}: folder '{tmp_path}/nope' does not exist; give a")
+
+
+def test_a_folder_that_is_no_causal_lm(tmp_path, copy):
+    path = ["--model.path", str(copy)]
+    edit(copy, architectures=["BertModel"])
+    assert "is BertModel, not a causal LM" in refused(config(tmp_path, *path))
+    edit(copy, architectures=["Gemma2ForCausalLM"], model_type="gemma2")
+    assert "model_type 'gemma2' is not supported" in refused(config(tmp_path, *path))
+    (copy / "model.safetensors").unlink()
+    assert "holds no .safetensors file" in refused(config(tmp_path, *path))
+    (copy / "config.json").write_text("{")
+    assert "config.json' is not a JSON object" in refused(config(tmp_path, *path))
+    (copy / "config.json").unlink()
+    assert "has no config.json" in refused(config(tmp_path, *path))
+
+
+def test_teacher_and_student_with_different_tokenizers(tmp_path, model, copy):
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(copy)
+    said = refused(config(tmp_path, "--model.path", model, "--teacher.path", str(copy)))
+    assert "have different tokenizers" in said
+    assert f"teacher.path {str(copy)!r}" in said
+
+
+def test_no_row_for_a_mask_token(tmp_path, copy):
+    tokenizer_config = json.loads((copy / "tokenizer_config.json").read_text())
+    tokenizer_config.pop("mask_token")
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    overrides = ["--model.path", str(copy), "--model.mask_token", "<|new|>"]
+    assert preflight.check(config(tmp_path, *overrides))
+    edit(copy, vocab_size=263)
+    assert "the mask token needs id 263, but the embedding has 263 rows" in refused(config(tmp_path, *overrides))
+
+
+def test_a_tokenizer_without_chat_template(tmp_path, copy):
+    (copy / "chat_template.jinja").unlink()
+    assert "the tokenizer has no chat template" in refused(config(tmp_path, "--model.path", str(copy)))
+
+
+@pytest.mark.parametrize("field", ["data.prompts", "evaluation.problems"])
+def test_broken_prompt_files_are_named_by_their_field(tmp_path, field):
+    file = tmp_path / "rows.jsonl"
+    assert refused(config(tmp_path, f"--{field}", str(file))).startswith(f"{field}: '{file}' does not exist")
+    file.write_text('{"question": "a", "answer": "1"}\n{"question"\n')
+    assert refused(config(tmp_path, f"--{field}", str(file))).startswith(f"{field}: {file}, line 2: not valid JSON")
+
+
+def test_problems_without_answers(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a", "answer": "1"}\n{"question": "b"}\n')
+    said = refused(config(tmp_path, "--evaluation.problems", str(file)))
+    assert "1 of 2 problems" in said
+    assert "the first is 'b'" in said
+
+
+def test_prompts_and_responses_longer_than_the_model(tmp_path):
+    said = refused(config(tmp_path, "--curriculum.max_tokens", "512"))
+    assert said.startswith("curriculum.max_tokens: 512 after the longest prompt of data.prompts")
+    assert "the models have 512; lower curriculum.max_tokens to" in said
+    assert "evaluation.max_new_tokens: 500 after" in refused(config(tmp_path, "--evaluation.max_new_tokens", "500"))
+
+
+def test_more_cpus_or_gpus_than_there_are(tmp_path):
+    said = refused(config(tmp_path, "--ray.num_cpus", "1"))
+    assert "asks for 1.75 CPUs" in said
+    assert "Ray has 1" in said
+    assert "asks for 2 GPUs" in refused(config(tmp_path, "--learner.resources.gpus", "1"))
+    assert preflight.check(config(tmp_path, "--ray.num_cpus", "1", "--ray.address", "auto"))
+    shared = ["--learner.resources.gpus", "0.5", "--ray.address", "auto"]
+    assert "several ranks on one GPU" in refused(config(tmp_path, *shared))
+
+
+def test_a_teacher_engine_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert "use --teacher.backend transformers" in refused(config(tmp_path, "--teacher.backend", "vllm"))
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(tmp_path):
+    settings = config(tmp_path)
+    settings.run_dir.mkdir(parents=True)
+    (settings.run_dir / "metrics.jsonl").write_text("{}\n")
+    (settings.run_dir / "config.yaml").write_text("{}")
+    assert "holds an unfinished run; choose another --name" in refused(settings)
+    (settings.run_dir / "summary.json").write_text("{}")
+    assert "holds a finished run; choose another --name" in refused(settings)
+    preflight.check(settings, overwrite=True)
+    assert (settings.run_dir / "summary.json").exists()  # checking removes nothing
+
+
+def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
+    settings = config(tmp_path)
+    settings.run_dir.mkdir(parents=True)
+    (settings.run_dir / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
+        preflight.check(settings, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("Qwen/Qwen3-8B", False),
+        ("deploy/models/x", True),
+        ("./x", True),
+        ("/x/y", True),
+        ("tests/nope", True),
+        ("x", True),
+    ],
+)
+def test_hub_ids_are_told_from_folders(path, local):
+    assert preflight.looks_local(path) is local
