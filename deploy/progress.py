@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bars,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 _STAGES = ("rollout", "teacher", "learner", "publish")
+_LABEL_WIDTH, _BAR_WIDTH = 12, 40
 
 
 class Progress:
@@ -29,18 +24,17 @@ class Progress:
         self.console = console or Console()
         self.total = total_batches
         self.figures: dict[str, float] = {}
-        self.status = ""
-        self.started = time.monotonic()
-        self._bars = Bars(
-            TextColumn("{task.description:>12}"),
-            BarColumn(bar_width=40),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        self._run = self._bars.add_task(name, total=total_batches, start=False)
-        self._parts = {stage: self._bars.add_task(stage, total=None, visible=False) for stage in ("rollout", "teacher")}
+        self.started = self.training_started = time.monotonic()
+        self.first_batch: int | None = None
+        label = TextColumn(f"{{task.description:>{_LABEL_WIDTH}}}")
+        count = MofNCompleteColumn()
+        self._run_bar = Bars(
+            label, BarColumn(_BAR_WIDTH), count, TextColumn("batches"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._run = self._run_bar.add_task(name, total=total_batches, start=False)
+        self._stage_bars = Bars(label, BarColumn(_BAR_WIDTH), count, TextColumn("trajectories of this batch"))
+        self._stages: dict[str, Any] = {}
         self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> Progress:
@@ -49,68 +43,63 @@ class Progress:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.status = ""
         if self._live.is_started:
             self._live.stop()
 
     def stage(self, stage: str, done: int, total: int) -> None:
         """Trajectories of the current batch that are through a stage."""
-        self._bars.update(self._parts[stage], completed=done, total=total, visible=True)
+        if stage not in self._stages:
+            self._stages[stage] = self._stage_bars.add_task(stage)
+        self._stage_bars.update(self._stages[stage], completed=done, total=total)
 
     def training(self) -> None:
         """The first rollout batch begins: the expected end counts from here."""
-        self.status = ""
-        self._bars.start_task(self._run)
+        self.training_started = time.monotonic()
+        self._run_bar.start_task(self._run)
 
     def batch(self, metrics: dict[str, float]) -> None:
-        """A rollout batch is through."""
+        """A rollout batch is through; `metrics` as in common/metrics.py."""
         self.figures = metrics
         done = int(metrics["batch"]) + 1
-        self._bars.update(self._run, completed=done)
+        if self.first_batch is None:
+            self.first_batch = done - 1  # above 0 where a run goes on from a checkpoint
+        self._run_bar.update(self._run, completed=done)
         if not self.console.is_terminal:
+            per_batch = (time.monotonic() - self.training_started) / (done - self.first_batch)
+            rates = "  ".join(f"{s} {metrics[f'{s}/tokens_per_second']:.0f} tok/s" for s in _STAGES[:3])
+            left = timedelta(seconds=round(per_batch * (self.total - done)))
+            times = f"{metrics['seconds/batch']:.2f} s  left {left}"
             self.console.print(
-                f"batch {done}/{self.total}  KL {metrics['kl']:.4f}  tokens/step {metrics['tokens_per_step']:.2f}  "
-                f"limit {metrics['response_limit']:.0f}  lr {metrics['lr']:.2e}  "
-                f"version {metrics['weights_version']:.0f}  "
-                f"rollout {metrics['rollout/tokens_per_second']:.0f} tok/s  "
-                f"teacher {metrics['teacher/tokens_per_second']:.0f} tok/s  "
-                f"learner {metrics['learner/tokens_per_second']:.0f} tok/s  {metrics['seconds/batch']:.2f} s",
+                f"batch {done}/{self.total}  {self._headline()}  {rates}  {times}",
                 soft_wrap=True,
                 highlight=False,
             )
 
     def note(self, text: str) -> None:
         """What happens now; stays visible in a terminal's scroll-back too."""
-        self.status = text
-        self.console.print(f"[dim]{time.monotonic() - self.started:7.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(Text.assemble((f"{time.monotonic() - self.started:7.1f} s", "dim"), f"  {text}"))
+
+    def _headline(self) -> str:
+        m = self.figures
+        return (
+            f"KL {m['kl']:.4f}  tokens/step {m['tokens_per_step']:.2f}  limit {m['response_limit']:.0f}  "
+            f"lr {m['lr']:.2e}  version {m['weights_version']:.0f}  staleness {m['staleness']:.0f}"
+        )
 
     def _render(self) -> Group:
-        parts: list[Any] = [self._bars]
-        if self.figures:
-            parts.append(self._table())
-        return Group(*parts)
+        if not self.figures:
+            return Group(self._run_bar, self._stage_bars)
+        return Group(self._run_bar, self._stage_bars, self._table(), Text("  " + self._headline(), style="bold"))
 
     def _table(self) -> Table:
         m = self.figures
         table = Table(box=None, padding=(0, 2))
-        for column in ("stage", "tokens/s", "seconds", "share of batch"):
-            table.add_column(column, justify="left" if column == "stage" else "right")
+        for column in ("last batch", "tokens/s", "seconds", "of wall time"):
+            table.add_column(column, justify="left" if column == "last batch" else "right")
         for stage in _STAGES:
-            rate = m.get(f"{stage}/tokens_per_second")
-            seconds = m[f"seconds/{stage}"]
-            table.add_row(
-                stage,
-                f"{rate:,.0f}" if rate is not None else "",
-                f"{seconds:.2f}",
-                f"{seconds / max(m['seconds/batch'], 1e-9):.0%}",
-            )
-        table.add_section()
-        table.add_row(
-            f"KL {m['kl']:.4f}",
-            f"{m['tokens_per_step']:.2f} tok/step",
-            f"limit {m['response_limit']:.0f}",
-            f"version {m['weights_version']:.0f}, staleness {m['staleness']:.0f}",
-        )
+            rate, seconds = m.get(f"{stage}/tokens_per_second"), m[f"seconds/{stage}"]
+            share = seconds / max(m["seconds/batch"], 1e-9)
+            table.add_row(stage, "" if rate is None else f"{rate:,.0f}", f"{seconds:.2f}", f"{share:.0%}")
         return table
 
 
