@@ -240,6 +240,9 @@ class RayConfig(Section):
 
     address: str | None = Field(None, description="an existing cluster ('auto' or host:port); default: start one here")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the Ray started here; default: this machine's")
+    placement_timeout_s: float = Field(
+        300.0, gt=0, description="deadline for a cluster to provide what the placement asks for, e.g. by autoscaling"
+    )
     object_store_mib: int = Field(512, ge=80, description="object store of the Ray started here")
 
 

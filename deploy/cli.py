@@ -24,6 +24,7 @@ from common.config import (
 )
 from common.config_file import ConfigError, load_config, preset_names
 from common.prompts import Prompt
+from deploy import job_commands
 from deploy.errors import RunError, Stopped
 
 app = typer.Typer(
@@ -282,6 +283,9 @@ def unmasking_of(rule: str, threshold: float) -> Unmasking:
         "entropy_bound": EntropyBoundUnmasking(),
     }
     return rules[rule]
+
+
+job_commands.register(app)
 
 
 def main() -> None:

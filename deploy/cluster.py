@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import rollout, teacher
 from common.config import RunConfig
+from common.config_file import ConfigError
 from deploy.placement import check_resources, plan
 from deploy.waiting import wait_all
 from learner import rank
+
+_FIELDS = {"rollout": "rollout.actors", "teacher": "teacher.actors", "learner": "learner.ranks"}
 
 # quiet and offline-safe by default; a user's own setting wins
 _WORKER_ENVIRONMENT = {
@@ -38,43 +45,84 @@ class Pools:
 
 
 def connect(config: RunConfig) -> None:
-    """Start Ray on this machine, or connect to `ray.address`, and check that the placement fits.
-
-    Raises:
-        ConfigError: more CPUs or GPUs are asked for than Ray has.
-    """
+    """Connect to `ray.address`, or to the cluster whose job this process is; else start Ray on this machine."""
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
     runtime = {"env_vars": environment}
-    if config.ray.address:
+    if on_cluster(config):
         ray.init(address=config.ray.address, runtime_env=runtime, log_to_driver=False)
-    else:
-        # Ray 2.60 turns token mode on by itself once a token file exists; a private local Ray needs none
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(
-            num_cpus=config.ray.num_cpus,
-            object_store_memory=config.ray.object_store_mib * 2**20,
-            include_dashboard=False,
-            runtime_env=runtime,
-            log_to_driver=False,
-            logging_level="warning",
-        )
-    available = ray.cluster_resources()
-    check_resources(plan(config), available.get("CPU", 0.0), available.get("GPU", 0.0))
+        return
+    # Ray 2.60 turns token mode on by itself once a token file exists; a private local Ray needs none
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        num_cpus=config.ray.num_cpus,
+        object_store_memory=config.ray.object_store_mib * 2**20,
+        include_dashboard=False,
+        runtime_env=runtime,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+
+
+def on_cluster(config: RunConfig) -> bool:
+    """Whether the run uses a Ray that exists already; `ray job submit` sets RAY_ADDRESS for its driver."""
+    return config.ray.address is not None or "RAY_ADDRESS" in os.environ
+
+
+def reserve(config: RunConfig) -> dict[str, PlacementGroup]:
+    """One placement group per role: learner ranks packed, rollout actors and teachers spread.
+
+    Raises:
+        ConfigError: the cluster did not provide them within `ray.placement_timeout_s`; says what is missing.
+    """
+    placement = plan(config)
+    groups = {}
+    for role in ("learner", "teacher", "rollout"):
+        processes = [p for p in placement.processes if p.role == role]
+        bundles = [{"CPU": p.cpus, **({"GPU": p.gpus} if p.gpus else {})} for p in processes]
+        groups[role] = placement_group(bundles, strategy="PACK" if role == "learner" else "SPREAD")
+    deadline = time.monotonic() + config.ray.placement_timeout_s
+    for role, group in groups.items():
+        if not group.wait(timeout_seconds=max(deadline - time.monotonic(), 0.1)):
+            total, free = ray.cluster_resources(), ray.available_resources()
+            check_resources(placement, total.get("CPU", 0.0), total.get("GPU", 0.0))
+            asked = ", ".join(f"{n} x {b}" for b, n in _counted(group.bundle_specs))
+            raise ConfigError(
+                f"the cluster did not provide the {role} processes ({asked}) within ray.placement_timeout_s "
+                f"({config.ray.placement_timeout_s:g} s); free are {free.get('CPU', 0):g} CPUs and "
+                f"{free.get('GPU', 0):g} GPUs: stop other jobs, lower {_FIELDS[role]}, or wait longer"
+            )
+    return groups
+
+
+def _counted(bundles: list[dict[str, float]]) -> list[tuple[str, int]]:
+    names = Counter(" + ".join(f"{amount:g} {name}" for name, amount in bundle.items()) for bundle in bundles)
+    return list(names.items())
 
 
 def start_pools(config: RunConfig) -> Pools:
-    """Create all actors and wait until each has loaded its model.
+    """Create all actors in their placement groups and wait until each has loaded its model.
 
     Raises:
+        ConfigError: the cluster has no room for them.
         StuckError, WorkerError: an actor did not come up in time, or failed; the message names it.
     """
-    rollout_class, rank_class = rollout.as_remote(config), rank.as_remote(config)
-    teacher_class = teacher.as_remote(config)
+    groups = reserve(config)
+
+    def create(role: str, actor_class: Any, count: int, *arguments: Any) -> list[Any]:
+        return [
+            actor_class.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(groups[role], placement_group_bundle_index=i)
+            ).remote(*arguments, i)
+            for i in range(count)
+        ]
+
     pools = Pools(
-        rollouts=[rollout_class.remote(config, i) for i in range(config.rollout.actors)],
-        teachers=[teacher_class.remote(config.teacher, config.teacher_path, i) for i in range(config.teacher.actors)],
-        ranks=[rank_class.remote(config, i) for i in range(config.learner.ranks)],
+        rollouts=create("rollout", rollout.as_remote(config), config.rollout.actors, config),
+        teachers=create(
+            "teacher", teacher.as_remote(config), config.teacher.actors, config.teacher, config.teacher_path
+        ),
+        ranks=create("learner", rank.as_remote(config), config.learner.ranks, config),
     )
     timeout = config.pipeline.start_timeout_s
     names = pools.names()

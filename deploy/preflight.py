@@ -112,7 +112,7 @@ def check_processes(config: RunConfig) -> None:
             f"learner.resources.gpus: {config.learner.resources.gpus:g} would put several ranks on one GPU, which NCCL "
             "refuses; use 1, or learner.ranks 1"
         )
-    if config.ray.address is not None:
+    if config.ray.address is not None or "RAY_ADDRESS" in os.environ:
         return  # another machine's; checked when connected
     if config.teacher.backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError(

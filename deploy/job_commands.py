@@ -1,0 +1,157 @@
+"""`opdlm submit | jobs | stop`: a thin front on Ray's JobSubmissionClient.
+
+Ray's own commands do the same with three differences: `ray job submit` ends with status 1 whatever the job's was,
+`ray job status` ends with 0 for a failed job, and `ray job stop` on a pending job can hang; here every call has a
+deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.config_file import ConfigError, load_config
+from deploy.errors import StuckError
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_CALL_TIMEOUT_S = 60.0
+_FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
+_STOP_WAIT_S = 120  # seconds between SIGTERM and SIGKILL, for the last checkpoint
+_T = TypeVar("_T")
+
+console = Console()
+Address = Annotated[str, typer.Option(help="the cluster's dashboard address", envvar="RAY_API_SERVER_ADDRESS")]
+
+
+def submit(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="YAML file below the working directory, or a preset", metavar="CONFIG")],
+    address: Address = DEFAULT_ADDRESS,
+    working_dir: Annotated[Path, typer.Option(help="folder that is uploaded and run from")] = Path("."),
+    resume: Annotated[str | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and return")] = False,
+) -> None:
+    """Submit a training job to a Ray cluster and follow it; ends with the job's exit status.
+
+    Options that are not listed here are overrides of the config, as in [bold]opdlm train[/bold]. A relative
+    output_dir is taken from the current folder, so that the run outlives the job's temporary one.
+    """
+    settings = load_config(config, context.args)  # bad input ends here, before anything is uploaded
+    overrides = [*context.args, "--output_dir", str(settings.output_dir.resolve())]
+    command = ["python", "-m", "deploy", "train", config, *overrides]
+    command += ["--resume", resume] if resume else []
+    client = _client(address)
+    job = _within(
+        lambda: client.submit_job(
+            entrypoint=shlex.join(command),
+            runtime_env={
+                "working_dir": str(working_dir.resolve()),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
+            },
+        ),
+        f"submitting to {address}",
+    )
+    console.print(f"job [bold]{job}[/bold] on {address}", highlight=False)
+    if no_wait:
+        console.print(f"follow it with: ray job logs --follow {job} --address {address}", highlight=False)
+        return
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        if typer.confirm("\nstop the job? (no: it goes on, only following ends)", default=False):
+            stop(job, address)
+        raise typer.Exit(130) from None
+    raise typer.Exit(_exit_status(client, job))
+
+
+def jobs(address: Address = DEFAULT_ADDRESS) -> None:
+    """List the cluster's jobs, newest first."""
+    table = Table()
+    for column in ("job", "status", "exit", "minutes", "command"):
+        table.add_column(column, overflow="fold")
+    listed = _within(_client(address).list_jobs, f"asking {address}")
+    for info in sorted(listed, key=lambda i: -(i.start_time or 0)):
+        end = info.end_time or time.time() * 1000
+        minutes = f"{(end - info.start_time) / 60_000:.1f}" if info.start_time else ""
+        status = "" if info.driver_exit_code is None else str(info.driver_exit_code)
+        table.add_row(info.submission_id or "", str(info.status.value), status, minutes, info.entrypoint)
+    console.print(table)
+
+
+def stop(
+    job: Annotated[str, typer.Argument(help="the job's id, as opdlm jobs lists it", metavar="JOB")],
+    address: Address = DEFAULT_ADDRESS,
+    timeout_s: Annotated[float, typer.Option(help="how long to wait for the job's end")] = _STOP_WAIT_S + 30.0,
+) -> None:
+    """Stop a job: it writes a checkpoint and ends; a job that is still pending is deleted."""
+    client = _client(address)
+    status = _within(lambda: client.get_job_status(job), f"asking {address}").value
+    if status in _FINAL:
+        console.print(f"{job} has ended already: {status}")
+        return
+    _within(lambda: client.stop_job(job), f"stopping {job}")
+    deadline = time.monotonic() + timeout_s
+    while status not in _FINAL:
+        if time.monotonic() > deadline:
+            raise StuckError(f"{job} is still {status} after {timeout_s:.0f} s; see `ray job logs {job}`")
+        time.sleep(0.5)
+        status = _within(lambda: client.get_job_status(job), f"asking {address}").value
+    console.print(f"{job}: {status}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    options = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(context_settings=options, options_metavar="[OPTIONS] [--FIELD VALUE]...")(submit)
+    app.command()(jobs)
+    app.command()(stop)
+
+
+async def _follow(client: Any, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+def _exit_status(client: Any, job: str) -> int:
+    """The driver's exit status; 1 where the job failed before it had a driver."""
+    deadline = time.monotonic() + _CALL_TIMEOUT_S
+    while True:  # the log ends a moment before the status is final
+        info = _within(lambda: client.get_job_info(job), f"asking for {job}")
+        if info.status.value in _FINAL or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    if info.status.value == "SUCCEEDED":
+        return 0
+    console.print(f"job {job}: {info.status.value}: {info.message}", highlight=False)
+    return int(info.driver_exit_code or 1) if (info.driver_exit_code or 1) > 0 else 128 - int(info.driver_exit_code)
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return _within(lambda: JobSubmissionClient(address), f"connecting to {address}")
+    except (ConnectionError, RuntimeError) as error:
+        hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if "401" in str(error) else "is `ray start --head` running?"
+        raise ConfigError(f"--address {address!r}: no cluster answers ({error}); {hint}") from error
+
+
+def _within(call: Callable[[], _T], action: str) -> _T:
+    """The call's result, or StuckError after a minute: Ray's HTTP calls have no deadline of their own."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        return executor.submit(call).result(timeout=_CALL_TIMEOUT_S)
+    except FutureTimeout as error:
+        raise StuckError(f"{action}: no answer within {_CALL_TIMEOUT_S:.0f} s") from error
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
