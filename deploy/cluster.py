@@ -80,7 +80,12 @@ def reserve(config: RunConfig) -> dict[str, PlacementGroup]:
     for role in ("learner", "teacher", "rollout"):
         processes = [p for p in placement.processes if p.role == role]
         bundles = [{"CPU": p.cpus, **({"GPU": p.gpus} if p.gpus else {})} for p in processes]
-        groups[role] = placement_group(bundles, strategy="PACK" if role == "learner" else "SPREAD")
+        labels = getattr(config, role).resources.labels
+        groups[role] = placement_group(
+            bundles,
+            strategy="PACK" if role == "learner" else "SPREAD",
+            bundle_label_selector=[labels] * len(bundles) if labels else None,
+        )
     deadline = time.monotonic() + config.ray.placement_timeout_s
     for role, group in groups.items():
         if not group.wait(timeout_seconds=max(deadline - time.monotonic(), 0.1)):

@@ -29,7 +29,7 @@ def deepspeed_config(config: LearnerConfig, on_gpu: bool) -> dict[str, Any]:
                 "betas": list(config.betas),
                 "eps": config.eps,
                 "weight_decay": config.weight_decay,
-                "torch_adam": not on_gpu,
+                "torch_adam": True,  # DeepSpeed's own would be compiled at the first start
             },
         },
         "steps_per_print": 10**9,

@@ -102,6 +102,8 @@ class LearnerRank:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         module = TrainingModule(student, self.config)
         deepspeed.zero.register_external_parameter(module, lm_head_weight(student))
+        # one hook per layer instead of one per submodule: each layer is gathered as a whole
+        deepspeed.utils.set_z3_leaf_modules(student, [type(student.model.layers[0])])
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=list(module.parameters()), config=settings
         )
