@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from actors.sampler import Decoding, Request, Sampler
+from actors.sampler import Decoding, Sampler
+from actors.slots import Request
 from common.config import Unmasking
 from common.prompts import Prompt, prompt_ids
 from common.student import load_model, load_tokenizer

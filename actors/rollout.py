@@ -12,7 +12,8 @@ import ray
 import torch
 
 from actors.evaluation import EvaluationSums, evaluate_shard, evaluate_teacher_shard
-from actors.sampler import Decoding, Request, Sampler
+from actors.sampler import Decoding, Sampler
+from actors.slots import Request
 from common.config import RunConfig, Unmasking
 from common.prompts import Prompt
 from common.seeds import state_rng

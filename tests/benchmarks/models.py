@@ -1,0 +1,27 @@
+"""Random models of known sizes, built on the device: benchmarks need shapes, not knowledge."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+SIZES = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 263},
+    "mid": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 151936},
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+}  # fmt: skip
+
+
+def random_model(size: str, device: str) -> PreTrainedModel:
+    """A Qwen3 of one of SIZES; bfloat16 on CUDA, float32 on CPU."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**SIZES[size], tie_word_embeddings=True, max_position_embeddings=8192)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model.eval()

@@ -1,0 +1,127 @@
+"""The CUDA paths against the CPU's: graphs, grouped attention, FlexAttention with packed documents.
+
+Needs torch, transformers, pydantic, pyarrow and a CUDA device; neither ray, deepspeed nor vllm.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from actors.sampler import Decoding, Sampler
+from actors.slots import Request
+from common.config import DynamicUnmasking, StaticUnmasking
+from common.masks import dense_mask, flex_mask
+from common.objective_config import ForwardKL, ObjectiveConfig
+from common.seeds import state_rng
+from common.states import select_states
+from common.student import hidden_states, load_model
+from common.trajectory import TrajectoryMeta
+from learner.batches import BatchBuilder
+from learner.objective import ChunkedDivergence, empty_sums
+from tests.models import tiny_qwen3
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MASK, EOS, BLOCK = 287, 7, 4
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return tiny_qwen3(tmp_path_factory.mktemp("model"), seed=2, hidden=128, heads=4, kv_heads=2)
+
+
+def requests(count: int = 24) -> list[Request]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 40, count)
+    return [Request(i, 0, rng.integers(8, 250, size=n), 40) for i, n in enumerate(lengths)]
+
+
+def rollouts(path, device, dtype=torch.float32, decoding=None, **options):
+    model = load_model(path, dtype, "sdpa").to(device)
+    sampler = Sampler(model, block_size=BLOCK, mask_token_id=MASK, eos_token_id=EOS, slots=8, seed=5, **options)
+    decoding = decoding or Decoding(DynamicUnmasking(threshold=0.2), 1.0)
+    first = {t.ordinal: t for t in sampler.generate(requests(), decoding)}
+    again = {t.ordinal: t for t in sampler.generate(requests(), decoding)}  # now from graphs
+    return model, first, again
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [Decoding(StaticUnmasking(), 0.0), Decoding(DynamicUnmasking(threshold=0.2), 1.0)],
+    ids=["static-greedy", "dynamic-sampled"],
+)
+def test_graphs_give_the_cpus_trajectories(path, decoding):
+    _, cpu, _ = rollouts(path, "cpu", decoding=decoding)
+    for options in ({"cuda_graphs": False}, {"cuda_graphs": True}):
+        _, first, again = rollouts(path, "cuda", decoding=decoding, **options)
+        same = 0
+        for ordinal, t in cpu.items():
+            assert first[ordinal].response_ids.tolist() == again[ordinal].response_ids.tolist()
+            same += first[ordinal].response_ids.tolist() == t.response_ids.tolist()
+        assert same >= len(cpu) - 1  # a tie within rounding may fall either way
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_parity_of_sampler_and_flex_learner(path, dtype, tolerance):
+    model, _, done = rollouts(path, "cuda", dtype)
+    rows = [done[i] for i in sorted(done)]
+    for t in rows:
+        select_states(t, ObjectiveConfig(state={"kind": "all_rounds"}), BLOCK, EOS, state_rng(0, t.ordinal, 0))
+        t.hidden = np.zeros(len(t.target_offsets) * model.config.hidden_size, np.float32)
+    meta = TrajectoryMeta(BLOCK, MASK, "test", "hidden", model.config.hidden_size)
+    head = model.lm_head.weight.detach()
+    build = BatchBuilder(meta, "row_mean", "bucket", 2048, "flex_attention", torch.device("cuda"), head)
+    model.set_attn_implementation("flex_attention")
+    worst, checked = 0.0, 0
+    for micro in build.update(rows, 0, 1)[0]:
+        x = build.tensors(micro, rows)
+        with torch.no_grad():
+            hidden = hidden_states(model, x.ids, x.positions, x.mask)
+            log_p = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[x.loss_index]).float().log_softmax(-1).cpu()
+        copies = micro.copy.ravel()[micro.loss_index] - 1
+        positions = micro.positions.ravel()[micro.loss_index]
+        for i, (doc, state, position) in enumerate(zip(micro.loss_doc, copies, positions, strict=True)):
+            t = rows[doc]
+            offset = position - len(t.prompt_ids)
+            if t.reveal_round[offset] == state:
+                checked += 1
+                difference = log_p[i, t.response_ids[offset]].item() - float(np.log(t.confidence[offset]))
+                worst = max(worst, abs(difference))
+    print(f"{dtype}: worst difference of {checked} log-probabilities {worst:.2e}")
+    assert checked == sum(len(t.response_ids) for t in rows)
+    assert worst <= tolerance if dtype == torch.float32 else worst <= 5 * tolerance
+
+
+def test_flex_mask_is_the_dense_mask(path):
+    rng = torch.Generator().manual_seed(0)
+    doc = torch.arange(256).div(64, rounding_mode="floor")[None].cuda()
+    copy = torch.randint(0, 3, (1, 256), generator=rng).cuda()
+    block = torch.randint(0, 8, (1, 256), generator=rng).cuda()
+    model = load_model(path, torch.float32, "sdpa").cuda()
+    ids = torch.randint(8, 250, (1, 256), generator=rng).cuda()
+    positions = torch.arange(256)[None].cuda() % 64
+    with torch.no_grad():
+        dense = hidden_states(model, ids, positions, dense_mask(doc, copy, block))
+        model.set_attn_implementation("flex_attention")
+        flex = hidden_states(model, ids, positions, flex_mask(doc, copy, block))
+    torch.testing.assert_close(dense, flex, atol=1e-4, rtol=1e-4)
+
+
+def test_chunked_gradients_on_cuda():
+    from learner.objective import HiddenTarget, divergence
+
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(2, 50, 64, device="cuda", dtype=torch.float64)
+    weight, head = torch.randn(2, 300, 64, device="cuda", dtype=torch.float64)
+    coefficient = torch.rand(50, device="cuda", dtype=torch.float64)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    sums = empty_sums(hidden.device)
+    ChunkedDivergence.apply(hidden, weight, HiddenTarget(teacher, head), coefficient, ForwardKL(), 16, sums).backward()
+    fast = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    (coefficient * divergence(ForwardKL(), *HiddenTarget(teacher, head).classes(hidden @ weight.T))).sum().backward()
+    torch.testing.assert_close(fast, (hidden.grad, weight.grad))
