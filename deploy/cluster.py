@@ -55,6 +55,7 @@ def connect(config: RunConfig) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(
+        address="local",  # never a head that happens to run on this machine
         num_cpus=config.ray.num_cpus,
         object_store_memory=config.ray.object_store_mib * 2**20,
         include_dashboard=False,
