@@ -77,8 +77,9 @@ def submit(
 def jobs(address: Address = DEFAULT_ADDRESS) -> None:
     """List the cluster's jobs, newest first."""
     table = Table()
-    for column in ("job", "status", "exit", "minutes", "command"):
-        table.add_column(column, overflow="fold")
+    for column in ("job", "status", "exit", "minutes"):
+        table.add_column(column, no_wrap=True)  # an id is there to be copied
+    table.add_column("command", overflow="fold")
     listed = _within(_client(address).list_jobs, f"asking {address}")
     for info in sorted(listed, key=lambda i: -(i.start_time or 0)):
         end = info.end_time or time.time() * 1000
