@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from common.objective_config import ObjectiveConfig
 from common.section import Section
+from common.wandb_config import WandbConfig
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -267,6 +268,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
     ray: RayConfig = RayConfig()
+    wandb: WandbConfig = WandbConfig()
 
     @property
     def run_dir(self) -> Path:

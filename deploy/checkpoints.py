@@ -22,7 +22,7 @@ from common.config_file import ConfigError
 
 _MANIFEST = "manifest.json"
 # sections that do not change what is trained, and may differ when a run goes on
-_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard")
+_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard", "wandb")
 
 
 @dataclass

@@ -26,9 +26,11 @@ from deploy.cluster import Pools, connect, start_pools
 from deploy.errors import WorkerError
 from deploy.evaluator import Evaluator
 from deploy.progress import Progress
+from deploy.ray_metrics import RayMetrics
 from deploy.rollout_batch import RolloutBatch, drive
 from deploy.stop_signals import StopSignals
 from deploy.waiting import wait_all
+from deploy.wandb_log import WandbLog
 
 
 def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class Pipeline:
         self.config = config
         self.problems = problems
         self.dropped = prompts.dropped
+        self.prompts = len(prompts.prompts)
         size = config.rollout.prompts_per_batch
         self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
         self.batches = self.batches[: config.pipeline.max_batches]
@@ -92,6 +95,8 @@ class Pipeline:
         with (
             StopSignals() as self.stop,
             RunLog(config.run_dir) as log,
+            RayMetrics(config.name, len(self.batches), self.prompts, self.dropped) as ray_metrics,
+            WandbLog(config) as wandb_log,
             Progress(len(self.batches), config.name) as self.progress,
         ):
             for reason, count in self.dropped.items():
@@ -106,7 +111,7 @@ class Pipeline:
                 self.state.summary = self.evaluator.before()
             self.progress.note("training")
             self.progress.training()
-            self._train(log)
+            self._train([log, ray_metrics, wandb_log])
             self.state.summary["train"] = {
                 "response_tokens": self.state.response_tokens,
                 "updates": self.state.updates,
@@ -125,7 +130,7 @@ class Pipeline:
         self._publish(self.state.batches, [])
         self._collect_acknowledgements()
 
-    def _train(self, log: RunLog) -> None:
+    def _train(self, logs: list[RunLog | RayMetrics | WandbLog]) -> None:
         in_flight: deque[RolloutBatch] = deque()
         started = self.state.batches
         for index in range(self.state.batches, len(self.batches)):
@@ -144,7 +149,8 @@ class Pipeline:
             in_flight.popleft()
             self.state.batches = index + 1
             metrics = self._metrics(current, learner, published, time.perf_counter() - begin)
-            log.batch(metrics)
+            for log in logs:
+                log.batch(metrics)
             self.progress.batch(metrics)
             self._after_batch(index + 1)
 

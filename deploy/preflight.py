@@ -106,7 +106,9 @@ def looks_local(path: str) -> bool:
 
 
 def check_processes(config: RunConfig) -> None:
-    """Refuse processes that cannot run here: missing CPUs, GPUs or teacher engine."""
+    """Refuse processes that cannot run here: missing CPUs, GPUs, teacher engine or Weights & Biases client."""
+    if config.wandb.enabled and find_spec("wandb") is None:
+        raise ConfigError("wandb.enabled: 'wandb' is not installed; install opdlm[wandb], or use --wandb.enabled false")
     if config.learner.ranks > 1 and 0 < config.learner.resources.gpus < 1:
         raise ConfigError(
             f"learner.resources.gpus: {config.learner.resources.gpus:g} would put several ranks on one GPU, which NCCL "

@@ -13,7 +13,7 @@ from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
 from deploy.errors import StuckError
-from deploy.waiting import result_of
+from deploy.waiting import last_heard, result_of
 
 _POLL_SECONDS = 0.2
 
@@ -103,6 +103,7 @@ class RolloutBatch:
                 self.rollouts_done = self.targets_done = time.perf_counter()
                 self._raise_failed_streams()
             return
+        last_heard[self._streams[generator]] = time.time()
         teacher = min(self._pools.teachers, key=lambda t: self._load[t])
         annotated, info = teacher.annotate_with_info.options(num_returns=2).remote(batch)
         self._load[teacher] += 1

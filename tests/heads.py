@@ -55,6 +55,7 @@ class Head:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an activated environment
             "RAY_AUTH_MODE": "token" if token else "disabled",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_metrics_report_interval_ms": "1000",
             "OMP_NUM_THREADS": "1",
         }
         self._headers: dict[str, str] = {}

@@ -24,6 +24,10 @@ TINY = [
     "--learner.warmup_batches", "1", "--rollout.actors", "1", "--rollout.prompts_per_batch", "16",
     "--pipeline.max_batches", str(BATCHES),
 ]  # fmt: skip
+EVALUATED = [
+    "--evaluation.problems", "deploy/data/word_problems_heldout.jsonl", "--evaluation.count", "4",
+    "--evaluation.max_new_tokens", "16", "--evaluation.every_batches", "8", "--evaluation.teacher", "false",
+]  # fmt: skip
 SAME = ("loss", "kl", "lr", "response_tokens", "updates", "weights_version", "response_limit")
 
 
@@ -45,7 +49,7 @@ def whole(head: Head, runs: Path) -> list[dict[str, float]]:
     """The metrics of a run that was never stopped, submitted with Ray's own command."""
     done = head.command(
         RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--",
-        "python", "-m", "deploy", "train", *TINY, "--name", "whole", "--output_dir", str(runs),
+        "python", "-m", "deploy", "train", *TINY, *EVALUATED, "--name", "whole", "--output_dir", str(runs),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"batch {BATCHES}/{BATCHES}" in done.stdout  # the progress reaches the terminal
@@ -99,7 +103,7 @@ def test_stopped_job_goes_on_to_the_same_losses(head: Head, runs: Path, whole: l
     job = job_of(opdlm(head, "submit", *run, "--no-wait"))
     wait_for(lambda: metrics(runs / "stopped"), "the first batch")
     assert f"{job}: STOPPED" in opdlm(head, "stop", job)
-    assert f"{job} │ STOPPED │ 143" in opdlm(head, "jobs")
+    assert f"{job} │ STOPPED │" in opdlm(head, "jobs")
     saved = checkpoint_of(runs / "stopped")
     assert 1 <= int(saved.removeprefix("batch-")) < BATCHES
     assert "has ended already" in opdlm(head, "stop", job)
