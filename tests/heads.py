@@ -1,4 +1,4 @@
-"""A real `ray start --head` of the tests' own: its ports, its folder and its end disturb no other Ray of the machine."""
+"""A real `ray start --head` of the tests' own: with its own ports and folder it disturbs no other Ray of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ray job submit` and `opdlm submit | jobs | stop` on real heads: success, failure, stop, resume, tokens, placement."""
+"""`ray job submit` and `opdlm submit | jobs | stop` on real heads: success, failure, stop, resume, tokens."""
 
 from __future__ import annotations
 
