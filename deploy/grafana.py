@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.live_metrics import LIVE_METRICS, help_text, prometheus_name
+from common.live_metrics import help_text, prometheus_name
 from common.metrics import METRICS
 
 FILE = Path(__file__).parent / "kuberay" / "monitoring" / "opdlm-run.json"

@@ -1,4 +1,4 @@
-"""A real `ray start --head` of the tests' own: with its own ports and folder it disturbs no other Ray of the machine."""
+"""A real `ray start --head` of the tests' own, with its own ports and folder: it disturbs no other Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import requests
 
 RAY = str(Path(sys.executable).with_name("ray"))
-_START_TIMEOUT_S = 120
+_START_TIMEOUT_S = 300
 _NODE_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port",
                "metrics-export-port", "node-manager-port", "object-manager-port")  # fmt: skip
 
@@ -80,7 +80,7 @@ class Head:
         psutil.wait_procs(ours, timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def command(self, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def command(self, *words: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
         """Run a command as a user of this head would."""
         return subprocess.run(
             words, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False

@@ -15,7 +15,7 @@ import pytest
 
 from tests.heads import RAY, Head
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
 BATCHES = 16  # enough for a stop to come before the end
@@ -68,7 +68,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come"

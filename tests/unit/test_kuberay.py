@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
