@@ -40,11 +40,10 @@ class Head:
 
     def __init__(self, num_cpus: int, token: bool = False, worker_cpus: int | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rh", dir="/tmp"))  # short: socket paths have a limit
-        gcs, dashboard, client = free_ports(3)
+        gcs, dashboard, client, autoscaler_metrics, dashboard_metrics = free_ports(5)
         self.gcs = f"127.0.0.1:{gcs}"
         self.address = f"http://127.0.0.1:{dashboard}"
         self.num_cpus, self.worker_cpus = num_cpus, worker_cpus
-        self.metrics_ports: list[int] = []
         self.log = self.folder / "log"
         self._processes: list[psutil.Process] = []
         self._head_options = ["--head", "--port", str(gcs), "--dashboard-host", "127.0.0.1", "--dashboard-port",
@@ -55,6 +54,8 @@ class Head:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an activated environment
             "RAY_AUTH_MODE": "token" if token else "disabled",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
+            "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
             "RAY_metrics_report_interval_ms": "1000",
             "OMP_NUM_THREADS": "1",
         }
@@ -80,6 +81,11 @@ class Head:
         psutil.wait_procs(ours, timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def metrics_discovery(self) -> Path:
+        """The file in which Ray lists its metrics endpoints for Prometheus."""
+        return self.folder / "ray" / "prom_metrics_service_discovery.json"
+
     def command(self, *words: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
         """Run a command as a user of this head would."""
         return subprocess.run(
@@ -87,10 +93,7 @@ class Head:
         )
 
     def _start(self, cpus: int, options: list[str], nodes: int) -> None:
-        ports = free_ports(len(_NODE_PORTS))
-        named = dict(zip(_NODE_PORTS, ports, strict=True))
-        self.metrics_ports.append(named["metrics-export-port"])
-        numbered = [f"--{name}={port}" for name, port in named.items()]
+        numbered = [f"--{name}={port}" for name, port in zip(_NODE_PORTS, free_ports(len(_NODE_PORTS)), strict=True)]
         common = ["--num-cpus", str(cpus), "--object-store-memory", str(200 * 2**20), "--block"]
         with self.log.open("a") as log:
             process = subprocess.Popen(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import requests
 import yaml
 
@@ -18,15 +16,12 @@ _START_TIMEOUT_S = 60
 
 
 class Prometheus:
-    """Scrapes every second from `__enter__` to `__exit__`; skips the test where there is no prometheus.
+    """Scrapes every second from `__enter__` to `__exit__`.
 
     Its targets are those of `discovery`, the service discovery file that a Ray head writes.
     """
 
-    def __init__(self, folder: Path, discovery: Path) -> None:
-        program = shutil.which("prometheus")
-        if not program:
-            pytest.skip("prometheus is not installed (Debian's package of that name): nothing scrapes the run")
+    def __init__(self, program: str, folder: Path, discovery: Path) -> None:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "prometheus.log"
