@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.live_metrics import help_text, prometheus_name
+from common.live_metrics import LIVE_METRICS, help_text, prometheus_name
 from common.metrics import METRICS
 
 FILE = Path(__file__).parent / "kuberay" / "monitoring" / "opdlm-run.json"
@@ -28,6 +28,8 @@ def dashboard() -> dict[str, Any]:
     """The dashboard as Grafana's JSON model; it asks for a Prometheus data source and for runs."""
     panels = [_stat(*figure) for figure in _first_row()]
     panels += [_series("Since an actor answered", "s", "A flat line near 0 is healthy.", {"{{actor}}": _silence()})]
+    not_finite = {"{{run}} {{metric}}": _of_run("not_finite", by="run, metric")}
+    panels += [_series("Not finite", "", LIVE_METRICS["not_finite"].meaning, not_finite)]
     panels += [_series("Share of the batch's wall time", "share", "How busy each stage is.", _shares())]
     panels += [_family(name, members) for name, members in families().items()]
     return {

@@ -138,13 +138,20 @@ def _exit_status(client: Any, job: str) -> int:
 
 
 def _client(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return _within(lambda: JobSubmissionClient(address), f"connecting to {address}")
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"--address {address!r}: the cluster asks for a token, and this one is missing or wrong; set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the cluster's"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
-        hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if "401" in str(error) else "is `ray start --head` running?"
-        raise ConfigError(f"--address {address!r}: no cluster answers ({error}); {hint}") from error
+        raise ConfigError(
+            f"--address {address!r}: no cluster answers ({error}); is `ray start --head` running there?"
+        ) from error
 
 
 def _within(call: Callable[[], _T], action: str) -> _T:

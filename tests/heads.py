@@ -56,7 +56,7 @@ class Head:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
             "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
-            "RAY_metrics_report_interval_ms": "1000",
+            "RAY_metrics_report_interval_ms": "2000",
             "OMP_NUM_THREADS": "1",
         }
         self._headers: dict[str, str] = {}
