@@ -93,7 +93,7 @@ class Resources(Section):
     gpus: float = Field(0.0, ge=0, description="Ray GPUs per process")
     threads: int = Field(1, ge=1, description="compute threads per process (OMP_NUM_THREADS)")
     labels: dict[str, str] = Field(
-        {}, description="Ray node labels that its node must have, e.g. {opdlm.io/role: rollout}"
+        {}, description="Ray node labels that its node must have, e.g. {opdlm-role: rollout}"
     )
 
 

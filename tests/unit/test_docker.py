@@ -27,7 +27,7 @@ def stages() -> dict[str, tuple[str, list[Instruction]]]:
         if word == "FROM":
             base, name = re.fullmatch(r"(\S+) AS (\S+)", rest).groups()  # type: ignore[union-attr]
             found[name] = (base, [])
-        elif word:
+        elif word and found:  # what stands before the first stage are arguments of FROM
             found[name][1].append((word, " ".join(rest.split())))
     return found
 

@@ -247,6 +247,10 @@ def test_placement_fits_the_group(folder: str, role: str) -> None:
     assert group["replicas"] <= group["maxReplicas"]
     assert gpus * group["replicas"] == sum(p.gpus for p in processes), "GPUs that the config does not use"
 
+    wanted = getattr(config_of(job), role).resources.labels.items()
+    having = [name for name, other in groups(job).items() if wanted <= other.get("labels", {}).items()]
+    assert having == [role], "the role's processes must find their group, and no other"
+
     shm = next(v for v in group["template"]["spec"]["volumes"] if v["name"] == "shm")["emptyDir"]
     store = float(group["rayStartParams"]["object-store-memory"])
     assert shm["medium"] == "Memory" and store <= quantity(shm["sizeLimit"])
