@@ -93,12 +93,22 @@ def reserve(config: RunConfig) -> dict[str, PlacementGroup]:
             total, free = ray.cluster_resources(), ray.available_resources()
             check_resources(placement, total.get("CPU", 0.0), total.get("GPU", 0.0))
             asked = ", ".join(f"{n} x {b}" for b, n in _counted(group.bundle_specs))
+            asked += _labelled(getattr(config, role).resources.labels)
             raise ConfigError(
                 f"the cluster did not provide the {role} processes ({asked}) within ray.placement_timeout_s "
                 f"({config.ray.placement_timeout_s:g} s); free are {free.get('CPU', 0):g} CPUs and "
                 f"{free.get('GPU', 0):g} GPUs: stop other jobs, lower {_FIELDS[role]}, or wait longer"
             )
     return groups
+
+
+def _labelled(labels: dict[str, str]) -> str:
+    if not labels:
+        return ""
+    alive = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    having = sum(labels.items() <= of_node.items() for of_node in alive)
+    wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+    return f", on nodes labelled {wanted}, which {having} of {len(alive)} nodes are"
 
 
 def _counted(bundles: list[dict[str, float]]) -> list[tuple[str, int]]:
