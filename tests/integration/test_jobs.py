@@ -154,6 +154,12 @@ def test_failed_job_ends_with_its_own_status(head: Head, runs: Path) -> None:
     assert time.monotonic() - start < 250, "waited for the default deadline"
 
 
+def test_stop_does_not_wait_for_a_pending_job(head: Head) -> None:
+    command = ["--no-wait", "--entrypoint-num-cpus", "99", "--", "true"]
+    submitted = head.command(RAY, "job", "submit", "--address", head.address, *command)
+    assert "is pending: it still waits" in opdlm(head, "stop", job_of(submitted.stdout), status=1)
+
+
 def test_upload_is_small_and_leaves_runs_out(tmp_path: Path) -> None:
     """The package that Ray makes of the working directory, built by Ray's own code."""
     code = (
