@@ -12,7 +12,7 @@ from actors.drawing import Decoding
 from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import StaticUnmasking
-from tests.benchmarks.models import random_model
+from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model
 
 BLOCK = 4
 
@@ -97,35 +97,6 @@ def pass_floor_seconds(model: Any, sequences: int, context: int) -> float:
     parameters = sum(p.numel() for p in model.parameters())
     cache = sequences * context * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
     return max((2 * parameters + cache) / copy_bandwidth(), 2 * parameters * sequences * BLOCK / matmul_rate())
-
-
-def matmul_rate() -> float:
-    """bfloat16 FLOP/s of a large square product."""
-    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    for _ in range(3):
-        a @ a
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(10):
-        a @ a
-    end.record()
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1e3)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large device-to-device copy."""
-    a = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    for _ in range(3):
-        b.copy_(a)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(10):
-        b.copy_(a)
-    end.record()
-    torch.cuda.synchronize()
-    return 10 * 2 * a.nbytes / (start.elapsed_time(end) / 1e3)
 
 
 def _synchronise(model: Any) -> None:
