@@ -11,8 +11,9 @@ import pyarrow as pa
 import ray
 import torch
 
+from actors.drawing import Decoding
 from actors.evaluation import EvaluationSums, evaluate_shard, evaluate_teacher_shard
-from actors.sampler import Decoding, Sampler
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import RunConfig, Unmasking
 from common.prompts import Prompt
@@ -97,7 +98,7 @@ class RolloutActor:
         return {
             "busy_seconds": self.busy_seconds,
             "forwards": self.sampler.forwards,
-            "wide_forwards": self.sampler.wide_forwards,
+            "commits": self.sampler.commits,
             "weights_version": self.sampler.weights_version,
         }
 
