@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from common.dashboard_config import DashboardConfig
 from common.objective_config import ObjectiveConfig
 from common.section import Section
 
@@ -267,6 +268,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
     ray: RayConfig = RayConfig()
+    dashboard: DashboardConfig = DashboardConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -45,6 +45,16 @@ METRICS: dict[str, MetricSpec] = {
     "seconds/batch": MetricSpec("s", "wall time of the batch"),
     "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
     "bytes/weights": MetricSpec("bytes", "published weights"),
+    # shares of a batch's wall time, see deploy/occupancy.py
+    "busy/rollout": MetricSpec("share", "wall time in which a rollout actor generates, mean over actors"),
+    "waiting/rollout": MetricSpec("share", "wall time in which a rollout actor waits for others of the batch"),
+    "blocked/rollout": MetricSpec("share", "wall time in which the staleness bound holds rollouts back"),
+    "busy/teacher": MetricSpec("share", "wall time in which a teacher computes targets, mean over teachers"),
+    "waiting/teacher": MetricSpec("share", "wall time in which a teacher waits for rollouts under way"),
+    "blocked/teacher": MetricSpec("share", "wall time in which no rollouts are under way for the teacher"),
+    "busy/learner": MetricSpec("share", "wall time in which the learner trains"),
+    "waiting/learner": MetricSpec("share", "wall time in which the learner waits for the batch to be complete"),
+    "blocked/learner": MetricSpec("share", "wall time in which the learner publishes and waits for loading"),
 }
 
 
