@@ -12,7 +12,8 @@ ROLES = ("rollout", "teacher", "learner")
 
 @dataclass(frozen=True)
 class Line:
-    """One metric of a chart; `style` is line, step or points, `role` gives it the role's colour."""
+    """One metric of a chart. `style`: line, smooth (with a moving average over it), step or points; `role` gives the
+    role's colour."""
 
     metric: str
     label: str
@@ -41,10 +42,10 @@ CHARTS = (
         "throughput",
         "throughput",
         "Tokens per second of each stage",
-        tuple(Line(f"{role}/tokens_per_second", role, role=role) for role in ROLES),
+        tuple(Line(f"{role}/tokens_per_second", role, "smooth", role) for role in ROLES),
         scale="log",
     ),
-    Chart("kl", "learning", "KL to the teacher", (Line("kl", "KL"),), format="~g"),
+    Chart("kl", "learning", "KL to the teacher", (Line("kl", "KL", "smooth"),), format="~g"),
     Chart(
         "accuracy",
         "learning",
@@ -56,10 +57,16 @@ CHARTS = (
         "agreement",
         "learning",
         "Same best token as the teacher",
-        (Line("teacher_agreement", "agreement"),),
+        (Line("teacher_agreement", "agreement", "smooth"),),
         format=".0%",
     ),
-    Chart("tokens_per_step", "decoding", "Tokens per step", (Line("tokens_per_step", "tokens per step"),), format="~g"),
+    Chart(
+        "tokens_per_step",
+        "decoding",
+        "Tokens per step",
+        (Line("tokens_per_step", "tokens per step", "smooth"),),
+        format="~g",
+    ),
     Chart(
         "length",
         "decoding",
@@ -73,10 +80,19 @@ CHARTS = (
         "Queue depths",
         tuple(Line(f"queue/{role}", role, "step", role) for role in ROLES),
     ),
-    Chart("publish_seconds", "flow", "Publishing: seconds", (Line("seconds/publish", "publish"),), format="~s"),
+    Chart(
+        "publish_seconds", "flow", "Publishing: seconds", (Line("seconds/publish", "publish", "smooth"),), format="~s"
+    ),
     Chart("publish_bytes", "flow", "Publishing: bytes", (Line("bytes/weights", "weights", "step"),)),
-    Chart("seconds", "more", "Wall time of a batch", (Line("seconds/batch", "batch"),), format="~s"),
-    Chart("grad_norm", "more", "Gradient norm", (Line("grad_norm", "before clipping"),), scale="log", format="~g"),
+    Chart("seconds", "more", "Wall time of a batch", (Line("seconds/batch", "batch", "smooth"),), format="~s"),
+    Chart(
+        "grad_norm",
+        "more",
+        "Gradient norm",
+        (Line("grad_norm", "before clipping", "smooth"),),
+        scale="log",
+        format="~g",
+    ),
     Chart("lr", "more", "Learning rate", (Line("lr", "learning rate"),), format="~g"),
     Chart("trajectory_bytes", "more", "Trajectories with targets", (Line("bytes/trajectories", "bytes"),)),
 )

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
+
+
+def moving_average(y: np.ndarray, width: int) -> np.ndarray:
+    """Mean of each value and the `width` - 1 before it (fewer at the start); NaN counts as absent. float64 [n]."""
+    known = ~np.isnan(y)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    end = np.arange(1, len(y) + 1)
+    begin = np.maximum(end - width, 0)
+    count = counts[end] - counts[begin]
+    return np.where(count > 0, (sums[end] - sums[begin]) / np.maximum(count, 1), np.nan)
 
 
 def min_max(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +32,7 @@ def min_max(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.n
     low = np.where(np.isnan(y), np.inf, y)
     high = np.where(np.isnan(y), -np.inf, y)
     kept = [0, len(x) - 1]
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges.tolist()):
         kept += [begin + int(low[begin:end].argmin()), begin + int(high[begin:end].argmax())]
     order = np.unique(kept)
     return x[order], y[order]

@@ -13,12 +13,13 @@ import numpy as np
 from common.config_file import ConfigError
 from common.metrics import METRICS
 from deploy.dashboard.charts import ROLES
-from deploy.dashboard.decimation import min_max
+from deploy.dashboard.decimation import min_max, moving_average
 
 _RECENT_BATCHES = 10  # shares and bottleneck are means over these
 _OLD_SECONDS = 15.0  # status.json is written every second
 _FINAL = ("finished", "stopped", "failed")
 _EVENTS = 50
+SMOOTH = "~"
 
 
 class RunReader:
@@ -87,7 +88,8 @@ class RunReader:
         self, x_metric: str, names: list[str], points: int, begin: float = -math.inf, end: float = math.inf
     ) -> dict[str, dict[str, list[float | None]]]:
         """Each metric against another as at most `points` points between two values of x; metrics without data are
-        left out. `x_metric` may be `hours`, those since the first batch was logged."""
+        left out. A name that ends in SMOOTH asks for the moving average. `x_metric` may be `hours`, those since the
+        first batch was logged."""
         if not self.batches:
             return {}
         x = self._x(x_metric)
@@ -96,9 +98,12 @@ class RunReader:
         window = slice(max(int(first) - 1, 0), int(last) + 1)
         result = {}
         for name in names:
-            y = np.asarray(self.columns[name], dtype=np.float64)[window]
-            sparse = _sparse(name)
-            known = ~np.isnan(y) if sparse else np.ones(len(y), dtype=bool)
+            y = np.asarray(self.columns[name.removesuffix(SMOOTH)], dtype=np.float64)
+            if name.endswith(SMOOTH):
+                y = moving_average(y, max(5, len(y) // 40))
+            y = y[window]
+            # metrics of evaluations stand only in the batches that were evaluated
+            known = ~np.isnan(y) if name.startswith("eval") else np.ones(len(y), dtype=bool)
             if known.any():
                 xs, ys = min_max(x[window][known], y[known], points)
                 result[name] = {"x": [_number(v) for v in xs.tolist()], "y": [_number(v) for v in ys.tolist()]}
@@ -195,11 +200,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min" if minutes else f"{whole} s"
-
-
-def _sparse(metric: str) -> bool:
-    """Metrics of evaluations stand only in the batches that were evaluated."""
-    return metric.startswith("eval")
 
 
 def _number(value: float) -> float | None:

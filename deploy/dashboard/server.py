@@ -21,8 +21,8 @@ from sse_starlette.sse import EventSourceResponse
 
 from common.dashboard_config import is_loopback
 from common.metrics import METRICS
-from deploy.dashboard.charts import described
-from deploy.dashboard.run_reader import RunReader
+from deploy.dashboard.charts import CHARTS, described
+from deploy.dashboard.run_reader import SMOOTH, RunReader
 
 _STATIC = Path(__file__).parent / "static"
 _POLL_SECONDS = 1.0
@@ -91,7 +91,9 @@ def create_app(run_dir: Path, host: str, token: str | None = None) -> FastAPI:
         points: Annotated[int, Query(ge=4, le=5000)] = 600,
     ) -> dict[str, Any]:
         reader.refresh()
-        wanted = [line["metric"] for chart in described() for line in chart["lines"]]
+        lines = [line for chart in CHARTS for line in chart.lines]
+        wanted = [line.metric for line in lines]
+        wanted += [line.metric + SMOOTH for line in lines if line.style == "smooth"]
         return {"batches": reader.batches, "series": reader.series(x, wanted, points, begin, end)}
 
     @app.get("/api/rollouts")
