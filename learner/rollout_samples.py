@@ -27,10 +27,12 @@ def rollout_sample(
 
     Returns:
         keys: ordinal, sample, domain, weights_version, finish_reason, forwards, block_size, prompt (text),
-        prompt_tokens, cut (tokens left out), tokens (texts), rounds (within the block, from 0), confidence
-        (probability when revealed), kl (nats, mean over states; None where the token was in no trained state).
+        prompt_tokens, cut (tokens left out), tail (how many tokens at the end stand behind the end token), tokens
+        (texts), rounds (within the block, from 0), confidence (probability when revealed), kl (nats, mean over
+        states; None where the token was in no trained state).
     """
-    length = min(len(trajectory.response_ids), MAX_TOKENS)
+    ids = np.concatenate([trajectory.response_ids, trajectory.tail_ids])
+    length = min(len(ids), MAX_TOKENS)
     offsets = trajectory.target_offsets[target_rows]
     sums, counts = np.zeros(length), np.zeros(length)
     kept = offsets < length
@@ -47,8 +49,9 @@ def rollout_sample(
         "block_size": block_size,
         "prompt": prompt[:MAX_PROMPT_CHARACTERS],
         "prompt_tokens": len(trajectory.prompt_ids),
-        "cut": len(trajectory.response_ids) - length,
-        "tokens": token_texts(trajectory.response_ids[:length], tokenizer),
+        "cut": len(ids) - length,
+        "tail": max(length - len(trajectory.response_ids), 0),
+        "tokens": token_texts(ids[:length], tokenizer),
         "rounds": trajectory.reveal_round[:length].tolist(),
         "confidence": [round(float(c), 4) for c in trajectory.confidence[:length]],
         "kl": [round(s / n, 5) if n else None for s, n in zip(sums, counts, strict=True)],

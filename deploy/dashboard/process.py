@@ -68,7 +68,6 @@ class DashboardProcess:
 
     def __enter__(self) -> DashboardProcess:
         if self.config.enabled:
-            read_token(self.config.token_file)
             port = free_port(self.config.host, self.config.port)
             command = [sys.executable, "-m", "deploy.dashboard", str(self.run_dir.resolve())]
             command += ["--host", self.config.host, "--port", str(port), "--with-parent"]
@@ -77,7 +76,8 @@ class DashboardProcess:
             # the job's working directory is not always that of the package
             paths = [str(Path(deploy.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-            self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+            # a session of its own: Ctrl-C ends the run first, and its page says so
+            self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             self.url = address(self.config.host, port)
         return self
 

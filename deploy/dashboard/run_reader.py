@@ -188,7 +188,7 @@ def health(status: dict[str, Any], events: list[dict[str, Any]], now: float) -> 
         return {"level": "warning", "text": f"{state}; {warned[-1]['text']}"}
     if state != "training":
         return {"level": "busy", "text": detail or state}
-    return {"level": "good", "text": "training, all well"}
+    return {"level": "good", "text": "all well"}
 
 
 def duration(seconds: float) -> str:

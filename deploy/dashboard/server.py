@@ -99,8 +99,11 @@ def create_app(run_dir: Path, host: str, token: str | None = None) -> FastAPI:
     @app.get("/api/rollouts")
     async def rollouts() -> list[dict[str, Any]]:
         reader.refresh()
-        shown = ("batch", "ordinal", "sample", "domain", "weights_version", "finish_reason", "forwards")
-        return [{name: r[name] for name in shown} | {"tokens": len(r["tokens"]) + r["cut"]} for r in reader.rollouts]
+        shown = ("batch", "ordinal", "sample", "forwards")
+        return [
+            {name: r[name] for name in shown} | {"tokens": len(r["tokens"]) - r["tail"] + r["cut"]}
+            for r in reader.rollouts
+        ]
 
     @app.get("/api/rollouts/{batch}/{ordinal}/{sample}")
     async def rollout(batch: int, ordinal: int, sample: int) -> dict[str, Any]:

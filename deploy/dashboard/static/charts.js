@@ -116,7 +116,7 @@ export class Charts {
     const muted = css("--muted"), grid = css("--grid");
     const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickfont: { color: muted, size: 11 }, automargin: true };
     return {
-      margin: { l: 44, r: 10, t: 6, b: 34 }, height: 220,
+      margin: { l: 44, r: 10, t: 6, b: 34 }, height: chart.name === "throughput" ? 300 : 220,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", color: css("--text"), size: 12 },
       hovermode: "x unified", dragmode: touch ? false : "zoom", uirevision: "keep",

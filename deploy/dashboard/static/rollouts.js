@@ -88,7 +88,7 @@ export class Rollouts {
     $("viewer").hidden = false;
     $("rollout-facts").textContent = [
       `batch ${r.batch}`, `prompt ${r.ordinal}${r.sample ? `, sample ${r.sample}` : ""}`, r.domain,
-      `weights version ${r.weights_version}`, `${r.tokens.length + r.cut} tokens in ${r.forwards} steps`,
+      `weights version ${r.weights_version}`, `${r.tokens.length - r.tail + r.cut} tokens in ${r.forwards} steps`,
       `blocks of ${r.block_size}`, r.finish_reason === "eos" ? "ended by itself" : "cut at the length limit",
       r.cut ? `the last ${r.cut} tokens are not shown` : "",
     ].filter(Boolean).join(" · ");
@@ -98,6 +98,7 @@ export class Rollouts {
       token.className = "token";
       token.dataset.index = i;
       token.textContent = text === "" ? "·" : text.replaceAll("\n", "↵\n");
+      token.classList.toggle("tail", i >= r.tokens.length - r.tail);
       if (i && r.blocks[i] !== r.blocks[i - 1]) token.classList.add("block-start");
       return token;
     }));
@@ -152,10 +153,11 @@ export class Rollouts {
     const r = this.current, i = Number(token.dataset.index);
     const masked = token.classList.contains("masked");
     const rows = [
-      ["position", `${i + 1} of ${r.tokens.length + r.cut}, block ${r.blocks[i] + 1}`],
+      ["position", `${i + 1}, block ${r.blocks[i] + 1}`],
       ["revealed", `round ${r.rounds[i] + 1}, step ${r.steps[i] + 1}`],
       ["confidence", number(r.confidence[i], 3)],
-      ["KL", r.kl[i] === null ? "not in a trained state" : `${number(r.kl[i], 3)} nats`],
+      ["KL", r.kl[i] !== null ? `${number(r.kl[i], 3)} nats` : token.classList.contains("tail")
+        ? "none: behind the end token" : "not in a trained state"],
     ];
     const title = document.createElement("strong");
     title.textContent = masked ? "masked" : JSON.stringify(r.tokens[i]).slice(1, -1).replace(/^ | $/g, "␣") || "part of a character";
@@ -171,7 +173,7 @@ export class Rollouts {
     const left = Math.min(Math.max(8, box.left), innerWidth - own.width - 8);
     const above = box.top - own.height - 8;
     tip.style.left = `${left}px`;
-    tip.style.top = `${above > 8 ? above : box.bottom + 8}px`;
+    tip.style.top = `${above > 60 ? above : box.bottom + 8}px`;
   }
 
   #touched() {
