@@ -24,7 +24,9 @@ export class Rollouts {
 
   /** The kept rollouts have changed. */
   async refresh() {
-    this.list = (await (await fetch("/api/rollouts")).json()).reverse();
+    const answer = await fetched("/api/rollouts");
+    if (!answer) return;
+    this.list = answer.reverse();
     $("no-rollouts").hidden = this.list.length > 0;
     $("rollouts").replaceChildren(...this.list.map((rollout) => this.#entry(rollout)));
     if (!this.current || $("follow").checked) await this.#followNewest();
@@ -54,10 +56,10 @@ export class Rollouts {
 
   async #open(rollout) {
     if (this.current && key(this.current) === key(rollout)) return;
-    const answer = await fetch(`/api/rollouts/${key(rollout)}`);
-    if (!answer.ok) return; // a newer one has taken its place
+    const answer = await fetched(`/api/rollouts/${key(rollout)}`);
+    if (!answer) return; // a newer one has taken its place
     this.#pause();
-    this.current = await answer.json();
+    this.current = answer;
     this.#layOut();
     this.#mark();
   }
@@ -199,6 +201,12 @@ export class Rollouts {
     this.timer = 0;
     $("play").textContent = "▶";
   }
+}
+
+/** JSON, or null where the server is gone or no longer has it. */
+async function fetched(url) {
+  const answer = await fetch(url).catch(() => null);
+  return answer?.ok ? answer.json().catch(() => null) : null;
 }
 
 function key(rollout) {
