@@ -38,13 +38,6 @@ METRICS: dict[str, MetricSpec] = {
     "queue/rollout": MetricSpec("trajectories", "admitted at the start of the batch"),
     "queue/teacher": MetricSpec("record batches", "most that waited for targets at once"),
     "queue/learner": MetricSpec("record batches", "handed to the learner"),
-    "seconds/rollout": MetricSpec("s", "busy seconds of the busiest rollout actor"),
-    "seconds/teacher": MetricSpec("s", "busy seconds of the busiest teacher"),
-    "seconds/learner": MetricSpec("s", "training seconds"),
-    "seconds/publish": MetricSpec("s", "gathering, shipping and, at staleness 0, loading the weights"),
-    "seconds/batch": MetricSpec("s", "wall time of the batch"),
-    "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
-    "bytes/weights": MetricSpec("bytes", "published weights"),
     # shares of a batch's wall time, see deploy/occupancy.py
     "busy/rollout": MetricSpec("share", "wall time in which a rollout actor generates, mean over actors"),
     "waiting/rollout": MetricSpec("share", "wall time in which a rollout actor waits for others of the batch"),
@@ -55,6 +48,13 @@ METRICS: dict[str, MetricSpec] = {
     "busy/learner": MetricSpec("share", "wall time in which the learner trains"),
     "waiting/learner": MetricSpec("share", "wall time in which the learner waits for the batch to be complete"),
     "blocked/learner": MetricSpec("share", "wall time in which the learner publishes and waits for loading"),
+    "seconds/rollout": MetricSpec("s", "busy seconds of the busiest rollout actor"),
+    "seconds/teacher": MetricSpec("s", "busy seconds of the busiest teacher"),
+    "seconds/learner": MetricSpec("s", "training seconds"),
+    "seconds/publish": MetricSpec("s", "gathering, shipping and, at staleness 0, loading the weights"),
+    "seconds/batch": MetricSpec("s", "wall time of the batch"),
+    "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
+    "bytes/weights": MetricSpec("bytes", "published weights"),
 }
 
 
