@@ -37,6 +37,11 @@ class Chart:
         return METRICS[self.lines[0].metric].unit
 
 
+def _evaluated(metric: str, label: str) -> tuple[Line, ...]:
+    """A figure of evaluations during training, where this release measures it."""
+    return (Line(metric, label, "points"),) if metric in METRICS else ()
+
+
 CHARTS = (
     Chart(
         "throughput",
@@ -50,7 +55,7 @@ CHARTS = (
         "accuracy",
         "learning",
         "Accuracy on held-out problems",
-        tuple(Line(name, name.removeprefix("eval/"), "points") for name in METRICS if "exact_match" in name),
+        _evaluated("eval/exact_match", "exact match"),
         format=".0%",
     ),
     Chart(
@@ -64,7 +69,7 @@ CHARTS = (
         "tokens_per_step",
         "decoding",
         "Tokens per step",
-        (Line("tokens_per_step", "tokens per step", "smooth"),),
+        (Line("tokens_per_step", "rollouts", "smooth"), *_evaluated("eval/tokens_per_step", "evaluation")),
         format="~g",
     ),
     Chart(
@@ -81,10 +86,10 @@ CHARTS = (
         tuple(Line(f"queue/{role}", role, "step", role) for role in ROLES),
     ),
     Chart(
-        "publish_seconds", "flow", "Publishing: seconds", (Line("seconds/publish", "publish", "smooth"),), format="~s"
+        "publish_seconds", "flow", "Publishing: seconds", (Line("seconds/publish", "publish", "smooth"),), format="~g"
     ),
     Chart("publish_bytes", "flow", "Publishing: bytes", (Line("bytes/weights", "weights", "step"),)),
-    Chart("seconds", "more", "Wall time of a batch", (Line("seconds/batch", "batch", "smooth"),), format="~s"),
+    Chart("seconds", "more", "Wall time of a batch", (Line("seconds/batch", "batch", "smooth"),), format="~g"),
     Chart(
         "grad_norm",
         "more",

@@ -14,7 +14,14 @@ export class Charts {
     this.series = {};
     this.cards = charts.map((chart) => this.#card(chart));
     this.observer = new IntersectionObserver((entries) => this.#seen(entries), { rootMargin: "200px" });
-    for (const card of this.cards) this.observer.observe(card.element);
+    // a card that appears makes its neighbours narrower
+    this.sizes = new ResizeObserver((entries) => {
+      for (const { target } of entries) if (target.data && target.offsetWidth) Plotly.Plots.resize(target);
+    });
+    for (const card of this.cards) {
+      this.observer.observe(card.element);
+      this.sizes.observe(card.plot);
+    }
   }
 
   /** Another axis: "response_tokens", "batch" or "hours". */
@@ -29,8 +36,8 @@ export class Charts {
       const known = card.chart.lines.some((line) => series[line.metric]);
       card.element.hidden = card.optional && !known;
       card.dirty = true;
-      if (card.visible) this.#draw(card);
     }
+    for (const card of this.cards) if (card.visible) this.#draw(card);
   }
 
   redraw() {
@@ -84,7 +91,7 @@ export class Charts {
     card.element.classList.toggle("empty", !traces.length);
     card.dirty = false;
     if (!traces.length) return;
-    Plotly.react(card.plot, traces, this.#layout(card.chart), { displayModeBar: false, responsive: true });
+    Plotly.react(card.plot, traces, this.#layout(card.chart), { displayModeBar: false });
     if (!card.wired) {
       card.plot.on("plotly_relayout", (change) => this.#zoomed(change));
       card.wired = true;
