@@ -99,7 +99,7 @@ class Pipeline:
         self.rollout_log = RolloutLog(config.run_dir, self.state.batches)
         with (
             DashboardProcess(config.run_dir, config.dashboard) as page,
-            RunStatus(config.run_dir, config.name, len(self.batches)) as self.status,
+            RunStatus(config.run_dir, config.name, len(self.batches), self.state.batches) as self.status,
             StopSignals() as self.stop,
             RunLog(config.run_dir) as log,
             Progress(len(self.batches), config.name) as self.progress,

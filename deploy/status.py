@@ -22,6 +22,7 @@ from deploy.errors import Stopped
 _WRITE_SECONDS = 1.0
 _RECENT_BATCHES = 20  # the expected end is computed from these
 _WORKING = {"rollout": "generating", "teacher": "computing targets"}
+_ALONE = {"evaluating": "rollout", "saving": "learner"}  # the role that works in these states
 
 
 class RunStatus:
@@ -30,7 +31,8 @@ class RunStatus:
     The methods only note; a thread writes, so that the control loop never waits for the disk.
     """
 
-    def __init__(self, run_dir: Path, name: str, batches: int) -> None:
+    def __init__(self, run_dir: Path, name: str, batches: int, done: int = 0) -> None:
+        """`done` of the `batches` were trained on before, where the run goes on from a checkpoint."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "status.json"
         self._events_path = run_dir / "events.jsonl"
@@ -43,7 +45,7 @@ class RunStatus:
             "pid": os.getpid(),
             "started": now,
             "progressed": now,
-            "batch": 0,
+            "batch": done,
             "batches": batches,
             "batch_seconds": None,
             "expected_end": None,
@@ -77,6 +79,8 @@ class RunStatus:
         """What the run does now: starting, evaluating, training, saving; in the end finished, stopped or failed."""
         with self._lock:
             self._facts |= {"state": state, "detail": detail, "progressed": time.time()}
+            for row in self._actors.values():
+                row["state"] = state if row["role"] == _ALONE.get(state) else "waiting"
 
     def event(self, text: str, level: str = "info") -> None:
         """Append to events.jsonl; there are few of them."""

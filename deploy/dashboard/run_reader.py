@@ -17,7 +17,7 @@ from deploy.dashboard.decimation import min_max, moving_average
 
 _RECENT_BATCHES = 10  # shares and bottleneck are means over these
 _OLD_SECONDS = 15.0  # status.json is written every second
-_FINAL = ("finished", "stopped", "failed")
+_FIRST_BATCH_SECONDS = 120.0  # assumed until two batches have shown how long one takes
 _EVENTS = 50
 SMOOTH = "~"
 
@@ -181,7 +181,7 @@ def health(status: dict[str, Any], events: list[dict[str, Any]], now: float) -> 
             "text": f"no sign of life for {duration(silent)}: the process has died, or its files no longer arrive here",
         }
     idle = now - status["progressed"]
-    if state == "training" and idle > max(60.0, 5 * (status["batch_seconds"] or 0.0)):
+    if state == "training" and idle > max(60.0, 5 * (status["batch_seconds"] or _FIRST_BATCH_SECONDS)):
         return {"level": "warning", "text": f"nothing has moved for {duration(idle)}"}
     warned = [e for e in events if e["level"] != "info" and now - e["time"] < 600]
     if warned:

@@ -35,8 +35,10 @@ def wait_until(condition) -> None:
 def test_status_of_a_run_from_start_to_end(tmp_path):
     with RunStatus(tmp_path, "r", batches=10) as status:
         assert read(tmp_path)["state"] == "starting"
-        status.state("training")
         status.actors(READY)
+        status.state("evaluating", "evaluating the teacher")
+        assert [row["state"] for row in status._actors.values()] == ["evaluating", "waiting", "waiting"]
+        status.state("training")
         status.working({"rollout-0", "learner-0"}, learner="publishing weights")
         status.heard("rollout-0", weights_version=4, rate=100.0, pid=11)
         status.batches_done(1)
