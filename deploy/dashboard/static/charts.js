@@ -137,6 +137,7 @@ export class Charts {
       yaxis: {
         ...axis, type: chart.scale, fixedrange: true, tickformat: chart.format, hoverformat: hoverFormat(chart),
         nticks: 6, rangemode: chart.scale === "log" ? "normal" : "tozero", ...(chart.scale === "log" ? { dtick: "D2" } : {}),
+        ...(chart.unit === "share" ? { range: [0, 1.02], autorange: false } : {}),
       },
     };
   }
