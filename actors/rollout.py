@@ -52,6 +52,7 @@ class RolloutActor:
         )
         self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
         self.busy_seconds = 0.0
+        self.tokens = 0
 
     def ready(self) -> dict[str, Any]:
         return {
@@ -85,6 +86,7 @@ class RolloutActor:
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             select_states(trajectory, self.config.objective, self.config.block_size, self.tokenizer.eos_token_id, rng)
             pending.append(trajectory)
+            self.tokens += len(trajectory.response_ids)
             if len(pending) >= rollout.stream_rows:
                 self.busy_seconds += time.perf_counter() - start
                 yield to_batch(pending, self.meta)
@@ -94,9 +96,11 @@ class RolloutActor:
             yield to_batch(pending, self.meta)
 
     def stats(self) -> dict[str, float]:
-        """Cumulative counters of this actor."""
+        """Cumulative counters of this actor; `tokens` are those of finished responses."""
         return {
+            "pid": os.getpid(),
             "busy_seconds": self.busy_seconds,
+            "tokens": self.tokens,
             "forwards": self.sampler.forwards,
             "commits": self.sampler.commits,
             "weights_version": self.sampler.weights_version,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from common.dashboard_config import DashboardConfig
 from common.objective_config import ObjectiveConfig
 from common.section import Section
 from common.wandb_config import WandbConfig
@@ -269,6 +270,7 @@ class RunConfig(Section):
     pipeline: PipelineConfig = PipelineConfig()
     ray: RayConfig = RayConfig()
     wandb: WandbConfig = WandbConfig()
+    dashboard: DashboardConfig = DashboardConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: `opdlm train | eval | generate | convert | make-tiny-arlm | fields`.
+"""The command line: `opdlm train | eval | generate | convert | dashboard | make-tiny-arlm | fields`.
 
 Heavy libraries are imported inside the commands, so that `--help` and `--dry-run` answer at once.
 """
@@ -25,6 +25,7 @@ from common.config import (
 from common.config_file import ConfigError, load_config, preset_names
 from common.prompts import Prompt
 from deploy import job_commands
+from deploy.dashboard.command import dashboard
 from deploy.errors import RunError, Stopped
 
 app = typer.Typer(
@@ -286,6 +287,7 @@ def unmasking_of(rule: str, threshold: float) -> Unmasking:
 
 
 job_commands.register(app)
+app.command()(dashboard)
 
 
 def main() -> None:

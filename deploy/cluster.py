@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -33,11 +33,12 @@ _WORKER_ENVIRONMENT = {
 
 @dataclass
 class Pools:
-    """Handles of all actors: rollout actors, teachers, learner ranks."""
+    """Handles of all actors: rollout actors, teachers, learner ranks; and what each said when it was ready."""
 
     rollouts: list[Any]
     teachers: list[Any]
     ranks: list[Any]
+    ready: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def names(self) -> dict[Any, str]:
         named = {"rollout": self.rollouts, "teacher": self.teachers, "learner": self.ranks}
@@ -145,5 +146,5 @@ def start_pools(config: RunConfig) -> Pools:
     (address,) = wait_all({pools.ranks[0].address.remote(): names[pools.ranks[0]]}, "starting the learner", timeout)
     ready = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
     ready |= {actor.start.remote(*address): names[actor] for actor in pools.ranks}
-    wait_all(ready, "loading models", timeout)
+    pools.ready = dict(zip(ready.values(), wait_all(ready, "loading models", timeout), strict=True))
     return pools

@@ -13,6 +13,7 @@ from common.config import DataConfig, RunConfig
 from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run
+from deploy.dashboard.process import free_port, read_token
 from deploy.placement import check_resources, plan
 
 _ANY_LENGTH = 10**9
@@ -28,6 +29,9 @@ def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> t
     check_model_folder("model.path", config.model.path)
     check_model_folder("teacher.path", config.teacher_path)
     check_processes(config)
+    if config.dashboard.enabled:
+        read_token(config.dashboard.token_file)
+        free_port(config.dashboard.host, config.dashboard.port)
     tokenizer, limit = check_models(config)
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, limit)

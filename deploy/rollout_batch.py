@@ -27,8 +27,15 @@ class RolloutBatch:
     """
 
     def __init__(
-        self, index: int, prompts: list[Prompt], rollout: RolloutConfig, max_new_tokens: int, pools: Pools
+        self,
+        index: int,
+        prompts: list[Prompt],
+        rollout: RolloutConfig,
+        max_new_tokens: int,
+        pools: Pools,
+        heard: Callable[[str], None] = lambda name: None,
     ) -> None:
+        """`heard` is called with the name of an actor that delivered."""
         self.index = index
         self.max_new_tokens = max_new_tokens
         self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
@@ -38,6 +45,7 @@ class RolloutBatch:
         self.rollouts_done = self.targets_done = 0.0
         self.peak_teacher_queue = 0
         self._pools = pools
+        self._heard = heard
         self._stream_rows = rollout.stream_rows
         self._names = pools.names()
         self._streams: dict[Any, str] = {}
@@ -90,12 +98,14 @@ class RolloutBatch:
                 self._raise_failed_streams()  # a failed stream's last batch makes its teacher call fail too
                 batch, name = self._annotating.pop(item)
                 self.infos.append(result_of(item, name, "computing targets"))
+                self._heard(name)
                 self.refs.append(batch)
                 self._load[self._of_teacher.pop(item)] -= 1
                 if self.done:
                     self.targets_done = time.perf_counter()
 
     def _take_from(self, generator: Any) -> None:
+        self._heard(self._generators[generator])
         batch = next(generator, None)
         if batch is None:
             del self._generators[generator]

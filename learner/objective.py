@@ -94,12 +94,13 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass
 class LossSums:
-    """Sums over positions, for metrics; float64 scalars on the device."""
+    """Sums over positions, for metrics: float64 scalars on the device. A list `per_position` gets every D."""
 
     loss: Tensor
     divergence: Tensor
     agree: Tensor
     bad: Tensor
+    per_position: list[Tensor] | None = None
 
 
 class ChunkedDivergence(torch.autograd.Function):
@@ -161,10 +162,13 @@ class ChunkedDivergence(torch.autograd.Function):
 
 
 def empty_sums(device: torch.device) -> LossSums:
-    return LossSums(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
+    loss, divergence, agree, bad = torch.zeros(4, dtype=torch.float64, device=device)
+    return LossSums(loss, divergence, agree, bad)
 
 
 def _add(sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, log_t: Tensor, log_s: Tensor) -> None:
+    if sums.per_position is not None:
+        sums.per_position.append(per_position)
     sums.loss += loss.double()
     sums.divergence += per_position.double().sum()
     sums.agree += (log_t.argmax(-1) == log_s.argmax(-1)).double().sum()
