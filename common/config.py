@@ -217,7 +217,9 @@ class EvaluationConfig(Section):
     count: int = Field(200, ge=1, description="first N problems of the file")
     max_new_tokens: int = Field(512, ge=1, description="response length limit, tokens")
     threshold: float = Field(0.9, ge=0, le=1, description="confidence threshold of the dynamic evaluation")
-    every_batches: int = Field(0, ge=0, description="also evaluate during training; 0: only before and after")
+    every_batches: int = Field(
+        0, ge=0, description="also evaluate after every N batches of training; 0: only before and after"
+    )
     teacher: bool = Field(True, description="evaluate the greedy autoregressive teacher too")
 
 

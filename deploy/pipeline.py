@@ -26,7 +26,7 @@ from deploy.cluster import Pools, connect, start_pools
 from deploy.errors import WorkerError
 from deploy.evaluator import Evaluator
 from deploy.progress import Progress
-from deploy.rollout_batch import RolloutBatch, drive
+from deploy.rollout_batch import RolloutBatch, advance, drive
 from deploy.stop_signals import StopSignals
 from deploy.waiting import wait_all
 
@@ -70,6 +70,7 @@ class Pipeline:
         self.problems = problems
         self.dropped = prompts.dropped
         size = config.rollout.prompts_per_batch
+        self.epoch_prompts = len(prompts.prompts) // config.data.epochs
         self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
         self.batches = self.batches[: config.pipeline.max_batches]
         self.updates_per_batch = -(-size * config.rollout.samples_per_prompt // config.learner.batch_rows)
@@ -144,6 +145,7 @@ class Pipeline:
             in_flight.popleft()
             self.state.batches = index + 1
             metrics = self._metrics(current, learner, published, time.perf_counter() - begin)
+            metrics |= self._evaluate(index + 1, list(in_flight))
             log.batch(metrics)
             self.progress.batch(metrics)
             self._after_batch(index + 1)
@@ -199,35 +201,32 @@ class Pipeline:
     def _on_ranks(self, method: str, action: str, in_flight: list[RolloutBatch], *arguments: Any) -> list[Any]:
         """Call all ranks together; batches in flight go on meanwhile."""
 
-        def advance() -> None:
-            waiting = [item for batch in in_flight for item in batch.waiting]
-            if waiting:
-                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-                for batch in in_flight:
-                    batch.advance(ready)
-
         calls = {getattr(actor, method).remote(*arguments): name for actor, name in self._named(self.pools.ranks)}
-        return wait_all(calls, action, self.config.pipeline.stage_timeout_s, advance)
+        return wait_all(calls, action, self.config.pipeline.stage_timeout_s, lambda: advance(in_flight))
 
     def _named(self, actors: list[Any]) -> list[tuple[Any, str]]:
         names = self.pools.names()
         return [(actor, names[actor]) for actor in actors]
 
+    def _evaluate(self, done: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
+        """The held-out figures where it is time for them."""
+        if self.stop.requested or not self.evaluator.due(done, last=done == len(self.batches)):
+            return {}
+        metrics = self.evaluator.metrics(lambda: advance(in_flight))
+        self.progress.note(
+            f"after {done} batches: exact match {metrics['eval/exact_match']:.1%}, "
+            f"{metrics['eval/tokens_per_step']:.2f} tokens per step"
+        )
+        return metrics
+
     def _after_batch(self, done: int) -> None:
-        """Checkpoint and evaluate where it is time; end here if a stop was asked for."""
+        """Checkpoint where it is time; end here if a stop was asked for."""
         if self.stop.requested:
             self._stop()
         every = self.config.pipeline.checkpoint_every_batches
         last = done == len(self.batches)
         if every and done % every == 0 and not last:
             self._save(self._batch_name())
-        every = self.config.evaluation.every_batches
-        if self.problems and every and done % every == 0 and not last:
-            figures = self.evaluator.dynamic()
-            self.progress.note(
-                f"after {done} batches: exact match {figures['exact_match']:.1%}, "
-                f"{figures['tokens_per_step']:.2f} tokens per step"
-            )
 
     def _stop(self) -> NoReturn:
         """The learner stands between two batches: save, and end with the signal's status."""
@@ -259,6 +258,8 @@ class Pipeline:
         teacher_seconds = self._busy(teacher_stats)
         return {
             "batch": batch.index,
+            "epoch": (batch.index * self.config.rollout.prompts_per_batch + len(self.batches[batch.index]))
+            / self.epoch_prompts,
             "loss": learner["loss"],
             "kl": learner["kl"],
             "teacher_agreement": learner["teacher_agreement"],
