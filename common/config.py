@@ -15,6 +15,7 @@ from common.objective_config import ObjectiveConfig
 from common.section import Section
 
 Dtype = Literal["float32", "bfloat16"]
+AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py
 
 
 class ModelShape(Section):
@@ -221,6 +222,11 @@ class EvaluationConfig(Section):
         0, ge=0, description="also evaluate after every N batches of training; 0: only before and after"
     )
     teacher: bool = Field(True, description="evaluate the greedy autoregressive teacher too")
+    answer_format: AnswerFormat = Field(
+        "answer_line",
+        description="what counts as a response's answer: the number after 'Answer:', the last \\boxed{}, "
+        "or the last number",
+    )
 
 
 class PipelineConfig(Section):

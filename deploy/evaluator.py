@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from actors.evaluation import EvaluationSums
+from actors.evaluation import Evaluation
 from common.config import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools
@@ -81,4 +81,4 @@ class Evaluator:
             if share
         }
         results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, idle)
-        return sum(results, EvaluationSums()).figures()
+        return sum(results, Evaluation()).figures()

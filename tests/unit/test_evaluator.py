@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.evaluation import EvaluationSums
+from actors.evaluation import Evaluation
 from common.config_file import load_config
 from common.metrics import METRICS
 from common.prompts import Prompt
@@ -30,10 +30,12 @@ def test_due_every_n_batches_and_after_the_last(every, problems, due):
 
 
 def test_figures_are_the_optional_metrics_of_the_registry(monkeypatch):
-    sums = EvaluationSums(problems=4, correct=3, response_tokens=40, denoise_forwards=20, commit_forwards=10, ended=2)
+    sums = Evaluation()
+    for row in range(4):
+        sums.add(correct=row < 3, tokens=10, denoise=5, commits=row // 2 * 5, ended=row % 2 == 0)
     waited: list[Any] = []
 
-    def answers(calls: Any, action: str, timeout_s: float, idle: Any) -> list[EvaluationSums]:
+    def answers(calls: Any, action: str, timeout_s: float, idle: Any) -> list[Evaluation]:
         waited.append(idle)
         return [sums]
 
