@@ -1,48 +1,122 @@
-"""Attention for decoding: grouped queries without copies of the keys and values.
+"""Attention over the slot cache: store the new keys and values, then let each query see its slot up to its own block.
 
-With a mask, transformers' SDPA path repeats keys and values for every query head of a group, which multiplies the
-memory traffic of a decoding pass. Here the heads of a group become further query rows of their key-value head: the
-same products and the same sums, with every key and value read once.
+One operator with two kernels: a plain one, which is the reference and runs on CPU, and a Triton one for CUDA. Both
+read each key once for all query heads of its group, where transformers would repeat keys for every head.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-GROUPED_SDPA = "grouped_sdpa"
+from actors.cache import CacheRows
+
+SLOT_ATTENTION = "opdlm_slots"
 
 
-def grouped_attention(
+def register() -> str:
+    """Make the attention known to transformers; returns its name for `set_attn_implementation`."""
+    AttentionInterface.register(SLOT_ATTENTION, attention)
+    AttentionMaskInterface.register(SLOT_ATTENTION, sdpa_mask)
+    return SLOT_ATTENTION
+
+
+def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    cache_rows: CacheRows | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [R, H, Q, D], key and value [R, H_kv, K, D], bool mask [R, 1, Q, K]; returns [R, Q, H, D].
+    """query [N, H, Q, D], key and value [N, H_kv, Q, D] of the new tokens; returns [N, Q, H, D].
 
-    Without a mask (plain causal attention) transformers' own function answers.
+    Without `cache_rows` (a plain causal forward) transformers' own function answers.
     """
-    if attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **options)
-    rows, heads, length, width = query.shape
-    kv_heads = key.shape[1]
+    if cache_rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = cache_rows.cache.keys[layer], cache_rows.cache.values[layer]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = (cache_rows.slots, cache_rows.positions, cache_rows.block_size)
+    return torch.ops.opdlm.slot_attention(query, key, value, keys, values, *rows, scale), None
+
+
+@torch.library.custom_op("opdlm::slot_attention", mutates_args=("keys", "values"), device_types="cpu")
+def slot_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """The reference kernel: gathers the context of every row and masks it densely.
+
+    Args:
+        query: [N, H, Q, D]; key, value: [N, H_kv, Q, D]; keys, values: the cache [slots, H_kv, length, D].
+        slots: int64 [N]; positions: int64 [N, Q], -1: padding.
+
+    Returns:
+        [N, Q, H, D], zeros at padding.
+    """
+    n, heads, queries, width = query.shape
+    kv_heads = keys.shape[1]
+    row, column = (positions >= 0).nonzero(as_tuple=True)
+    at = slots[row], slice(None), positions[row, column]
+    keys[at] = key[row, :, column]
+    values[at] = value[row, :, column]
+
+    visible = (torch.div(positions, block_size, rounding_mode="floor") + 1) * block_size
+    context = int(visible.max())
+    mask = torch.arange(context, device=query.device) < visible[:, None, :, None]
     group = heads // kv_heads
-    folded = query.reshape(rows, kv_heads, group * length, width)
-    mask = attention_mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
-    out = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, heads, length, width).transpose(1, 2).contiguous(), None
+    folded = query.reshape(n, kv_heads, group * queries, width)
+    mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+    context_keys, context_values = keys[slots, :, :context], values[slots, :, :context]
+    out = scaled_dot_product_attention(folded, context_keys, context_values, attn_mask=mask, scale=scale)
+    return out.reshape(n, heads, queries, width).transpose(1, 2).contiguous()
 
 
-def register() -> str:
-    """Make it known to transformers; returns the name for `attn_implementation`."""
-    AttentionInterface.register(GROUPED_SDPA, grouped_attention)
-    AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
-    return GROUPED_SDPA
+@slot_attention.register_kernel("cuda")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    from actors.attention_kernels import slot_attention_triton
+
+    return slot_attention_triton(query, key, value, keys, values, slots, positions, block_size, scale)
+
+
+@slot_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    n, heads, queries, width = query.shape
+    return query.new_empty(n, queries, heads, width)

@@ -2,12 +2,12 @@
 
 Entry j of a slot holds position j of its sequence. Clean blocks are final; the block being denoised is rewritten by
 every pass, and its last write (with clean tokens) is its commit. A query of block b sees entries of blocks <= b only,
-so whatever stands behind the current block is never read.
+so whatever stands behind its block is never read.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,45 +15,33 @@ from transformers import PretrainedConfig
 
 
 class SlotCache:
-    """Static key-value memory with the `update` interface that transformers' attention layers call.
-
-    Each layer holds keys and values [slots, kv_heads, length + block_size, head_dim]; the last `block_size` entries
-    take the writes of rows that stand for no position.
-    """
+    """Static key-value memory: per layer, keys and values [slots, kv_heads, length, head_dim]."""
 
     def __init__(
-        self,
-        config: PretrainedConfig,
-        slots: int,
-        length: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, config: PretrainedConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, config.num_key_value_heads, length + block_size, head_dim)
+        shape = (slots, config.num_key_value_heads, length, head_dim)
         layers = config.num_hidden_layers
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.slots = slots
         self.length = length
-        self._rows = torch.arange(slots, device=device)
-        self._positions = self._rows[:, None]
-        self._context = length
 
-    def at(self, rows: Tensor, positions: Tensor, context: int) -> SlotCache:
-        """Aim the next forward: write int64 `positions` [R, Q] of the slots `rows` [R], read entries < `context`."""
-        self._rows, self._positions, self._context = rows, positions, context
-        return self
+    def copy(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Give the slots `target` int64 [n] the first `length` entries of the slots `source` int64 [n]."""
+        for memory in (*self.keys, *self.values):
+            memory[target, :, :length] = memory[source, :, :length]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store [R, kv_heads, Q, head_dim] and return all that the queries may see [R, kv_heads, context, head_dim]."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self._rows[:, None], :, self._positions] = key.transpose(1, 2)
-        values[self._rows[:, None], :, self._positions] = value.transpose(1, 2)
-        if len(self._rows) == self.slots:
-            return keys[:, :, : self._context], values[:, :, : self._context]
-        return keys[self._rows, :, : self._context], values[self._rows, :, : self._context]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._context
+@dataclass(frozen=True)
+class CacheRows:
+    """Where the rows of one forward stand: each is a run of positions of one slot.
+
+    Every row is written to the cache before any is read, so two rows may belong to one slot: a block being committed
+    and the block behind it. A position of -1 is padding: not written, and sees nothing.
+    """
+
+    cache: SlotCache
+    slots: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N, Q]
+    block_size: int

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from actors.sampler import Decoding, Sampler
+from actors.drawing import Decoding
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.answers import is_correct
 from common.config import AnswerFormat

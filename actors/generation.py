@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.sampler import Decoding, Sampler
+from actors.drawing import Decoding
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.prompts import prompt_ids
 from common.student import load_model, load_tokenizer

@@ -12,8 +12,9 @@ import ray
 import torch
 
 from actors.autoregressive import evaluate_autoregressive, load_autoregressive
+from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
-from actors.sampler import Decoding, Sampler
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import RunConfig, Unmasking
 from common.prompts import Prompt
@@ -98,7 +99,7 @@ class RolloutActor:
         return {
             "busy_seconds": self.busy_seconds,
             "forwards": self.sampler.forwards,
-            "wide_forwards": self.sampler.wide_forwards,
+            "commits": self.sampler.commits,
             "weights_version": self.sampler.weights_version,
         }
 

@@ -49,6 +49,7 @@ class SlotState:
         self.reveal_round = zeros(slots, length, dtype=torch.int16)
         self.confidence = zeros(slots, length, dtype=torch.float32)
         self.masked = zeros(slots, block_size, dtype=torch.bool)
+        self.uncommitted = zeros(slots, dtype=torch.bool)
         self.block = zeros(slots)
         self.end_block = zeros(slots)
         self.prompt_length = zeros(slots)
@@ -73,6 +74,7 @@ class SlotState:
         self.block[rows] = lengths // size
         self.end_block[rows] = torch.tensor([end_of(r) // size for r in admitted.values()], device=self.device)
         self.masked[rows] = torch.arange(size, device=self.device) >= (lengths % size)[:, None]
+        self.uncommitted[rows] = False
         self.round[rows] = 0
         self.key[rows] = keys
         self.active.update(admitted)
@@ -103,6 +105,7 @@ class SlotState:
         ended = block_done & (has_eos | (self.block[rows] + 1 >= self.end_block[rows]))
         advance = block_done & ~ended
         self.masked[rows] = masked | advance[:, None]
+        self.uncommitted[rows] = advance
         self.block[rows] = self.block[rows] + advance
         self.round[rows] = torch.where(block_done, 0, self.round[rows] + 1)
         return torch.stack([advance, ended, ~torch.isfinite(confidence).all(dim=1)])

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -46,12 +45,3 @@ def flex_mask(doc: Tensor, copy: Tensor, block: Tensor) -> Any:
 def packed_mask(doc: Tensor, copy: Tensor, block: Tensor, attention: str) -> Any:
     """The mask in the form that the attention implementation takes (`flex_attention`, else dense)."""
     return flex_mask(doc, copy, block) if attention == "flex_attention" else dense_mask(doc, copy, block)
-
-
-def decoding_mask(query_positions: Tensor, key_length: int, block_size: int) -> Tensor:
-    """Boolean mask [S, 1, Q, key_length] for clean queries at absolute positions int [S, Q] against a cache.
-
-    Key j of the cache is position j of the sequence, so the rule reduces to block_k <= block_q.
-    """
-    block_k = torch.arange(key_length, device=query_positions.device) // block_size
-    return block_k[None, None, None, :] <= (query_positions // block_size)[:, None, :, None]

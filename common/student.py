@@ -119,24 +119,36 @@ def hidden_states(
     ids: Tensor,
     positions: Tensor,
     mask: Any,
-    cache: Any = None,
-    use_cache: bool = False,
+    **attention: Any,
 ) -> Tensor:
     """Final hidden states [R, N, d] (after the last norm) under a prebuilt mask.
 
     Args:
         ids, positions: int64 [R, N].
         mask: bool [R, 1, N, keys] or a BlockMask; used for every layer.
-        cache: a transformers Cache that receives the keys and values, or None.
+        attention: what the model's attention implementation takes beyond the mask.
     """
     output = model.model(
         input_ids=ids,
         position_ids=positions,
         attention_mask=mask,
-        past_key_values=cache,
-        use_cache=use_cache or cache is not None,
+        use_cache=False,
+        **attention,
     )
     return output.last_hidden_state
+
+
+def full_precision_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [..., d] times the LM head [V, d], in at least float32 [..., V].
+
+    In bfloat16 a logit of 10 would be rounded by up to 0.03. No gradient flows from half precision.
+    """
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return torch.mm(flat, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], len(weight))
+    return hidden.float() @ weight.T.float()
 
 
 def lm_head_weight(model: PreTrainedModel) -> nn.Parameter:

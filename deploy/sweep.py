@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.autoregressive import evaluate_autoregressive, load_autoregressive
+from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
 from actors.generation import load_student, sampler_of
-from actors.sampler import Decoding, Sampler
+from actors.sampler import Sampler
 from common.config import (
     AnswerFormat,
     DynamicUnmasking,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.objective_config import Divergence, ForwardKL, JensenShannon, MixedKL, ReverseKL
+from common.student import full_precision_logits
 
 _LOG_FLOOR = -60.0  # log-probabilities of classes are clamped here, so that 0 * log 0 is 0
 
@@ -57,7 +58,7 @@ class HiddenTarget:
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities, float32 [L, V]."""
-        teacher = at_least_float32(self.hidden.to(self.head.dtype) @ self.head.T).log_softmax(-1)
+        teacher = full_precision_logits(self.hidden.to(self.head.dtype), self.head).log_softmax(-1)
         return teacher, logits.log_softmax(-1)
 
 
@@ -89,10 +90,6 @@ def divergence(kind: Divergence, log_t: Tensor, log_s: Tensor) -> Tensor:
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     log_p, log_q = log_p.clamp_min(_LOG_FLOOR), log_q.clamp_min(_LOG_FLOOR)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass
@@ -131,10 +128,9 @@ class ChunkedDivergence(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
+            logits = full_precision_logits(hidden[rows].detach(), weight.detach())
             with torch.enable_grad():
-                h = hidden[rows].detach().requires_grad_(need_grad)
-                logits = at_least_float32(h @ weight.detach().T)
-                leaf = logits.detach().requires_grad_(need_grad)
+                leaf = logits.requires_grad_(need_grad)
                 log_t, log_s = target[rows].classes(leaf)
                 per_position = divergence(kind, log_t, log_s)
                 chunk_loss = (coefficient[rows] * per_position).sum()

@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=list(PLANS), nargs="+", default=["tiny"])
     parser.add_argument("--parts", choices=["sampler", "learner"], nargs="+", default=["sampler", "learner"])
+    parser.add_argument("--sequences", type=int, help="of the sampler; default: by size")
+    parser.add_argument("--profile", action="store_true", help="show where the time of a sampler's pass goes (CUDA)")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -33,11 +35,16 @@ def main() -> None:
         for part, measure, plan in zip(
             ("sampler", "learner"), (sampler.measure, learner_step.measure), PLANS[size], strict=True
         ):
+            if part == "sampler" and options.sequences:
+                plan = (options.sequences, *plan[1:])
             if part in options.parts:
                 rows = measure(size, options.device, *plan)
                 results[f"{part} {size}"] = rows
                 for row in rows:
                     print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+                if options.profile and part == "sampler":
+                    for kernel, milliseconds in sampler.profile(size, *plan):
+                        print(f"{milliseconds:8.3f} ms a pass  {kernel}")
                 if options.device == "cuda":
                     torch.cuda.empty_cache()
     if options.out:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.sampler import Decoding, Sampler
+from actors.drawing import Decoding
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import StaticUnmasking
 from tests.benchmarks.models import random_model
@@ -31,8 +32,10 @@ def measure(size: str, device: str, sequences: int, prompt: int, new_tokens: int
             row["eager_tokens_per_second"] = speeds[False]["tokens_per_second"]
             row["ratio"] = fast["tokens_per_second"] / speeds[False]["tokens_per_second"]
             floor = pass_floor_seconds(model, sequences, prompt + new_tokens // 2)
-            row["floor_ms"] = 1e3 * floor
-            row["of_floor"] = floor / (fast["ms_per_pass"] / 1e3)
+            # at the floor a block costs its denoising passes and one commit, each at the speed of the memory
+            at_floor = sequences * BLOCK / ((BLOCK // tokens_per_step + 1) * floor)
+            row["floor_tokens_per_second"] = at_floor
+            row["of_floor"] = fast["tokens_per_second"] / at_floor
         rows.append(row)
     return rows
 
@@ -40,12 +43,8 @@ def measure(size: str, device: str, sequences: int, prompt: int, new_tokens: int
 def _speed(
     model: Any, decoding: Decoding, sequences: int, prompt: int, new_tokens: int, graphs: bool
 ) -> dict[str, float]:
-    sampler = Sampler(
-        model, block_size=BLOCK, mask_token_id=model.config.vocab_size - 1, eos_token_id=-1,
-        slots=sequences, seed=0, cuda_graphs=graphs,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    requests = [Request(i, 0, rng.integers(0, 200, size=prompt + i % BLOCK), new_tokens) for i in range(sequences)]
+    sampler = _sampler(model, sequences, graphs)
+    requests = _requests(sequences, prompt, new_tokens)
     for _ in range(2):  # eager first uses, then captures
         for _ in sampler.generate(requests, decoding):
             pass
@@ -57,12 +56,57 @@ def _speed(
     return {"tokens_per_second": tokens / seconds, "ms_per_pass": 1e3 * seconds / passes, "passes": passes}
 
 
+def _sampler(model: Any, sequences: int, fast: bool) -> Sampler:
+    return Sampler(
+        model, block_size=BLOCK, mask_token_id=model.config.vocab_size - 1, eos_token_id=-1,
+        slots=sequences, seed=0, cuda_graphs=fast, compiled=fast,
+    )  # fmt: skip
+
+
+def _requests(sequences: int, prompt: int, new_tokens: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [Request(i, 0, rng.integers(0, 200, size=prompt + i % BLOCK), new_tokens) for i in range(sequences)]
+
+
+def profile(size: str, sequences: int, prompt: int, new_tokens: int) -> list[tuple[str, float]]:
+    """Milliseconds a pass by CUDA kernel, the greatest first, of static decoding from graphs."""
+    model = random_model(size, "cuda")
+    sampler = _sampler(model, sequences, True)
+    requests, decoding = _requests(sequences, prompt, new_tokens), Decoding(StaticUnmasking(), 1.0)
+    for _ in range(2):
+        for _ in sampler.generate(requests, decoding):
+            pass
+    before = sampler.forwards
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in sampler.generate(_requests(sequences, prompt, 64), decoding):
+            pass
+        torch.cuda.synchronize()
+    passes = sampler.forwards - before
+    events = [(e.key[:90], e.self_device_time_total / 1e3 / passes) for e in profiler.key_averages()]
+    return sorted(events, key=lambda event: -event[1])[:25]
+
+
 def pass_floor_seconds(model: Any, sequences: int, context: int) -> float:
-    """Weights once and the cached keys and values once, at this device's measured copy bandwidth."""
+    """The greater of two times: weights and cache read once at this device's measured copy bandwidth; the pass's
+    products at its measured matmul rate."""
     c = model.config
-    weights = sum(p.numel() for p in model.parameters()) * 2
+    parameters = sum(p.numel() for p in model.parameters())
     cache = sequences * context * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
-    return (weights + cache) / copy_bandwidth()
+    return max((2 * parameters + cache) / copy_bandwidth(), 2 * parameters * sequences * BLOCK / matmul_rate())
+
+
+def matmul_rate() -> float:
+    """bfloat16 FLOP/s of a large square product."""
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    for _ in range(3):
+        a @ a
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(10):
+        a @ a
+    end.record()
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1e3)
 
 
 def copy_bandwidth() -> float:

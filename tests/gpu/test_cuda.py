@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.sampler import Decoding, Sampler
+from actors.drawing import Decoding
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import DynamicUnmasking, StaticUnmasking
 from common.masks import dense_mask, flex_mask

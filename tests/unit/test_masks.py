@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.masks import decoding_mask, dense_mask
+from common.masks import dense_mask
 
 TOKEN = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3))
 
@@ -23,12 +23,3 @@ def test_rule_in_words(tokens):
             else:
                 expected = copy_q == copy_k and block_q == block_k  # its own block, both directions
             assert mask[0, 0, q, k].item() == expected
-
-
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 8))
-def test_decoding_mask_is_the_rule_on_clean_tokens(positions, block_size):
-    queries = torch.tensor([positions])
-    mask = decoding_mask(queries, 32, block_size)
-    for q, position in enumerate(positions):
-        for k in range(32):
-            assert mask[0, 0, q, k].item() == (k // block_size <= position // block_size)

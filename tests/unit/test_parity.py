@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.sampler import Decoding, Sampler
+from actors.drawing import Decoding
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import DynamicUnmasking, StaticUnmasking
 from common.objective_config import ObjectiveConfig

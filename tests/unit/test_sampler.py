@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.sampler import Decoding, Sampler, draw
+from actors.drawing import Decoding, draw
+from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import (
     DynamicUnmasking,

@@ -1,0 +1,115 @@
+"""Triton kernels of attention over the slot cache; actors/attention.py has the reference."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def slot_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    block_size: int,
+    scale: float,
+) -> Tensor:
+    """Same arguments and result as `actors.attention.slot_attention`.
+
+    One program per row, key-value head and tile of queries reads the slot's keys as far as its queries see, so
+    short sequences cost what they are long.
+    """
+    n, heads, queries, width = query.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    padded = triton.next_power_of_2(width)
+    _store[(n * queries, kv_heads)](
+        key, value, keys, values, slots, positions,
+        *key.stride(), *value.stride(), *keys.stride()[:3], *positions.stride(),
+        queries, width, WIDTH=padded,
+    )  # fmt: skip
+    out = query.new_empty(n, queries, heads, width)
+    tile = 16 if group * queries <= 16 else 64
+    half = query.dtype != torch.float32
+    _attend[(n, kv_heads, triton.cdiv(group * queries, tile))](
+        query, keys, values, out, slots, positions, scale,
+        *query.stride(), *keys.stride()[:3], *positions.stride(),
+        queries, group, block_size, width,
+        TILE=tile, KEYS=64 if half else 32, WIDTH=padded, PRECISION="tf32" if half else "ieee",
+        num_warps=4, num_stages=3 if half else 2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _store(
+    key, value, keys, values, slots, positions,
+    key_n, key_h, key_q, key_d, value_n, value_h, value_q, value_d,
+    cache_s, cache_h, cache_j, position_n, position_q,
+    queries, width, WIDTH: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) // queries
+    q = tl.program_id(0) % queries
+    h = tl.program_id(1)
+    position = tl.load(positions + n * position_n + q * position_q)
+    if position >= 0:
+        d = tl.arange(0, WIDTH)
+        inside = d < width
+        at = tl.load(slots + n) * cache_s + h * cache_h + position * cache_j + d
+        new_key = tl.load(key + n * key_n + h * key_h + q * key_q + d * key_d, mask=inside)
+        new_value = tl.load(value + n * value_n + h * value_h + q * value_q + d * value_d, mask=inside)
+        tl.store(keys + at, new_key, mask=inside)
+        tl.store(values + at, new_value, mask=inside)
+
+
+@triton.jit
+def _attend(
+    query, keys, values, out, slots, positions, scale,
+    query_n, query_h, query_q, query_d, cache_s, cache_h, cache_j, position_n, position_q,
+    queries, group, block_size, width,
+    TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    h = tl.program_id(1)
+    m = tl.program_id(2) * TILE + tl.arange(0, TILE)  # a query of a head of this group
+    used = m < group * queries
+    q = m % queries
+    head = h * group + m // queries
+    d = tl.arange(0, WIDTH)
+    inside = d < width
+
+    position = tl.load(positions + n * position_n + q * position_q, mask=used, other=-1)
+    visible = tl.where(position < 0, 0, (position // block_size + 1) * block_size)
+    x = tl.load(
+        query + n * query_n + head[:, None] * query_h + q[:, None] * query_q + d[None, :] * query_d,
+        mask=used[:, None] & inside[None, :],
+        other=0.0,
+    )
+    slot = tl.load(slots + n) * cache_s + h * cache_h
+    highest = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    sums = tl.zeros([TILE, WIDTH], tl.float32)
+    for start in range(0, tl.max(visible, 0), KEYS):
+        j = (start + tl.arange(0, KEYS)).to(tl.int64)
+        seen = j[None, :] < visible[:, None]
+        there = (j < tl.max(visible, 0))[:, None] & inside[None, :]
+        at = slot + j[:, None] * cache_j + d[None, :]
+        k = tl.load(keys + at, mask=there, other=0.0)
+        score = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale
+        score = tl.where(seen, score, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a query that sees nothing yet
+        weight = tl.exp(score - reference[:, None])
+        shrink = tl.exp(highest - reference)
+        total = total * shrink + tl.sum(weight, 1)
+        v = tl.load(values + at, mask=there, other=0.0)
+        sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        highest = new_highest
+    result = tl.where(total[:, None] > 0, sums / total[:, None], 0.0)
+    row = out + ((n * queries + q[:, None]) * (group * tl.num_programs(1)) + head[:, None]) * width
+    tl.store(row + d[None, :], result.to(out.dtype.element_ty), mask=used[:, None] & inside[None, :])

@@ -1,0 +1,103 @@
+"""The Triton kernels, run by Triton's interpreter on CPU, against their plain references."""
+
+import pytest
+import torch
+
+from actors.attention import slot_attention
+from actors.drawing import Decoding, draw
+
+pytest.importorskip("triton")
+
+
+def naive_attention(query, keys, values, slots, positions, block_size, scale):
+    """One query at a time over the cache as it stands after the writes."""
+    n, heads, queries, _ = query.shape
+    group = heads // keys.shape[1]
+    out = torch.zeros(n, queries, heads, query.shape[-1])
+    for i in range(n):
+        for q in range(queries):
+            end = (int(positions[i, q]) // block_size + 1) * block_size
+            for h in range(heads if end else 0):
+                k, v = keys[slots[i], h // group, :end], values[slots[i], h // group, :end]
+                out[i, q, h] = torch.softmax(k @ query[i, h, q] * scale, 0) @ v
+    return out
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (2, 1, 16, 40), (1, 1, 8, 1)]
+)
+def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads, width, queries):
+    from actors.attention_kernels import slot_attention_triton
+
+    torch.manual_seed(0)
+    block_size, rows = 4, 5
+    slots = torch.tensor([2, 0, 2, 1, 3])  # slot 2 twice: a commit and the block behind it
+    first = torch.tensor([4, 12, 8, 0, 20])
+    positions = first[:, None] + torch.arange(queries)
+    if queries == 40:
+        positions[2, 7:] = -1  # padding of a shorter prompt
+    query = torch.randn(rows, queries, heads, width).transpose(1, 2)  # the strides that projections give
+    key, value = (torch.randn(rows, queries, kv_heads, width).transpose(1, 2) for _ in range(2))
+    empty = torch.randn(2, 4, kv_heads, 64, width)
+    if queries == 40:
+        slots = torch.tensor([2, 0, 3, 1, 4])
+        empty = torch.randn(2, 5, kv_heads, 64, width)
+    expected_keys, expected_values = empty.clone()
+    for i in range(rows):
+        for q in range(queries):
+            if positions[i, q] >= 0:
+                expected_keys[slots[i], :, positions[i, q]] = key[i, :, q]
+                expected_values[slots[i], :, positions[i, q]] = value[i, :, q]
+    expected = naive_attention(query, expected_keys, expected_values, slots, positions, block_size, 0.3)
+
+    for attend in (slot_attention, slot_attention_triton):
+        keys, values = empty.clone()
+        out = attend(query, key, value, keys, values, slots, positions, block_size, 0.3)
+        torch.testing.assert_close(keys, expected_keys)
+        torch.testing.assert_close(values, expected_values)
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize("vocabulary", [50, 4096, 9000])
+def test_draw_kernel_equals_the_plain_draw(temperature, vocabulary):
+    from actors.drawing_kernels import draw_triton
+
+    torch.manual_seed(1)
+    logits = 4 * torch.randn(6, 4, vocabulary)
+    mask = vocabulary - 3
+    logits[..., mask] = 30  # never drawn, but it counts in the confidence
+    logits[0, 0, vocabulary // 2] = 60
+    noise = torch.rand(6, 4).clamp(1e-6, 1 - 1e-6)
+    noise[1] = torch.tensor([2.0**-25, 0.5, 1 - 2.0**-25, 0.25])
+    tokens, confidence = draw_triton(logits, noise, temperature, mask)
+    expected, expected_confidence, _ = draw(logits, noise, Decoding(temperature=temperature), mask)
+    assert (tokens != mask).all()
+    # a uniform number within rounding of a step of the CDF may fall either way
+    same = tokens == expected
+    assert same.float().mean() > 0.9
+    assert same[0, 0]
+    torch.testing.assert_close(confidence[same], expected_confidence[same])
+
+
+def test_draw_kernel_follows_the_distribution():
+    from actors.drawing_kernels import draw_triton
+
+    count = 200
+    logits = torch.randn(1, 5000).expand(count, -1).contiguous() * 3
+    noise = (torch.arange(count) + 0.5) / count
+    tokens, _ = draw_triton(logits, noise, 1.0, 17)
+    weights = logits[0].double().clone()
+    weights[17] = -torch.inf
+    cdf = torch.softmax(weights, 0).cumsum(0)
+    rounding = 1e-5
+    assert (noise <= cdf[tokens] + rounding).all()
+    assert (noise >= cdf[tokens] - torch.softmax(weights, 0)[tokens] - rounding).all()
+
+
+def test_draw_kernel_reports_what_is_not_finite():
+    from actors.drawing_kernels import draw_triton
+
+    logits = torch.full((2, 100), float("nan"))
+    _, confidence = draw_triton(logits, torch.full((2,), 0.5), 1.0, 3)
+    assert not torch.isfinite(confidence).any()
