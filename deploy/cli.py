@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,27 @@ def fields() -> None:
 
 app.command("eval")(eval_command.evaluate)
 app.command()(generate_command.generate)
+
+
+@app.command(
+    "lm_eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="[OPTIONS OF lm_eval]",
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with the model `opdlm`; all options are those of lm_eval.
+
+    [bold]Example[/bold]
+
+        opdlm lm_eval --model opdlm --model_args pretrained=runs/mine/checkpoints/final --tasks gsm8k
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm_eval: lm-evaluation-harness is not installed; install opdlm[eval]")
+    from deploy import harness
+
+    harness.main(context.args)
+
+
 job_commands.register(app)
 
 
