@@ -11,8 +11,9 @@ import pyarrow as pa
 import ray
 import torch
 
+from actors.autoregressive import evaluate_autoregressive, load_autoregressive
 from actors.drawing import Decoding
-from actors.evaluation import EvaluationSums, evaluate_shard, evaluate_teacher_shard
+from actors.evaluation import Evaluation, evaluate_shard
 from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import RunConfig, Unmasking
@@ -106,13 +107,17 @@ class RolloutActor:
             "weights_version": self.sampler.weights_version,
         }
 
-    def evaluate(self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int) -> EvaluationSums:
+    def evaluate(self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int) -> Evaluation:
         """Greedy decoding of this actor's share of the held-out problems with its current weights."""
-        return evaluate_shard(self.sampler, self.tokenizer, problems, Decoding(unmasking, 0.0), max_new_tokens)
+        decoding = Decoding(unmasking, 0.0)
+        answer_format = self.config.evaluation.answer_format
+        return evaluate_shard(self.sampler, self.tokenizer, problems, decoding, max_new_tokens, answer_format)
 
-    def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> EvaluationSums:
+    def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> Evaluation:
         """Greedy autoregressive decoding of the same by the frozen ARLM."""
-        return evaluate_teacher_shard(self.config.teacher_path, problems, max_new_tokens, str(self.sampler.device))
+        model, tokenizer = load_autoregressive(self.config.teacher_path, str(self.sampler.device))
+        answer_format = self.config.evaluation.answer_format
+        return evaluate_autoregressive(model, tokenizer, problems, max_new_tokens, answer_format=answer_format)
 
 
 def as_remote(config: RunConfig) -> Any:

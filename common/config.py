@@ -17,6 +17,7 @@ from common.section import Section
 from common.wandb_config import WandbConfig
 
 Dtype = Literal["float32", "bfloat16"]
+AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py
 
 
 class ModelShape(Section):
@@ -219,8 +220,15 @@ class EvaluationConfig(Section):
     count: int = Field(200, ge=1, description="first N problems of the file")
     max_new_tokens: int = Field(512, ge=1, description="response length limit, tokens")
     threshold: float = Field(0.9, ge=0, le=1, description="confidence threshold of the dynamic evaluation")
-    every_batches: int = Field(0, ge=0, description="also evaluate during training; 0: only before and after")
+    every_batches: int = Field(
+        0, ge=0, description="also evaluate after every N batches of training; 0: only before and after"
+    )
     teacher: bool = Field(True, description="evaluate the greedy autoregressive teacher too")
+    answer_format: AnswerFormat = Field(
+        "answer_line",
+        description="what counts as a response's answer: the number after 'Answer:', the last \\boxed{}, "
+        "or the last number",
+    )
 
 
 class PipelineConfig(Section):

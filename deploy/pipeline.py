@@ -31,7 +31,7 @@ from deploy.health import Health
 from deploy.occupancy import Window
 from deploy.progress import Progress
 from deploy.ray_metrics import RayMetrics
-from deploy.rollout_batch import RolloutBatch, drive
+from deploy.rollout_batch import RolloutBatch, advance, drive
 from deploy.rollout_log import RolloutLog
 from deploy.status import RunStatus
 from deploy.stop_signals import StopSignals
@@ -79,6 +79,7 @@ class Pipeline:
         self.dropped = prompts.dropped
         self.prompts = len(prompts.prompts)
         size = config.rollout.prompts_per_batch
+        self.epoch_prompts = len(prompts.prompts) // config.data.epochs
         self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
         self.batches = self.batches[: config.pipeline.max_batches]
         self.updates_per_batch = -(-size * config.rollout.samples_per_prompt // config.learner.batch_rows)
@@ -173,6 +174,7 @@ class Pipeline:
             metrics = self._metrics(list(in_flight), learner, published, window, complete - begin)
             in_flight.popleft()
             self.state.batches = index + 1
+            metrics |= self._evaluate(index + 1, list(in_flight))
             for log in logs:
                 log.batch(metrics)
             self.progress.batch(metrics)
@@ -239,17 +241,10 @@ class Pipeline:
     def _on_ranks(self, method: str, action: str, in_flight: list[RolloutBatch], *arguments: Any) -> list[Any]:
         """Call all ranks together; batches in flight go on meanwhile."""
 
-        def advance() -> None:
-            waiting = [item for batch in in_flight for item in batch.waiting]
-            if waiting:
-                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-                for batch in in_flight:
-                    batch.advance(ready)
-
         calls = {getattr(actor, method).remote(*arguments): name for actor, name in self._named(self.pools.ranks)}
         others = {name for batch in in_flight for name in batch.waited_for()}
         self.status.working({*calls.values(), *others}, learner=action)
-        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, advance)
+        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, lambda: advance(in_flight))
         for name in calls.values():
             self.status.heard(name, weights_version=self.version)
         return results
@@ -258,22 +253,26 @@ class Pipeline:
         names = self.pools.names()
         return [(actor, names[actor]) for actor in actors]
 
+    def _evaluate(self, done: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
+        """The held-out figures where it is time for them."""
+        if self.stop.requested or not self.evaluator.due(done, last=done == len(self.batches)):
+            return {}
+        self.status.state("evaluating", f"evaluating after {done} batches")
+        metrics = self.evaluator.metrics(lambda: advance(in_flight))
+        self.progress.note(
+            f"after {done} batches: exact match {metrics['eval/exact_match']:.1%}, "
+            f"{metrics['eval/tokens_per_step']:.2f} tokens per step"
+        )
+        return metrics
+
     def _after_batch(self, done: int) -> None:
-        """Checkpoint and evaluate where it is time; end here if a stop was asked for."""
+        """Checkpoint where it is time; end here if a stop was asked for."""
         if self.stop.requested:
             self._stop()
         every = self.config.pipeline.checkpoint_every_batches
         last = done == len(self.batches)
         if every and done % every == 0 and not last:
             self._save(self._batch_name())
-        every = self.config.evaluation.every_batches
-        if self.problems and every and done % every == 0 and not last:
-            self.status.state("evaluating", f"evaluating after {done} batches")
-            figures = self.evaluator.dynamic()
-            self.progress.note(
-                f"after {done} batches: exact match {figures['exact_match']:.1%}, "
-                f"{figures['tokens_per_step']:.2f} tokens per step"
-            )
 
     def _stop(self) -> NoReturn:
         """The learner stands between two batches: save, and end with the signal's status."""
@@ -318,6 +317,8 @@ class Pipeline:
         targets = window.covered((b.started, b.targets_done or window.end) for b in in_flight)
         return {
             "batch": batch.index,
+            "epoch": (batch.index * self.config.rollout.prompts_per_batch + len(self.batches[batch.index]))
+            / self.epoch_prompts,
             "loss": learner["loss"],
             "kl": learner["kl"],
             "teacher_agreement": learner["teacher_agreement"],

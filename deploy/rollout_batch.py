@@ -132,6 +132,19 @@ class RolloutBatch:
         return [*self._generators.values(), *(name for _, name in self._annotating.values())]
 
 
+def advance(batches: list[RolloutBatch]) -> None:
+    """Handle all that is ready now, without waiting.
+
+    Raises:
+        WorkerError: a worker failed.
+    """
+    waiting = [item for batch in batches for item in batch.waiting]
+    if waiting:
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        for batch in batches:
+            batch.advance(ready)
+
+
 def drive(
     batches: list[RolloutBatch],
     target: RolloutBatch,
