@@ -20,7 +20,7 @@ from common.prompts import Prompt
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import convert, load_model, tokenizer_fingerprint
-from common.trajectory import Trajectory, TrajectoryMeta, to_batch
+from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
 from common.weights import ObjectStoreTransport, WeightsHandle, load_weights
 
 
@@ -69,8 +69,11 @@ class RolloutActor:
         self.sampler.weights_version = handle.version
         return handle.version
 
-    def rollout(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[pa.RecordBatch]:
-        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows."""
+    def rollout(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[pa.RecordBatch | BatchInfo]:
+        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows.
+
+        Where no teacher comes after, each is followed by its BatchInfo.
+        """
         rollout = self.config.rollout
         decoding = Decoding(rollout.unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
         caps = self.config.data.domain_max_tokens
@@ -87,11 +90,17 @@ class RolloutActor:
             pending.append(trajectory)
             if len(pending) >= rollout.stream_rows:
                 self.busy_seconds += time.perf_counter() - start
-                yield to_batch(pending, self.meta)
+                yield from self._finished(pending)
                 start, pending = time.perf_counter(), []
         self.busy_seconds += time.perf_counter() - start
         if pending:
-            yield to_batch(pending, self.meta)
+            yield from self._finished(pending)
+
+    def _finished(self, trajectories: list[Trajectory]) -> Iterator[pa.RecordBatch | BatchInfo]:
+        batch = to_batch(trajectories, self.meta)
+        yield batch
+        if self.config.target_kind == "none":
+            yield batch_info(batch)
 
     def stats(self) -> dict[str, float]:
         """Cumulative counters of this actor."""

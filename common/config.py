@@ -144,6 +144,12 @@ class DataConfig(Section):
     epochs: int = Field(1, ge=1, description="passes over the prompts, each in an order of its own")
     limit: int | None = Field(None, ge=1, description="use only the first N prompts of the seeded order")
     domain_max_tokens: dict[str, int] = Field({}, description="response length cap by domain, tokens")
+    responses: str | None = Field(
+        None,
+        description="JSON, JSONL or Parquet file, or a folder of them, with stored responses to the questions "
+        "(`opdlm respond` makes one); for objective.source stored and mixture",
+    )
+    response_field: str = Field("response", description="field of a record of data.responses that holds the response")
 
 
 class CurriculumConfig(Section):
@@ -276,6 +282,11 @@ class RunConfig(Section):
     def teacher_path(self) -> str:
         return self.teacher.path or self.model.path
 
+    @property
+    def target_kind(self) -> Literal["none", "topk", "hidden"]:
+        """What the teacher adds to trajectories; none: no teacher is started."""
+        return "none" if self.objective.target.kind == "hard" else self.teacher.target
+
     @model_validator(mode="after")
     def _block_size_divides(self) -> RunConfig:
         unmasking = self.rollout.unmasking
@@ -296,11 +307,29 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _source_has_responses(self) -> RunConfig:
+        if self.objective.source.kind != "student" and self.data.responses is None:
+            raise ValueError(
+                f"objective.source.kind {self.objective.source.kind!r} needs stored responses: set data.responses to a "
+                "file of questions and responses; opdlm respond makes one with the teacher"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _target_fits_divergence(self) -> RunConfig:
-        if self.teacher.target == "topk" and self.objective.divergence.kind != "forward_kl":
-            if self.objective.topk_tail != "bucket":
-                raise ValueError(
-                    f"objective.divergence.kind {self.objective.divergence.kind!r} needs the student's mass outside "
-                    "the teacher's top-k: set objective.topk_tail to 'bucket' or teacher.target to 'hidden'"
-                )
+        objective = self.objective
+        if self.target_kind != "topk":
+            return self
+        if objective.divergence.kind != "forward_kl" and objective.topk_tail != "bucket":
+            raise ValueError(
+                f"objective.divergence.kind {objective.divergence.kind!r} needs the student's mass outside "
+                "the teacher's top-k: set objective.topk_tail to 'bucket' or teacher.target to 'hidden'"
+            )
+        target = objective.target
+        if target.kind == "teacher" and target.reshapes and not 1 <= target.top_k <= self.teacher.top_k:
+            raise ValueError(
+                f"objective.target.top_k ({target.top_k}): teacher.target 'topk' knows the {self.teacher.top_k} best "
+                "tokens only, so reshaping is exact only within these; set objective.target.top_k between 1 and "
+                f"{self.teacher.top_k}, raise teacher.top_k, or set teacher.target to 'hidden'"
+            )
         return self

@@ -106,7 +106,8 @@ class Trajectory:
 class TrajectoryMeta:
     """Facts that hold for a whole record batch, kept in the schema's metadata.
 
-    `target_kind` is `none` before the teacher's pass, then `topk` or `hidden`; `target_width` is K or d.
+    `target_kind` is `none` before the teacher's pass and for hard labels, else `topk` or `hidden`; `target_width` is
+    K or d.
     """
 
     block_size: int
@@ -218,12 +219,13 @@ class BatchInfo:
 
 def batch_info(batch: pa.RecordBatch) -> BatchInfo:
     """Count a record batch; `teacher_tokens` are those of the trajectories that have targets."""
-    trajectories, _ = from_batch(batch)
+    trajectories, meta = from_batch(batch)
+    read = [t for t in trajectories if len(t.target_offsets)] if meta.target_kind != "none" else []
     return BatchInfo(
         keys=[(t.ordinal, t.sample) for t in trajectories],
         oldest_version=min(t.weights_version for t in trajectories),
         response_tokens=sum(len(t.response_ids) for t in trajectories),
-        teacher_tokens=sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories if len(t.target_offsets)),
+        teacher_tokens=sum(len(t.causal_ids) for t in read),
         denoise_forwards=sum(t.denoise_forwards for t in trajectories),
         commit_forwards=sum(t.commit_forwards for t in trajectories),
         ended=sum(t.finish_reason == "eos" for t in trajectories),

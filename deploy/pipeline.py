@@ -274,7 +274,9 @@ class Pipeline:
             "weights_version": self.version,
             "staleness": self.version - 1 - min(info.oldest_version for info in infos),
             "rollout/tokens_per_second": tokens / max(rollout_seconds, 1e-9),
-            "teacher/tokens_per_second": sum(info.teacher_tokens for info in infos) / max(teacher_seconds, 1e-9),
+            "teacher/tokens_per_second": sum(info.teacher_tokens for info in infos) / teacher_seconds
+            if teacher_seconds
+            else 0.0,
             "learner/tokens_per_second": learner["packed_tokens"] / max(learner["seconds"], 1e-9),
             "queue/rollout": len(batch.expected),
             "queue/teacher": batch.peak_teacher_queue,

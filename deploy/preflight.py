@@ -114,7 +114,7 @@ def check_processes(config: RunConfig) -> None:
         )
     if config.ray.address is not None or "RAY_ADDRESS" in os.environ:
         return  # another machine's; checked when connected
-    if config.teacher.backend == "vllm" and find_spec("vllm") is None:
+    if config.target_kind != "none" and config.teacher.backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             "teacher.backend: 'vllm' is not installed; install opdlm[cpu] or opdlm[cuda], "
             "or use --teacher.backend transformers"

@@ -103,12 +103,23 @@ class RolloutBatch:
                 self.rollouts_done = self.targets_done = time.perf_counter()
                 self._raise_failed_streams()
             return
+        if not self._pools.teachers:
+            self._take_finished(generator, batch)
+            return
         teacher = min(self._pools.teachers, key=lambda t: self._load[t])
         annotated, info = teacher.annotate_with_info.options(num_returns=2).remote(batch)
         self._load[teacher] += 1
         self._of_teacher[info] = teacher
         self._annotating[info] = (annotated, self._names[teacher])
         self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
+
+    def _take_finished(self, generator: Any, batch: ray.ObjectRef) -> None:
+        """A batch that needs no targets, and its figures, which the actor sends right behind it."""
+        info = next(generator, None)
+        if info is None:
+            self._raise_failed_streams()
+        self.infos.append(result_of(info, self._generators[generator], "generating rollouts"))
+        self.refs.append(batch)
 
     def _raise_failed_streams(self) -> None:
         ended = {stream.completed(): name for stream, name in self._streams.items()}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from common.masks import packed_mask
+from common.objective_config import AS_IT_IS, TeacherTarget
 from common.trajectory import Trajectory, TrajectoryMeta
-from learner.objective import HiddenTarget, Target, TopKTarget
+from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
 from learner.packing import (
     Document,
     MicroBatch,
@@ -39,7 +40,8 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Packs updates for one rank. `teacher_head` [V, d] is needed for the target kind `hidden`."""
+    """Packs updates for one rank. `teacher_head` [V, d] is needed for the target kind `hidden`, which `shape` reshapes;
+    the kind `none` takes the tokens of x0 as hard labels."""
 
     meta: TrajectoryMeta
     normalization: str
@@ -48,6 +50,7 @@ class BatchBuilder:
     attention: str
     device: torch.device
     teacher_head: Tensor | None = None
+    shape: TeacherTarget = AS_IT_IS
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
@@ -100,6 +103,12 @@ class BatchBuilder:
             ]
             return np.concatenate([np.empty((0, columns), dtype), *parts])
 
+        if self.meta.target_kind == "none":
+            labels = [
+                trajectories[i].response_ids[trajectories[i].target_offsets][batch.loss_target[batch.loss_doc == i]]
+                for i in order
+            ]
+            return LabelTarget(torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels])).to(self.device))
         if self.meta.target_kind == "topk":
             return TopKTarget(
                 ids=torch.from_numpy(rows("topk_ids", width, np.int32)).to(self.device).long(),
@@ -114,7 +123,7 @@ class BatchBuilder:
             hidden = bits.view(torch.bfloat16)
         else:
             hidden = torch.from_numpy(rows("hidden", width, np.float32))
-        return HiddenTarget(hidden.to(self.device), self.teacher_head)
+        return HiddenTarget(hidden.to(self.device), self.teacher_head, self.shape)
 
 
 def _dummy(block_size: int) -> Document:

@@ -110,7 +110,7 @@ class LearnerRank:
         self.student = student
         self.attention = attention
         self.teacher_head: Tensor | None = None
-        if self.config.teacher.target == "hidden":
+        if self.config.target_kind == "hidden":
             head = head_of_folder(self.config.teacher_path)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
         self.transport = ObjectStoreTransport(self.config.publish.bucket_mib * 2**20)
@@ -146,6 +146,7 @@ class LearnerRank:
             attention=self.attention,
             device=self.device,
             teacher_head=self.teacher_head,
+            shape=self.config.objective.shape,
         )
         rows = self.config.learner.batch_rows
         updates = -(-len(trajectories) // rows)
@@ -187,7 +188,7 @@ class LearnerRank:
                 block_size=self.config.block_size,
                 mask_token_id=self.model_config.mask_token_id,
                 tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
-                target_kind=self.config.teacher.target,
+                target_kind=self.config.target_kind,
                 target_width=meta.target_width,
             )
         trajectories = [t for rows, _ in batches for t in rows]
