@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import RunConfig, Unmasking
 from common.prompts import Prompt
+from common.responses import stored_trajectory
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import convert, load_model, tokenizer_fingerprint
@@ -70,21 +72,32 @@ class RolloutActor:
         return handle.version
 
     def rollout(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[pa.RecordBatch | BatchInfo]:
-        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows.
+        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows; stored responses of
+        prompts that have them come first.
 
         Where no teacher comes after, each is followed by its BatchInfo.
         """
         rollout = self.config.rollout
         decoding = Decoding(rollout.unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
         caps = self.config.data.domain_max_tokens
+
+        def limit(prompt: Prompt) -> int:
+            return min(max_new_tokens, caps.get(prompt.domain, max_new_tokens))
+
         requests = [
-            Request(p.ordinal, sample, p.ids, min(max_new_tokens, caps.get(p.domain, max_new_tokens)), p.domain)
+            Request(p.ordinal, sample, p.ids, limit(p), p.domain)
             for p in prompts
+            if not p.responses
             for sample in range(rollout.samples_per_prompt)
         ]
+        stored = (
+            stored_trajectory(p, sample, limit(p), self.config.block_size, self.meta.mask_token_id)
+            for p in prompts
+            for sample in range(len(p.responses))
+        )
         start = time.perf_counter()
         pending: list[Trajectory] = []
-        for trajectory in self.sampler.generate(requests, decoding):
+        for trajectory in chain(stored, self.sampler.generate(requests, decoding)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             select_states(trajectory, self.config.objective, self.config.block_size, self.tokenizer.eos_token_id, rng)
             pending.append(trajectory)

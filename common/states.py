@@ -11,9 +11,11 @@ import numpy as np
 from common.objective_config import (
     AllRoundsState,
     GlobalState,
+    MixtureSource,
     ObjectiveConfig,
     PerBlockState,
     RandomState,
+    StateSelection,
 )
 from common.trajectory import Trajectory
 
@@ -62,6 +64,13 @@ def select_states(
     trajectory.target_offsets = np.unique(trajectory.masked_offsets[trajectory.loss_weight > 0])
 
 
+def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelection:
+    """The state selection of a trajectory's source."""
+    if trajectory.is_stored and isinstance(objective.source, MixtureSource):
+        return objective.source.stored_state
+    return objective.state
+
+
 def _masks(
     trajectory: Trajectory,
     objective: ObjectiveConfig,
@@ -70,7 +79,7 @@ def _masks(
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(masked bool, mask ratio float) over response and tail, one pair per noised copy."""
-    state = objective.state
+    state = state_of(trajectory, objective)
     reveal = trajectory.reveal_round
     if isinstance(state, RandomState):
         return [_random_mask(state, block, rng)]

@@ -1,4 +1,4 @@
-"""The command line: `opdlm train | eval | generate | convert | make-tiny-arlm | fields`.
+"""The command line: `opdlm train | eval | generate | respond | convert | make-tiny-arlm | fields`.
 
 Heavy libraries are imported inside the commands, so that `--help` and `--dry-run` answer at once.
 """
@@ -24,7 +24,7 @@ from common.config import (
 )
 from common.config_file import ConfigError, load_config, preset_names
 from common.prompts import Prompt
-from deploy import job_commands
+from deploy import job_commands, respond_command
 from deploy.errors import RunError, Stopped
 
 app = typer.Typer(
@@ -286,6 +286,7 @@ def unmasking_of(rule: str, threshold: float) -> Unmasking:
 
 
 job_commands.register(app)
+respond_command.register(app)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from common.config import RunConfig
 from common.curriculum import response_limit
 from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
+from common.responses import stored_share, with_responses
 from deploy import preflight
 from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
 from deploy.cluster import Pools, connect, start_pools
@@ -68,6 +69,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, prompts: PromptSet, problems: list[Prompt]) -> None:
         self.config = config
         self.problems = problems
+        self.responses = prompts.responses
         self.dropped = prompts.dropped
         size = config.rollout.prompts_per_batch
         self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
@@ -149,8 +151,12 @@ class Pipeline:
             self._after_batch(index + 1)
 
     def _start(self, index: int) -> RolloutBatch:
-        limit = response_limit(self.config.curriculum, index, self.config.block_size)
-        return RolloutBatch(index, self.batches[index], self.config.rollout, limit, self.pools)
+        config = self.config
+        limit = response_limit(config.curriculum, index, config.block_size)
+        share = stored_share(config.objective.source, index)
+        samples = config.rollout.samples_per_prompt
+        prompts = with_responses(self.batches[index], share, self.responses, samples, config.seed)
+        return RolloutBatch(index, prompts, config.rollout, limit, self.pools)
 
     def _show(self, batch: RolloutBatch) -> None:
         self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
@@ -162,8 +168,8 @@ class Pipeline:
         if len(keys) != len(set(keys)) or set(keys) != batch.expected:
             missing = sorted(batch.expected - set(keys))[:5]
             raise RuntimeError(f"rollout batch {batch.index}: {len(keys)} trajectories, missing {missing}")
-        oldest = min(info.oldest_version for info in batch.infos)
-        if self.version - oldest > self.config.pipeline.staleness:
+        oldest = batch.oldest_version
+        if oldest is not None and self.version - oldest > self.config.pipeline.staleness:
             raise RuntimeError(
                 f"rollout batch {batch.index} was made with weights {oldest} and the learner is at {self.version}"
             )
@@ -251,6 +257,7 @@ class Pipeline:
     ) -> dict[str, float]:
         infos = batch.infos
         tokens = sum(info.response_tokens for info in infos)
+        generated = sum(info.rollout_tokens for info in infos)
         rows = max(batch.finished_rows, 1)
         self.state.response_tokens += tokens
         self.state.seconds += seconds
@@ -264,7 +271,8 @@ class Pipeline:
             "teacher_agreement": learner["teacher_agreement"],
             "grad_norm": learner["grad_norm"],
             "lr": learner["lr"],
-            "tokens_per_step": tokens / max(sum(info.denoise_forwards for info in infos), 1),
+            "tokens_per_step": generated / max(sum(info.denoise_forwards for info in infos), 1),
+            "stored_share": sum(info.stored_rows for info in infos) / rows,
             "share_eos": sum(info.ended for info in infos) / rows,
             "response_length": tokens / rows,
             "response_limit": batch.max_new_tokens,
@@ -272,8 +280,8 @@ class Pipeline:
             "trained_positions": learner["trained_positions"],
             "updates": self.state.updates,
             "weights_version": self.version,
-            "staleness": self.version - 1 - min(info.oldest_version for info in infos),
-            "rollout/tokens_per_second": tokens / max(rollout_seconds, 1e-9),
+            "staleness": 0 if batch.oldest_version is None else self.version - 1 - batch.oldest_version,
+            "rollout/tokens_per_second": generated / max(rollout_seconds, 1e-9),
             "teacher/tokens_per_second": sum(info.teacher_tokens for info in infos) / teacher_seconds
             if teacher_seconds
             else 0.0,

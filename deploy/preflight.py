@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> t
     tokenizer, limit = check_models(config)
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, limit)
-    return prompts, problems
+    return replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts)), problems
 
 
 def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
@@ -156,6 +157,18 @@ def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Pro
         return prompts, []
     data = config.data.model_copy(update={"prompts": config.evaluation.problems})
     return prompts, read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
+
+
+def read_responses(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[Any]]:
+    """The stored responses by question; empty where objective.source needs none."""
+    if config.objective.source.kind == "student":
+        return {}
+    from common.responses import load_responses
+
+    try:
+        return load_responses(config.data, tokenizer, prompts)
+    except PromptError as error:
+        raise ConfigError(f"data.responses: {error}") from error
 
 
 def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> list[Prompt]:

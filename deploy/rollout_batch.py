@@ -68,6 +68,11 @@ class RolloutBatch:
         return sum(info.rows for info in self.infos)
 
     @property
+    def oldest_version(self) -> int | None:
+        """Of the weights that made the finished rollouts; stored responses have none."""
+        return min((info.oldest_version for info in self.infos if info.oldest_version is not None), default=None)
+
+    @property
     def waiting(self) -> list[Any]:
         """What `ray.wait` may wait for."""
         return [*self._generators, *self._annotating]
