@@ -42,8 +42,48 @@ class RandomState(Section):
     max_ratio: float = Field(1.0, ge=0, le=1, description="greatest mask ratio")
     at_least_one: bool = Field(True, description="mask one position in a block whose draw masked none")
 
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomState:
+        if self.min_ratio > self.max_ratio:
+            raise ValueError(f"min_ratio ({self.min_ratio}) is above max_ratio ({self.max_ratio}); lower min_ratio")
+        return self
 
-StateSelection = Annotated[PerBlockState | GlobalState | AllRoundsState | RandomState, Field(discriminator="kind")]
+
+class ComplementaryState(Section):
+    """A random mask and its complement as two copies: every position is trained exactly once (LLaDA2.0)."""
+
+    kind: Literal["complementary"] = "complementary"
+    masks: RandomState = Field(RandomState(), description="how the first mask is drawn")
+
+
+class MixtureState(Section):
+    """Each trajectory draws one of three ways, in proportion to their shares."""
+
+    kind: Literal["mixture"] = "mixture"
+    trajectory_share: float = Field(1.0, ge=0, description="weight of states that were visited (`visited`)")
+    random_share: float = Field(0.0, ge=0, description="weight of random masks")
+    complementary_share: float = Field(0.0, ge=0, description="weight of a random mask and its complement")
+    visited: Literal["per_block", "global", "all_rounds"] = Field("per_block", description="which visited states")
+    masks: RandomState = Field(RandomState(), description="how random and complementary masks are drawn")
+
+    @model_validator(mode="after")
+    def _some_share(self) -> MixtureState:
+        if self.trajectory_share + self.random_share + self.complementary_share == 0:
+            raise ValueError("all shares are 0; raise trajectory_share, random_share or complementary_share")
+        return self
+
+
+StateSelection = Annotated[
+    PerBlockState | GlobalState | AllRoundsState | RandomState | ComplementaryState | MixtureState,
+    Field(discriminator="kind"),
+]
+
+
+def needs_rounds(state: StateSelection) -> bool:
+    """Whether states are selected from those that a rollout visited."""
+    if isinstance(state, MixtureState):
+        return state.trajectory_share > 0
+    return not isinstance(state, RandomState | ComplementaryState)
 
 
 class StudentSource(Section):
@@ -142,10 +182,14 @@ Divergence = Annotated[ForwardKL | ReverseKL | MixedKL | JensenShannon, Field(di
 
 # kinds of (source, state, target) that each method allows; the first is what it sets
 _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
-    "opdlm": {"source": ("student",), "state": ("per_block", "global", "all_rounds"), "target": ("teacher",)},
-    "opdlm_off": {"source": ("student",), "state": ("random",), "target": ("teacher",)},
-    "off_policy_distillation": {"source": ("stored",), "state": ("random",), "target": ("teacher",)},
-    "sft": {"source": ("stored",), "state": ("random",), "target": ("hard",)},
+    "opdlm": {
+        "source": ("student",),
+        "state": ("per_block", "global", "all_rounds", "mixture"),
+        "target": ("teacher",),
+    },
+    "opdlm_off": {"source": ("student",), "state": ("random", "complementary"), "target": ("teacher",)},
+    "off_policy_distillation": {"source": ("stored",), "state": ("random", "complementary"), "target": ("teacher",)},
+    "sft": {"source": ("stored",), "state": ("random", "complementary"), "target": ("hard",)},
 }
 
 
@@ -198,10 +242,10 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _stored_responses_have_no_rounds(self) -> ObjectiveConfig:
-        if self.source.kind == "stored" and self.state.kind != "random":
+        if self.source.kind == "stored" and needs_rounds(self.state):
             raise ValueError(
                 f"source.kind 'stored' has no realised rounds, which state.kind {self.state.kind!r} selects from; "
-                "use state.kind random"
+                "use state.kind random or complementary, or a mixture with trajectory_share 0"
             )
         return self
 
