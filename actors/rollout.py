@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -71,14 +72,22 @@ class RolloutActor:
         self.sampler.weights_version = handle.version
         return handle.version
 
-    def rollout(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[pa.RecordBatch | BatchInfo]:
+    def set_block_size(self, block_size: int) -> None:
+        """Of rollouts and evaluation from now on."""
+        self.sampler.set_block_size(block_size)
+        self.meta = replace(self.meta, block_size=block_size)
+
+    def rollout(
+        self, prompts: list[Prompt], max_new_tokens: int, block_size: int, unmasking: Unmasking
+    ) -> Iterator[pa.RecordBatch | BatchInfo]:
         """Stream finished trajectories in record batches of about `rollout.stream_rows` rows; stored responses of
         prompts that have them come first.
 
         Where no teacher comes after, each is followed by its BatchInfo.
         """
         rollout = self.config.rollout
-        decoding = Decoding(rollout.unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
+        self.set_block_size(block_size)
+        decoding = Decoding(unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
         caps = self.config.data.domain_max_tokens
 
         def limit(prompt: Prompt) -> int:
@@ -91,7 +100,7 @@ class RolloutActor:
             for sample in range(rollout.samples_per_prompt)
         ]
         stored = (
-            stored_trajectory(p, sample, limit(p), self.config.block_size, self.meta.mask_token_id)
+            stored_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id)
             for p in prompts
             for sample in range(len(p.responses))
         )
@@ -99,7 +108,7 @@ class RolloutActor:
         pending: list[Trajectory] = []
         for trajectory in chain(stored, self.sampler.generate(requests, decoding)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
-            select_states(trajectory, self.config.objective, self.config.block_size, self.tokenizer.eos_token_id, rng)
+            select_states(trajectory, self.config.objective, block_size, self.tokenizer.eos_token_id, rng)
             pending.append(trajectory)
             if len(pending) >= rollout.stream_rows:
                 self.busy_seconds += time.perf_counter() - start

@@ -63,6 +63,12 @@ class Sampler:
         self._state: SlotState | None = None
         model.set_attn_implementation(attention.register())
 
+    def set_block_size(self, block_size: int) -> None:
+        """Decode in blocks of this size from the next call on."""
+        if block_size != self.block_size:
+            self.block_size = block_size
+            self._cache = self._state = None
+
     @torch.inference_mode()
     def generate(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Trajectory]:
         """Yield each trajectory as it ends.

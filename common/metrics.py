@@ -28,6 +28,8 @@ METRICS: dict[str, MetricSpec] = {
     "share_eos": MetricSpec("share", "trajectories that end with the end token"),
     "response_length": MetricSpec("tokens", "mean response length"),
     "response_limit": MetricSpec("tokens", "response length limit of the curriculum"),
+    "block_size": MetricSpec("tokens", "tokens per block in the rollouts"),
+    "confidence_threshold": MetricSpec("", "threshold of dynamic unmasking in the rollouts; 0: another rule"),
     "response_tokens": MetricSpec("tokens", "response tokens so far, of rollouts and stored responses"),
     "trained_positions": MetricSpec("tokens", "masked positions in the loss of this batch"),
     "updates": MetricSpec("", "optimiser updates so far"),

@@ -180,6 +180,31 @@ class JensenShannon(Section):
 Divergence = Annotated[ForwardKL | ReverseKL | MixedKL | JensenShannon, Field(discriminator="kind")]
 
 
+class ExtraTerms(Section):
+    """Terms beside the divergence, each 0 (off) by default; all share its positions, weights and normalisation."""
+
+    sharpening: float = Field(
+        0.0, ge=0, description="times the student's entropy where its best token is the target's best (CAP)"
+    )
+    rank: float = Field(
+        0.0,
+        ge=0,
+        description="times the mean, over pairs of masked positions of a block of which the rollout revealed one "
+        "earlier, of max(0, H_earlier - H_later + rank_margin), H the student's entropy (TABOM)",
+    )
+    rank_margin: float = Field(0.0, ge=0, description="nats by which the earlier one's entropy should be lower")
+    alignment: float = Field(
+        0.0, ge=0, description="times 1 - cosine of the student's and the teacher's final hidden states (REPR-ALIGN)"
+    )
+    autoregressive: float = Field(
+        0.0, ge=0, description="times the student's causal next-token cross-entropy on the clean response"
+    )
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.sharpening > 0 or self.rank > 0
+
+
 # kinds of (source, state, target) that each method allows; the first is what it sets
 _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "opdlm": {
@@ -215,11 +240,23 @@ class ObjectiveConfig(Section):
         "row_mean", description="row_mean: mean over a row's positions, then over rows; token_mean: over all positions"
     )
     exclude_eos: bool = Field(False, description="leave the end token out of the loss, as the released code does")
+    clip_nats: float | None = Field(
+        None, gt=0, description="a position's divergence counts up to this much; above, it gives no gradient"
+    )
+    trust_weight: bool = Field(
+        False, description="times min(p_teacher / p_student, 1) of the token in x0, without gradient; target hidden"
+    )
+    terms: ExtraTerms = ExtraTerms()
 
     @property
     def shape(self) -> TeacherTarget:
         """How the teacher's distribution is reshaped; not at all where there is none."""
         return self.target if isinstance(self.target, TeacherTarget) else AS_IT_IS
+
+    @property
+    def changes_positions(self) -> bool:
+        """Whether anything but the plain divergence is computed from the logits."""
+        return self.clip_nats is not None or self.trust_weight or self.terms.needs_entropy
 
     @model_validator(mode="before")
     @classmethod
@@ -246,6 +283,19 @@ class ObjectiveConfig(Section):
             raise ValueError(
                 f"source.kind 'stored' has no realised rounds, which state.kind {self.state.kind!r} selects from; "
                 "use state.kind random or complementary, or a mixture with trajectory_share 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_have_what_they_need(self) -> ObjectiveConfig:
+        teacherless = self.target.kind == "hard"
+        for name, on in (("trust_weight", self.trust_weight), ("terms.alignment", self.terms.alignment > 0)):
+            if on and teacherless:
+                raise ValueError(f"{name} compares with a teacher, and target.kind 'hard' has none; turn it off")
+        if self.terms.rank and self.source.kind == "stored":
+            raise ValueError(
+                f"terms.rank ({self.terms.rank}) ranks by the rounds in which a rollout revealed tokens, which "
+                "source.kind 'stored' does not have; set it to 0, or use source.kind student or mixture"
             )
         return self
 

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import ray
 import yaml
 
-from common.config import RunConfig
-from common.curriculum import response_limit
+from common.config import DynamicUnmasking, RunConfig
+from common.curriculum import block_size_at, response_limit, unmasking_at
 from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
 from common.responses import stored_share, with_responses
@@ -124,6 +124,8 @@ class Pipeline:
         """Weights and optimiser of the learner, then its version into every rollout actor."""
         self.progress.note(f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done")
         self._on_ranks("load", "loading a checkpoint", [], folder / "resume")
+        for actor in self.pools.rollouts:
+            actor.set_block_size.remote(self.state.block_size)
         self._publish(self.state.batches, [])
         self._collect_acknowledgements()
 
@@ -145,6 +147,8 @@ class Pipeline:
             published = self._publish(index + 1, list(in_flight))
             in_flight.popleft()
             self.state.batches = index + 1
+            self.state.block_size = current.block_size
+            self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
             metrics = self._metrics(current, learner, published, time.perf_counter() - begin)
             log.batch(metrics)
             self.progress.batch(metrics)
@@ -152,11 +156,14 @@ class Pipeline:
 
     def _start(self, index: int) -> RolloutBatch:
         config = self.config
-        limit = response_limit(config.curriculum, index, config.block_size)
+        block_size = block_size_at(config, index, self.state.feedback)
+        limit = response_limit(config.curriculum, index, block_size, self.state.feedback.gates)
         share = stored_share(config.objective.source, index)
         samples = config.rollout.samples_per_prompt
         prompts = with_responses(self.batches[index], share, self.responses, samples, config.seed)
-        return RolloutBatch(index, prompts, config.rollout, limit, self.pools)
+        return RolloutBatch(
+            index, prompts, config.rollout, limit, block_size, unmasking_at(config.rollout, index), self.pools
+        )
 
     def _show(self, batch: RolloutBatch) -> None:
         self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
@@ -249,7 +256,10 @@ class Pipeline:
     def _save(self, name: str) -> None:
         """A checkpoint; the final one holds the model only."""
         partial = self.checkpoints.begin(name)
-        self._on_ranks("save", "saving a checkpoint", [], partial, None if name == "final" else partial / "resume")
+        block_size = self.state.block_size or self.config.block_size
+        self._on_ranks(
+            "save", "saving a checkpoint", [], partial, None if name == "final" else partial / "resume", block_size
+        )
         self.checkpoints.finish(name, self.state)
 
     def _metrics(
@@ -276,6 +286,8 @@ class Pipeline:
             "share_eos": sum(info.ended for info in infos) / rows,
             "response_length": tokens / rows,
             "response_limit": batch.max_new_tokens,
+            "block_size": batch.block_size,
+            "confidence_threshold": batch.unmasking.threshold if isinstance(batch.unmasking, DynamicUnmasking) else 0.0,
             "response_tokens": self.state.response_tokens,
             "trained_positions": learner["trained_positions"],
             "updates": self.state.updates,

@@ -125,7 +125,7 @@ def check_resources(placement: Placement, cpus: float, gpus: float) -> None:
 def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
     longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
-    block_rows = config.rollout.slots * config.block_size
+    block_rows = config.rollout.slots * config.block_sizes[-1]
     return {
         "weights": shape.parameters * width,
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,

@@ -194,7 +194,7 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
         parts.append(("evaluation.problems", problems, "evaluation.max_new_tokens", response))
     for field, rows, response_field, response in parts:
         longest = max(len(p.ids) for p in rows)
-        needed = -(-(longest + response) // config.block_size) * config.block_size
+        needed = -(-(longest + response) // config.block_sizes[-1]) * config.block_sizes[-1]
         if needed > limit:
             raise ConfigError(
                 f"{response_field}: {response} after the longest prompt of {field} ({longest} tokens) needs {needed} "

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from common.config import RolloutConfig
+from common.config import RolloutConfig, Unmasking
 from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
@@ -27,10 +27,19 @@ class RolloutBatch:
     """
 
     def __init__(
-        self, index: int, prompts: list[Prompt], rollout: RolloutConfig, max_new_tokens: int, pools: Pools
+        self,
+        index: int,
+        prompts: list[Prompt],
+        rollout: RolloutConfig,
+        max_new_tokens: int,
+        block_size: int,
+        unmasking: Unmasking,
+        pools: Pools,
     ) -> None:
         self.index = index
         self.max_new_tokens = max_new_tokens
+        self.block_size = block_size
+        self.unmasking = unmasking
         self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
         self.refs: list[ray.ObjectRef] = []
         self.infos: list[BatchInfo] = []
@@ -49,7 +58,8 @@ class RolloutBatch:
         for i, actor in enumerate(pools.rollouts):
             share = prompts[i :: len(pools.rollouts)]
             if share:
-                stream = actor.rollout.options(num_returns="streaming").remote(share, max_new_tokens)
+                order = (share, max_new_tokens, block_size, unmasking)
+                stream = actor.rollout.options(num_returns="streaming").remote(*order)
                 self._generators[stream] = self._names[actor]
                 self._streams[stream] = self._names[actor]
             self.actor_stats[actor.stats.remote()] = self._names[actor]  # answers when the rollout is through

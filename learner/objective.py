@@ -19,6 +19,7 @@ from torch import Tensor
 from common.objective_config import AS_IT_IS, Divergence, ForwardKL, JensenShannon, MixedKL, ReverseKL, TeacherTarget
 from common.reshaping import reshape
 from common.student import full_precision_logits
+from learner.terms import LogitTerms, entropy_of
 
 _LOG_FLOOR = -60.0  # log-probabilities of classes are clamped here, so that 0 * log 0 is 0
 
@@ -130,16 +131,17 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass
 class LossSums:
-    """Sums over positions, for metrics; float64 scalars on the device."""
+    """Sums over positions, for metrics; float64 scalars on the device. `entropy` stays 0 where nothing asks for it."""
 
     loss: Tensor
     divergence: Tensor
     agree: Tensor
     bad: Tensor
+    entropy: Tensor
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """loss = sum_i c_i D_i with logits = hidden @ weight.T computed chunk by chunk.
+    """loss = sum_i c_i D_i with logits = hidden @ weight.T computed chunk by chunk; `terms` change D_i and add to it.
 
     The gradients with respect to `hidden` and `weight` are computed in the forward, chunk by chunk, and scaled in the
     backward: no chunk is computed twice, and the LM head need not be present in the backward (ZeRO-3 may have
@@ -156,27 +158,34 @@ class ChunkedDivergence(torch.autograd.Function):
         kind: Divergence,
         chunk: int,
         sums: LossSums,
+        terms: LogitTerms | None = None,
     ) -> Tensor:
         need_grad = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.zeros_like(hidden)
         wide = torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros(weight.shape if need_grad else (0,), dtype=wide, device=weight.device)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
+        starts = range(0, len(hidden), chunk)
+        spans = terms.spans(len(hidden), chunk) if terms else ((slice(s, s + chunk), slice(0, 0)) for s in starts)
+        for rows, pairs in spans:
             logits = full_precision_logits(hidden[rows].detach(), weight.detach())
             with torch.enable_grad():
                 leaf = logits.requires_grad_(need_grad)
                 log_t, log_s = target[rows].classes(leaf)
                 per_position = divergence(kind, log_t, log_s)
-                chunk_loss = (coefficient[rows] * per_position).sum()
+                agree = target[rows].agree(log_t, log_s.detach(), leaf.detach())
+                counted = terms.counted(per_position, log_t, log_s, rows) if terms else per_position
+                chunk_loss = (coefficient[rows] * counted).sum()
+                if terms and terms.needs_entropy:
+                    entropy = entropy_of(leaf)
+                    chunk_loss = chunk_loss + terms.added(entropy, agree, coefficient[rows], rows, pairs)
+                    sums.entropy += entropy.detach().double().sum()
             if need_grad:
                 (grad_logits,) = torch.autograd.grad(chunk_loss, leaf)
                 grad_logits = grad_logits.to(weight.dtype)
                 grad_hidden[rows] = grad_logits @ weight.detach()
                 grad_weight += grad_logits.T @ hidden[rows].detach()
             loss += chunk_loss.detach()
-            agree = target[rows].agree(log_t, log_s.detach(), logits.detach())
             _add(sums, per_position.detach(), chunk_loss.detach(), logits.detach(), agree)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -194,11 +203,12 @@ class ChunkedDivergence(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 def empty_sums(device: torch.device) -> LossSums:
-    return LossSums(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
+    return LossSums(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(5)))
 
 
 def _add(sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, agree: Tensor) -> None:

@@ -155,7 +155,7 @@ def test_methods_by_name(method, source, state, target):
 def test_contradictions_are_refused():
     with pytest.raises(ValidationError, match="has no realised rounds"):
         ObjectiveConfig(source={"kind": "stored"})
-    with pytest.raises(ValidationError, match=r"method 'opdlm_off' means state\.kind random, but it is 'per_block'"):
+    with pytest.raises(ValidationError, match=r"means state\.kind random or complementary, but it is 'per_block'"):
         ObjectiveConfig(method="opdlm_off", state={"kind": "per_block"})
 
 
