@@ -236,8 +236,10 @@ class ObjectiveConfig(Section):
         description="tokens outside the teacher's top-k: left out (may be negative), renormalised over the k, or "
         "one class of their own (a true KL, a lower bound of the full one)",
     )
-    normalization: Literal["row_mean", "token_mean", "sum"] = Field(
-        "row_mean", description="row_mean: mean over a row's positions, then over rows; token_mean: over all positions"
+    normalization: Literal["row_mean", "row_sum", "token_mean", "sum"] = Field(
+        "row_mean",
+        description="row_mean: mean over a row's positions, then over rows; row_sum: sum over a row's positions, then "
+        "mean over rows; token_mean: mean over all positions; sum: neither",
     )
     exclude_eos: bool = Field(False, description="leave the end token out of the loss, as the released code does")
     clip_nats: float | None = Field(

@@ -142,6 +142,7 @@ def scales(counts: list[int], normalization: str) -> list[float]:
     rows, tokens = sum(c > 0 for c in counts), sum(counts)
     return {
         "row_mean": [1.0 / (rows * c) if c else 0.0 for c in counts],
+        "row_sum": [1.0 / max(rows, 1)] * len(counts),
         "token_mean": [1.0 / max(tokens, 1)] * len(counts),
         "sum": [1.0] * len(counts),
     }[normalization]
