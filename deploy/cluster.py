@@ -81,6 +81,8 @@ def reserve(config: RunConfig) -> dict[str, PlacementGroup]:
     groups = {}
     for role in ("learner", "teacher", "rollout"):
         processes = [p for p in placement.processes if p.role == role]
+        if not processes:  # hard labels need no teacher
+            continue
         bundles = [{"CPU": p.cpus, **({"GPU": p.gpus} if p.gpus else {})} for p in processes]
         labels = getattr(config, role).resources.labels
         groups[role] = placement_group(
@@ -126,20 +128,20 @@ def start_pools(config: RunConfig) -> Pools:
     """
     groups = reserve(config)
 
-    def create(role: str, actor_class: Any, count: int, *arguments: Any) -> list[Any]:
+    def create(role: str, actor_class: Any, *arguments: Any, **options: Any) -> list[Any]:
+        count = groups[role].bundle_count if role in groups else 0
         return [
             actor_class.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(groups[role], placement_group_bundle_index=i)
-            ).remote(*arguments, i)
+            ).remote(*arguments, i, **options)
             for i in range(count)
         ]
 
+    shape = config.objective.shape
     pools = Pools(
-        rollouts=create("rollout", rollout.as_remote(config), config.rollout.actors, config),
-        teachers=create(
-            "teacher", teacher.as_remote(config), config.teacher.actors, config.teacher, config.teacher_path
-        ),
-        ranks=create("learner", rank.as_remote(config), config.learner.ranks, config),
+        rollouts=create("rollout", rollout.as_remote(config), config),
+        teachers=create("teacher", teacher.as_remote(config), config.teacher, config.teacher_path, shape=shape),
+        ranks=create("learner", rank.as_remote(config), config),
     )
     timeout = config.pipeline.start_timeout_s
     names = pools.names()

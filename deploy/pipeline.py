@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 import ray
 import yaml
 
-from common.config import RunConfig
-from common.curriculum import response_limit
+from common.config import DynamicUnmasking, RunConfig
+from common.curriculum import block_size_at, response_limit, unmasking_at
 from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
+from common.responses import stored_share, with_responses
 from deploy import preflight
 from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
 from deploy.cluster import Pools, connect, start_pools
@@ -76,6 +77,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, prompts: PromptSet, problems: list[Prompt]) -> None:
         self.config = config
         self.problems = problems
+        self.responses = prompts.responses
         self.dropped = prompts.dropped
         self.prompts = len(prompts.prompts)
         size = config.rollout.prompts_per_batch
@@ -149,6 +151,8 @@ class Pipeline:
             f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done", "starting"
         )
         self._on_ranks("load", "loading a checkpoint", [], folder / "resume")
+        for actor in self.pools.rollouts:
+            actor.set_block_size.remote(self.state.block_size)
         self._publish(self.state.batches, [])
         self._collect_acknowledgements()
 
@@ -174,6 +178,8 @@ class Pipeline:
             metrics = self._metrics(list(in_flight), learner, published, window, complete - begin)
             in_flight.popleft()
             self.state.batches = index + 1
+            self.state.block_size = current.block_size
+            self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
             metrics |= self._evaluate(index + 1, list(in_flight))
             for log in logs:
                 log.batch(metrics)
@@ -184,8 +190,14 @@ class Pipeline:
             self._after_batch(index + 1)
 
     def _start(self, index: int) -> RolloutBatch:
-        limit = response_limit(self.config.curriculum, index, self.config.block_size)
-        return RolloutBatch(index, self.batches[index], self.config.rollout, limit, self.pools, self.status.heard)
+        config = self.config
+        block_size = block_size_at(config, index, self.state.feedback)
+        limit = response_limit(config.curriculum, index, block_size, self.state.feedback.gates)
+        share = stored_share(config.objective.source, index)
+        samples = config.rollout.samples_per_prompt
+        prompts = with_responses(self.batches[index], share, self.responses, samples, config.seed)
+        unmasking = unmasking_at(config.rollout, index)
+        return RolloutBatch(index, prompts, config.rollout, limit, block_size, unmasking, self.pools, self.status.heard)
 
     def _show(self, batch: RolloutBatch) -> None:
         self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
@@ -198,8 +210,8 @@ class Pipeline:
         if len(keys) != len(set(keys)) or set(keys) != batch.expected:
             missing = sorted(batch.expected - set(keys))[:5]
             raise RuntimeError(f"rollout batch {batch.index}: {len(keys)} trajectories, missing {missing}")
-        oldest = min(info.oldest_version for info in batch.infos)
-        if self.version - oldest > self.config.pipeline.staleness:
+        oldest = batch.oldest_version
+        if oldest is not None and self.version - oldest > self.config.pipeline.staleness:
             raise RuntimeError(
                 f"rollout batch {batch.index} was made with weights {oldest} and the learner is at {self.version}"
             )
@@ -289,7 +301,10 @@ class Pipeline:
         """A checkpoint; the final one holds the model only."""
         self.status.state("saving", f"saving checkpoint {name}")
         partial = self.checkpoints.begin(name)
-        self._on_ranks("save", "saving a checkpoint", [], partial, None if name == "final" else partial / "resume")
+        block_size = self.state.block_size or self.config.block_size
+        self._on_ranks(
+            "save", "saving a checkpoint", [], partial, None if name == "final" else partial / "resume", block_size
+        )
         self.checkpoints.finish(name, self.state)
 
     def _metrics(
@@ -304,6 +319,7 @@ class Pipeline:
         batch, seconds = in_flight[0], window.seconds
         infos = batch.infos
         tokens = sum(info.response_tokens for info in infos)
+        generated = sum(info.rollout_tokens for info in infos)
         rows = max(batch.finished_rows, 1)
         self.state.response_tokens += tokens
         self.state.seconds += seconds
@@ -324,17 +340,22 @@ class Pipeline:
             "teacher_agreement": learner["teacher_agreement"],
             "grad_norm": learner["grad_norm"],
             "lr": learner["lr"],
-            "tokens_per_step": tokens / max(sum(info.denoise_forwards for info in infos), 1),
+            "tokens_per_step": generated / max(sum(info.denoise_forwards for info in infos), 1),
+            "stored_share": sum(info.stored_rows for info in infos) / rows,
             "share_eos": sum(info.ended for info in infos) / rows,
             "response_length": tokens / rows,
             "response_limit": batch.max_new_tokens,
+            "block_size": batch.block_size,
+            "confidence_threshold": batch.unmasking.threshold if isinstance(batch.unmasking, DynamicUnmasking) else 0.0,
             "response_tokens": self.state.response_tokens,
             "trained_positions": learner["trained_positions"],
             "updates": self.state.updates,
             "weights_version": self.version,
-            "staleness": self.version - 1 - min(info.oldest_version for info in infos),
-            "rollout/tokens_per_second": tokens / max(rollout_seconds, 1e-9),
-            "teacher/tokens_per_second": sum(info.teacher_tokens for info in infos) / max(teacher_seconds, 1e-9),
+            "staleness": 0 if batch.oldest_version is None else self.version - 1 - batch.oldest_version,
+            "rollout/tokens_per_second": generated / max(rollout_seconds, 1e-9),
+            "teacher/tokens_per_second": sum(info.teacher_tokens for info in infos) / teacher_seconds
+            if teacher_seconds
+            else 0.0,
             "learner/tokens_per_second": learner["packed_tokens"] / max(learner["seconds"], 1e-9),
             "queue/rollout": len(batch.expected),
             "queue/teacher": batch.peak_teacher_queue,
