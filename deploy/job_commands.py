@@ -182,10 +182,10 @@ def _exit_status(info: Any, job: str) -> int:
 
 
 def _client(address: str) -> Any:
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # its import sets INFO
     try:
         return _within(lambda: JobSubmissionClient(address), f"connecting to {address}")
     except AuthenticationError as error:
