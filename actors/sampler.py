@@ -66,6 +66,12 @@ class Sampler:
             for layer in model.model.layers:  # one compiled layer serves all
                 layer.compile(dynamic=True)
 
+    def set_block_size(self, block_size: int) -> None:
+        """Decode in blocks of this size from the next call on."""
+        if block_size != self.block_size:
+            self.block_size = block_size
+            self._cache = self._state = None
+
     @torch.inference_mode()
     def generate(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Trajectory]:
         """Yield each trajectory as it ends.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from common.config import DataConfig, RunConfig
 from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run
+from deploy.dashboard.process import free_port, read_token
 from deploy.placement import check_resources, plan
 
 _ANY_LENGTH = 10**9
@@ -28,10 +30,13 @@ def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> t
     check_model_folder("model.path", config.model.path)
     check_model_folder("teacher.path", config.teacher_path)
     check_processes(config)
+    if config.dashboard.enabled:
+        read_token(config.dashboard.token_file)
+        free_port(config.dashboard.host, config.dashboard.port)
     tokenizer, limit = check_models(config)
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, limit)
-    return prompts, problems
+    return replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts)), problems
 
 
 def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
@@ -116,7 +121,7 @@ def check_processes(config: RunConfig) -> None:
         )
     if config.ray.address is not None or "RAY_ADDRESS" in os.environ:
         return  # another machine's; checked when connected
-    if config.teacher.backend == "vllm" and find_spec("vllm") is None:
+    if config.target_kind != "none" and config.teacher.backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             "teacher.backend: 'vllm' is not installed; install opdlm[cpu] or opdlm[cuda], "
             "or use --teacher.backend transformers"
@@ -160,6 +165,18 @@ def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Pro
     return prompts, read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
 
 
+def read_responses(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[Any]]:
+    """The stored responses by question; empty where objective.source needs none."""
+    if config.objective.source.kind == "student":
+        return {}
+    from common.responses import load_responses
+
+    try:
+        return load_responses(config.data, tokenizer, prompts)
+    except PromptError as error:
+        raise ConfigError(f"data.responses: {error}") from error
+
+
 def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> list[Prompt]:
     """The first `count` problems of a file, each with an answer."""
     data = data.model_copy(update={"epochs": 1, "limit": None, "max_prompt_tokens": _ANY_LENGTH})
@@ -183,13 +200,32 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
         parts.append(("evaluation.problems", problems, "evaluation.max_new_tokens", response))
     for field, rows, response_field, response in parts:
         longest = max(len(p.ids) for p in rows)
-        needed = -(-(longest + response) // config.block_size) * config.block_size
+        needed = -(-(longest + response) // config.block_sizes[-1]) * config.block_sizes[-1]
         if needed > limit:
             raise ConfigError(
                 f"{response_field}: {response} after the longest prompt of {field} ({longest} tokens) needs {needed} "
                 f"positions, the models have {limit}; lower {response_field} to {limit - longest} or less, "
                 "or drop long prompts with data.max_prompt_tokens"
             )
+
+
+def response_limit(field: str, path: str, prompts: list[Prompt], asked: int | None, block_size: int) -> int:
+    """The longest response that fits behind every prompt in the model's positions: `asked`, by default up to 512.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    from transformers import AutoConfig
+
+    positions = AutoConfig.from_pretrained(path).max_position_embeddings
+    longest = max(len(p.ids) for p in prompts)
+    room = positions // block_size * block_size - longest
+    if room < (asked or 1):
+        raise ConfigError(
+            f"{field}: {asked or 1} after the longest prompt ({longest} tokens) does not fit into the model's "
+            f"{positions} positions at block size {block_size}; use {max(room, 0)} or less"
+        )
+    return asked or min(room, 512)
 
 
 def _local_gpus() -> int:
