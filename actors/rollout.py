@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -18,10 +20,11 @@ from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import RunConfig, Unmasking
 from common.prompts import Prompt
+from common.responses import stored_trajectory
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import convert, load_model, tokenizer_fingerprint
-from common.trajectory import Trajectory, TrajectoryMeta, to_batch
+from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
 from common.weights import ObjectStoreTransport, WeightsHandle, load_weights
 
 
@@ -53,6 +56,7 @@ class RolloutActor:
         )
         self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
         self.busy_seconds = 0.0
+        self.tokens = 0
 
     def ready(self) -> dict[str, Any]:
         return {
@@ -70,34 +74,65 @@ class RolloutActor:
         self.sampler.weights_version = handle.version
         return handle.version
 
-    def rollout(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[pa.RecordBatch]:
-        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows."""
+    def set_block_size(self, block_size: int) -> None:
+        """Of rollouts and evaluation from now on."""
+        self.sampler.set_block_size(block_size)
+        self.meta = replace(self.meta, block_size=block_size)
+
+    def rollout(
+        self, prompts: list[Prompt], max_new_tokens: int, block_size: int, unmasking: Unmasking
+    ) -> Iterator[pa.RecordBatch | BatchInfo]:
+        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows; stored responses of
+        prompts that have them come first.
+
+        Where no teacher comes after, each is followed by its BatchInfo.
+        """
         rollout = self.config.rollout
-        decoding = Decoding(rollout.unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
+        self.set_block_size(block_size)
+        decoding = Decoding(unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
         caps = self.config.data.domain_max_tokens
+
+        def limit(prompt: Prompt) -> int:
+            return min(max_new_tokens, caps.get(prompt.domain, max_new_tokens))
+
         requests = [
-            Request(p.ordinal, sample, p.ids, min(max_new_tokens, caps.get(p.domain, max_new_tokens)), p.domain)
+            Request(p.ordinal, sample, p.ids, limit(p), p.domain)
             for p in prompts
+            if not p.responses
             for sample in range(rollout.samples_per_prompt)
         ]
+        stored = (
+            stored_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id)
+            for p in prompts
+            for sample in range(len(p.responses))
+        )
         start = time.perf_counter()
         pending: list[Trajectory] = []
-        for trajectory in self.sampler.generate(requests, decoding):
+        for trajectory in chain(stored, self.sampler.generate(requests, decoding)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
-            select_states(trajectory, self.config.objective, self.config.block_size, self.tokenizer.eos_token_id, rng)
+            select_states(trajectory, self.config.objective, block_size, self.tokenizer.eos_token_id, rng)
             pending.append(trajectory)
+            self.tokens += len(trajectory.response_ids)
             if len(pending) >= rollout.stream_rows:
                 self.busy_seconds += time.perf_counter() - start
-                yield to_batch(pending, self.meta)
+                yield from self._finished(pending)
                 start, pending = time.perf_counter(), []
         self.busy_seconds += time.perf_counter() - start
         if pending:
-            yield to_batch(pending, self.meta)
+            yield from self._finished(pending)
+
+    def _finished(self, trajectories: list[Trajectory]) -> Iterator[pa.RecordBatch | BatchInfo]:
+        batch = to_batch(trajectories, self.meta)
+        yield batch
+        if self.config.target_kind == "none":
+            yield batch_info(batch)
 
     def stats(self) -> dict[str, float]:
-        """Cumulative counters of this actor."""
+        """Cumulative counters of this actor; `tokens` are those of finished responses."""
         return {
+            "pid": os.getpid(),
             "busy_seconds": self.busy_seconds,
+            "tokens": self.tokens,
             "forwards": self.sampler.forwards,
             "commits": self.sampler.commits,
             "weights_version": self.sampler.weights_version,

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from common.config import RunConfig, TeacherConfig
+from common.objective_config import AS_IT_IS, TeacherTarget
+from common.reshaping import reshape
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, from_batch, to_batch
 
 LEAST_REST = 1e-12  # keeps log_rest finite; float32 log-probabilities resolve the mass to about 1e-7
@@ -157,14 +159,25 @@ def build_backend(config: TeacherConfig, model_path: str) -> TeacherBackend:
     return TransformersBackend(config, model_path)
 
 
-def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory]) -> None:
-    """Fills the target fields for the `target_offsets` of each trajectory; they stay empty where it has none."""
+def reshape_topk(targets: TopkTargets, shape: TeacherTarget) -> TopkTargets:
+    """The K best of the reshaped distribution, exact for 1 <= shape.top_k <= K: what is cut has -inf, no mass is left
+    for other tokens."""
+    logprobs = reshape(torch.from_numpy(targets.logprobs), shape).numpy()
+    return TopkTargets(targets.ids, logprobs, np.full_like(targets.log_rest, np.log(LEAST_REST)))
+
+
+def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape: TeacherTarget = AS_IT_IS) -> None:
+    """Fills the target fields for the `target_offsets` of each trajectory; they stay empty where it has none.
+
+    Top-k targets are reshaped here; hidden states are, in the learner, after the LM head.
+    """
     asked = [t for t in trajectories if len(t.target_offsets)]
     requests = [TargetRequest(t.causal_ids, len(t.prompt_ids) + t.target_offsets) for t in asked]
     for trajectory, targets in zip(asked, backend.targets(requests), strict=True):
         if isinstance(targets, HiddenTargets):
             trajectory.hidden = targets.hidden.ravel()
         else:
+            targets = reshape_topk(targets, shape) if shape.reshapes else targets
             trajectory.topk_ids = targets.ids.ravel()
             trajectory.topk_logprobs = targets.logprobs.ravel()
             trajectory.log_rest = targets.log_rest
@@ -205,9 +218,10 @@ class TeacherActor:
     so there is no background task that could die unseen.
     """
 
-    def __init__(self, config: TeacherConfig, model_path: str, index: int = 0) -> None:
+    def __init__(self, config: TeacherConfig, model_path: str, index: int = 0, shape: TeacherTarget = AS_IT_IS) -> None:
         self.config = config
         self.model_path = model_path
+        self.shape = shape
         self.index = index
         start = time.perf_counter()
         # engines keep state per thread (OpenMP, CUDA): one thread builds and runs this one
@@ -238,6 +252,7 @@ class TeacherActor:
     def stats(self) -> dict[str, float]:
         """Cumulative counters of this actor; `queue_depth` is the number of record batches in it now."""
         return {
+            "pid": os.getpid(),
             "sequences": self.sequences,
             "tokens": self.tokens,
             "busy_seconds": self.busy_seconds,
@@ -324,7 +339,7 @@ class TeacherActor:
                 await self._attempt([work])
 
     def _annotate(self, works: list[_Work]) -> None:
-        annotate(self.backend, [t for w in works for t in w.trajectories])
+        annotate(self.backend, [t for w in works for t in w.trajectories], self.shape)
         kind, width, dtype = self.backend.kind, self.backend.width, self.backend.hidden_dtype
         for work in works:
             meta = replace(work.meta, target_kind=kind, target_width=width, hidden_dtype=dtype)

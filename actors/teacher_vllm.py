@@ -34,28 +34,9 @@ class VllmBackend(TeacherBackend):
     """
 
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
-        _set_environment(config.resources.threads)
-        from vllm import LLM, SamplingParams
-        from vllm.platforms import current_platform
+        self.llm = build_llm(config, model_path, **_engine_arguments(config))
+        from vllm import SamplingParams
 
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:
-            # vLLM compiles a few helpers even in eager mode: 15 s of C++ compiler at the first request
-            torch._dynamo.config.disable = True
-        self.llm = LLM(
-            model_path,
-            dtype=config.dtype,
-            enforce_eager=on_cpu,
-            max_model_len=-1,  # the model's own, or what the KV cache can hold
-            max_num_batched_tokens=config.max_batched_tokens,
-            max_num_seqs=min(MOST_SLOTS, max(1, config.max_batched_tokens // TOKENS_PER_SLOT)),
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            kv_cache_memory_bytes=config.kv_cache_mib * 2**20 if on_cpu else None,
-            enable_prefix_caching=False,  # requests for every position never read it
-            distributed_executor_backend="uni",
-            generation_config="vllm",
-            **_engine_arguments(config),
-        )
         self.sampling = SamplingParams(
             prompt_logprobs=config.top_k,
             logprobs=config.top_k,
@@ -101,6 +82,32 @@ class VllmBackend(TeacherBackend):
         logprobs = np.concatenate([np.array(p.logprobs, np.float32) for p in parts]).reshape(-1, width)
         best = logprobs[rows, 1:]
         return TopkTargets(ids[rows, 1:], best, log_rest(best))
+
+
+def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
+    """The engine in this process; `arguments` are vLLM's own."""
+    _set_environment(config.resources.threads)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # vLLM compiles a few helpers even in eager mode: 15 s of C++ compiler at the first request
+        torch._dynamo.config.disable = True
+    return LLM(
+        model_path,
+        dtype=config.dtype,
+        enforce_eager=on_cpu,
+        max_model_len=-1,  # the model's own, or what the KV cache can hold
+        max_num_batched_tokens=config.max_batched_tokens,
+        max_num_seqs=min(MOST_SLOTS, max(1, config.max_batched_tokens // TOKENS_PER_SLOT)),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_memory_bytes=config.kv_cache_mib * 2**20 if on_cpu else None,
+        enable_prefix_caching=False,  # requests for every position never read it
+        distributed_executor_backend="uni",
+        generation_config="vllm",
+        **arguments,
+    )
 
 
 def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:

@@ -6,13 +6,17 @@ imports neither torch nor ray, so that `--help` and `--dry-run` answer at once.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from common.dashboard_config import DashboardConfig
 from common.objective_config import ObjectiveConfig
+from common.schedule_config import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
 from common.section import Section
+from common.wandb_config import WandbConfig
 
 Dtype = Literal["float32", "bfloat16"]
 AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py
@@ -93,7 +97,7 @@ class Resources(Section):
     gpus: float = Field(0.0, ge=0, description="Ray GPUs per process")
     threads: int = Field(1, ge=1, description="compute threads per process (OMP_NUM_THREADS)")
     labels: dict[str, str] = Field(
-        {}, description="Ray node labels that its node must have, e.g. {opdlm.io/role: rollout}"
+        {}, description="Ray node labels that its node must have, e.g. {opdlm-role: rollout}"
     )
 
 
@@ -106,11 +110,21 @@ class RolloutConfig(Section):
     samples_per_prompt: int = Field(1, ge=1, description="trajectories per prompt")
     stream_rows: int = Field(8, ge=1, description="finished trajectories per record batch sent on")
     unmasking: Unmasking = Field(DynamicUnmasking(), description="which masked positions a step reveals")
+    threshold_ramp: ThresholdRamp = ThresholdRamp()
     temperature: float = Field(1.0, ge=0, description="of the sampling softmax; 0: argmax")
     top_k: int = Field(0, ge=0, description="sample from the K most likely tokens only; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off")
     dtype: Dtype = Field("bfloat16", description="of weights and activations")
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _ramp_has_a_threshold(self) -> RolloutConfig:
+        if self.threshold_ramp.end is not None and not isinstance(self.unmasking, DynamicUnmasking):
+            raise ValueError(
+                f"threshold_ramp.end ({self.threshold_ramp.end}) ramps the threshold of unmasking.rule dynamic, but "
+                f"the rule is {self.unmasking.rule!r}; set threshold_ramp.end to null or the rule to dynamic"
+            )
+        return self
 
 
 class TeacherConfig(Section):
@@ -145,25 +159,12 @@ class DataConfig(Section):
     epochs: int = Field(1, ge=1, description="passes over the prompts, each in an order of its own")
     limit: int | None = Field(None, ge=1, description="use only the first N prompts of the seeded order")
     domain_max_tokens: dict[str, int] = Field({}, description="response length cap by domain, tokens")
-
-
-class CurriculumConfig(Section):
-    """Response length limit as a function of the rollout batch, in tokens, rounded to the block size."""
-
-    schedule: Literal["constant", "linear", "cos"] = Field(
-        "cos", description="how the limit grows; cos: 1 - cos(pi p / 2), slow at first; constant: max_tokens throughout"
+    responses: str | None = Field(
+        None,
+        description="JSON, JSONL or Parquet file, or a folder of them, with stored responses to the questions "
+        "(`opdlm respond` makes one); for objective.source stored and mixture",
     )
-    min_tokens: int = Field(100, ge=1, description="limit of the first rollout batch")
-    max_tokens: int = Field(4000, ge=1, description="limit of the last rollout batches")
-    batches: int = Field(100, ge=1, description="rollout batches until max_tokens is reached")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CurriculumConfig:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower min_tokens"
-            )
-        return self
+    response_field: str = Field("response", description="field of a record of data.responses that holds the response")
 
 
 class LearnerConfig(Section):
@@ -177,8 +178,11 @@ class LearnerConfig(Section):
         description="token budget of one packed forward on one rank, clean and noised copies counted",
     )
     lr: float = Field(1e-5, gt=0, description="AdamW learning rate after warm-up")
-    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
-    lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="after the warm-up")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine or of the decay")
+    lr_schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine", description="after the warm-up; wsd: constant, then a linear decay over the last decay_share"
+    )
+    decay_share: float = Field(0.2, gt=0, le=1, description="share of all updates that wsd decays over")
     warmup_batches: int = Field(5, ge=0, description="rollout batches of linear warm-up")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     eps: float = Field(1e-8, gt=0, description="of AdamW")
@@ -263,7 +267,8 @@ class RunConfig(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under output_dir")
     output_dir: Path = Field(Path("runs"), description="parent of the runs' folders")
     seed: int = Field(0, ge=0, description="of prompt order, sampling and state selection")
-    block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid")
+    block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid, at first")
+    block_growth: BlockGrowth = Field(NoGrowth(), description="how it grows during training")
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -275,6 +280,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
     ray: RayConfig = RayConfig()
+    wandb: WandbConfig = WandbConfig()
+    dashboard: DashboardConfig = DashboardConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -284,15 +291,36 @@ class RunConfig(Section):
     def teacher_path(self) -> str:
         return self.teacher.path or self.model.path
 
+    @property
+    def target_kind(self) -> Literal["none", "topk", "hidden"]:
+        """What the teacher adds to trajectories; none: no teacher is started."""
+        return "none" if self.objective.target.kind == "hard" else self.teacher.target
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """All block sizes of the run, in their order."""
+        return (self.block_size, *self.block_growth.later_sizes)
+
+    @model_validator(mode="after")
+    def _blocks_grow(self) -> RunConfig:
+        for size, later in pairwise(self.block_sizes):
+            if later <= size or later % size:
+                raise ValueError(
+                    f"block_growth.sizes {self.block_growth.later_sizes}: {later} is no larger multiple of the block "
+                    f"size before it ({size}); use e.g. {2 * size}"
+                )
+        return self
+
     @model_validator(mode="after")
     def _block_size_divides(self) -> RunConfig:
         unmasking = self.rollout.unmasking
         if isinstance(unmasking, StaticUnmasking) and unmasking.steps_per_block:
-            if self.block_size % unmasking.steps_per_block:
-                raise ValueError(
-                    f"rollout.unmasking.steps_per_block ({unmasking.steps_per_block}) does not divide block_size "
-                    f"({self.block_size}); choose a divisor of block_size"
-                )
+            for size in self.block_sizes:
+                if size % unmasking.steps_per_block:
+                    raise ValueError(
+                        f"rollout.unmasking.steps_per_block ({unmasking.steps_per_block}) does not divide block_size "
+                        f"({size}); choose a divisor of block_size"
+                    )
         for field in ("min_tokens", "max_tokens"):
             tokens = getattr(self.curriculum, field)
             if tokens % self.block_size:
@@ -304,11 +332,40 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _target_fits_divergence(self) -> RunConfig:
-        if self.teacher.target == "topk" and self.objective.divergence.kind != "forward_kl":
-            if self.objective.topk_tail != "bucket":
+    def _source_has_responses(self) -> RunConfig:
+        if self.objective.source.kind != "student" and self.data.responses is None:
+            raise ValueError(
+                f"objective.source.kind {self.objective.source.kind!r} needs stored responses: set data.responses to a "
+                "file of questions and responses; opdlm respond makes one with the teacher"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_have_hidden_states(self) -> RunConfig:
+        objective = self.objective
+        for name, on in (("trust_weight", objective.trust_weight), ("terms.alignment", objective.terms.alignment > 0)):
+            if on and self.target_kind != "hidden":
                 raise ValueError(
-                    f"objective.divergence.kind {self.objective.divergence.kind!r} needs the student's mass outside "
-                    "the teacher's top-k: set objective.topk_tail to 'bucket' or teacher.target to 'hidden'"
+                    f"objective.{name} needs the teacher's whole distribution or hidden states, teacher.target is "
+                    f"{self.teacher.target!r}; set teacher.target to 'hidden', or turn objective.{name} off"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _target_fits_divergence(self) -> RunConfig:
+        objective = self.objective
+        if self.target_kind != "topk":
+            return self
+        if objective.divergence.kind != "forward_kl" and objective.topk_tail != "bucket":
+            raise ValueError(
+                f"objective.divergence.kind {objective.divergence.kind!r} needs the student's mass outside "
+                "the teacher's top-k: set objective.topk_tail to 'bucket' or teacher.target to 'hidden'"
+            )
+        target = objective.target
+        if target.kind == "teacher" and target.reshapes and not 1 <= target.top_k <= self.teacher.top_k:
+            raise ValueError(
+                f"objective.target.top_k ({target.top_k}): teacher.target 'topk' knows the {self.teacher.top_k} best "
+                "tokens only, so reshaping is exact only within these; set objective.target.top_k between 1 and "
+                f"{self.teacher.top_k}, raise teacher.top_k, or set teacher.target to 'hidden'"
+            )
         return self

@@ -123,7 +123,9 @@ def _with_shipped_paths(config: RunConfig) -> RunConfig:
         update={
             "model": config.model.model_copy(update={"path": shipped(config.model.path)}),
             "teacher": config.teacher.model_copy(update={"path": shipped(config.teacher.path)}),
-            "data": config.data.model_copy(update={"prompts": shipped(config.data.prompts)}),
+            "data": config.data.model_copy(
+                update={"prompts": shipped(config.data.prompts), "responses": shipped(config.data.responses)}
+            ),
             "evaluation": config.evaluation.model_copy(update={"problems": shipped(config.evaluation.problems)}),
         }
     )

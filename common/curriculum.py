@@ -1,19 +1,72 @@
-"""Response length limit over the run: short responses first, since early students wander."""
+"""What changes over the run: response length, block size and confidence threshold of each rollout batch.
+
+All are functions of the rollout batch and of the few counters in `Feedback`, which checkpoints keep, so that a resumed
+run goes on with the same values.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
-from common.config import CurriculumConfig
+from common.config import CurriculumConfig, DynamicUnmasking, RolloutConfig, RunConfig, Unmasking
+from common.schedule_config import PlateauGrowth, StepGrowth
 
 
-def response_limit(config: CurriculumConfig, batch: int, block_size: int) -> int:
+@dataclass
+class Feedback:
+    """What training has told the schedules: times the length gate opened, block size growths, and the divergences,
+    nats, of the rollout batches since the last growth."""
+
+    gates: int = 0
+    growths: int = 0
+    divergences: list[float] = field(default_factory=list)
+
+    def after_batch(self, config: RunConfig, divergence: float, entropy: float) -> None:
+        """Take in the mean divergence and student entropy, nats per trained position, of a rollout batch."""
+        curriculum, growth = config.curriculum, config.block_growth
+        gate = {"kl_gated": divergence, "entropy_gated": entropy}.get(curriculum.schedule, math.inf)
+        self.gates += gate < curriculum.gate_nats
+        if isinstance(growth, PlateauGrowth) and self.growths < len(growth.sizes):
+            self.divergences.append(divergence)
+            if _plateau(self.divergences, growth):
+                self.growths, self.divergences = self.growths + 1, []
+
+
+def _plateau(divergences: list[float], growth: PlateauGrowth) -> bool:
+    if len(divergences) < 2 * growth.window:
+        return False
+    before, now = sum(divergences[-2 * growth.window : -growth.window]), sum(divergences[-growth.window :])
+    return now >= (1 - growth.min_improvement) * before
+
+
+def block_size_at(config: RunConfig, batch: int, feedback: Feedback) -> int:
+    """Tokens per block in rollout batch `batch` (from 0)."""
+    growth = config.block_growth
+    growths = sum(batch >= at for at in growth.at_batches) if isinstance(growth, StepGrowth) else feedback.growths
+    return (config.block_size, *growth.later_sizes)[growths]
+
+
+def unmasking_at(config: RolloutConfig, batch: int) -> Unmasking:
+    """The unmasking rule of rollout batch `batch` (from 0), its threshold in steps of 0.01 along the ramp."""
+    ramp, rule = config.threshold_ramp, config.unmasking
+    if ramp.end is None or not isinstance(rule, DynamicUnmasking):
+        return rule
+    p = min(max(batch - ramp.hold_batches, 0) / ramp.ramp_batches, 1.0)
+    threshold = rule.threshold if p == 0 else round(rule.threshold + p * (ramp.end - rule.threshold), 2)
+    return rule.model_copy(update={"threshold": threshold})
+
+
+def response_limit(config: CurriculumConfig, batch: int, block_size: int, gates: int = 0) -> int:
     """Longest response, in tokens, of rollout batch `batch` (from 0); a multiple of `block_size`.
 
     With p = min(1, batch / batches): `linear` grows with p, `cos` with 1 - cos(pi p / 2), from min_tokens to
-    max_tokens (section 7 of the method's specification).
+    max_tokens (section 7 of the method's specification). A gated limit grows by step_tokens per opened gate.
     """
-    p = min(1.0, batch / config.batches)
-    share = {"constant": 1.0, "linear": p, "cos": 1 - math.cos(math.pi * p / 2)}[config.schedule]
-    tokens = config.min_tokens + share * (config.max_tokens - config.min_tokens)
+    if config.schedule in ("kl_gated", "entropy_gated"):
+        tokens: float = min(config.min_tokens + gates * config.step_tokens, config.max_tokens)
+    else:
+        p = min(1.0, batch / config.batches)
+        share = {"constant": 1.0, "linear": p, "cos": 1 - math.cos(math.pi * p / 2)}[config.schedule]
+        tokens = config.min_tokens + share * (config.max_tokens - config.min_tokens)
     return max(block_size, int(tokens + 1e-9) // block_size * block_size)

@@ -42,6 +42,21 @@ def flex_mask(doc: Tensor, copy: Tensor, block: Tensor) -> Any:
     return create_block_mask(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=doc.device.type)
 
 
+def causal_mask(doc: Tensor, copy: Tensor, positions: Tensor, attention: str) -> Any:
+    """Plain causal attention within each copy of each document, in the form that the attention takes; int [R, N]."""
+    if attention == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            same = (doc[b, q] == doc[b, k]) & (copy[b, q] == copy[b, k])
+            return same & (positions[b, k] <= positions[b, q])
+
+        rows, length = doc.shape
+        return create_block_mask(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=doc.device.type)
+    same = (doc[:, :, None] == doc[:, None, :]) & (copy[:, :, None] == copy[:, None, :])
+    return (same & (positions[:, None, :] <= positions[:, :, None]))[:, None]
+
+
 def packed_mask(doc: Tensor, copy: Tensor, block: Tensor, attention: str) -> Any:
     """The mask in the form that the attention implementation takes (`flex_attention`, else dense)."""
     return flex_mask(doc, copy, block) if attention == "flex_attention" else dense_mask(doc, copy, block)

@@ -1,15 +1,16 @@
-"""The objective's choices as configuration: state selection, weight, target form and divergence.
+"""The objective's five choices as configuration: trajectory source, state selection, weight, target, divergence.
 
-    L = E_{trajectory, state} sum_b sum_{i in M(x_t^b)} w(t) D(phi^i(.|x0) || p_theta^i(.|x0^{<b}, x_t^b))
+    L = E_{tau ~ source, t ~ state} sum_b sum_{i in M(x_t^b)} w(t) D(phi^i(.|x0) || p_theta^i(.|x0^{<b}, x_t^b))
 
-(OPDLM, arXiv 2606.06712, section 2 of the method's specification.)
+(OPDLM, arXiv 2606.06712, section 2 of the method's specification.) Each is combined freely with the others; what makes
+no sense is refused with the reason.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.section import Section
 
@@ -41,8 +42,113 @@ class RandomState(Section):
     max_ratio: float = Field(1.0, ge=0, le=1, description="greatest mask ratio")
     at_least_one: bool = Field(True, description="mask one position in a block whose draw masked none")
 
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomState:
+        if self.min_ratio > self.max_ratio:
+            raise ValueError(f"min_ratio ({self.min_ratio}) is above max_ratio ({self.max_ratio}); lower min_ratio")
+        return self
 
-StateSelection = Annotated[PerBlockState | GlobalState | AllRoundsState | RandomState, Field(discriminator="kind")]
+
+class ComplementaryState(Section):
+    """A random mask and its complement as two copies: every position is trained exactly once (LLaDA2.0)."""
+
+    kind: Literal["complementary"] = "complementary"
+    masks: RandomState = Field(RandomState(), description="how the first mask is drawn")
+
+
+class MixtureState(Section):
+    """Each trajectory draws one of three ways, in proportion to their shares."""
+
+    kind: Literal["mixture"] = "mixture"
+    trajectory_share: float = Field(1.0, ge=0, description="weight of states that were visited (`visited`)")
+    random_share: float = Field(0.0, ge=0, description="weight of random masks")
+    complementary_share: float = Field(0.0, ge=0, description="weight of a random mask and its complement")
+    visited: Literal["per_block", "global", "all_rounds"] = Field("per_block", description="which visited states")
+    masks: RandomState = Field(RandomState(), description="how random and complementary masks are drawn")
+
+    @model_validator(mode="after")
+    def _some_share(self) -> MixtureState:
+        if self.trajectory_share + self.random_share + self.complementary_share == 0:
+            raise ValueError("all shares are 0; raise trajectory_share, random_share or complementary_share")
+        return self
+
+
+StateSelection = Annotated[
+    PerBlockState | GlobalState | AllRoundsState | RandomState | ComplementaryState | MixtureState,
+    Field(discriminator="kind"),
+]
+
+
+def needs_rounds(state: StateSelection) -> bool:
+    """Whether states are selected from those that a rollout visited."""
+    if isinstance(state, MixtureState):
+        return state.trajectory_share > 0
+    return not isinstance(state, RandomState | ComplementaryState)
+
+
+class StudentSource(Section):
+    """The student's own reverse unmasking, with the weights of the moment: on-policy."""
+
+    kind: Literal["student"] = "student"
+
+
+class StoredSource(Section):
+    """Responses of `data.responses`, such as the teacher's: off-policy. They have no rounds, so states are random."""
+
+    kind: Literal["stored"] = "stored"
+
+
+class MixtureSource(Section):
+    """Each prompt takes its stored response with a probability that goes from `start` to `end`, else a rollout."""
+
+    kind: Literal["mixture"] = "mixture"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="how the stored share goes from start to end; constant: start throughout"
+    )
+    start: float = Field(1.0, ge=0, le=1, description="stored share of the first rollout batch")
+    end: float = Field(0.0, ge=0, le=1, description="stored share from rollout batch `batches` on")
+    batches: int = Field(100, ge=1, description="rollout batches until the share is `end`")
+    stored_state: RandomState = Field(
+        RandomState(), description="states of the stored responses; objective.state is that of the rollouts"
+    )
+
+
+Source = Annotated[StudentSource | StoredSource | MixtureSource, Field(discriminator="kind")]
+
+
+class TeacherTarget(Section):
+    """The teacher's next-token distribution on the causal prefix, as it is or reshaped.
+
+    Reshaping: divide the logits by `temperature`, keep the `top_k` best, of these the smallest set that holds `top_p`,
+    of these the tokens with at least `min_p` times the best one's probability; what is cut gets probability 0, the
+    rest is renormalised.
+    """
+
+    kind: Literal["teacher"] = "teacher"
+    temperature: float = Field(1.0, gt=0, description="of the teacher's softmax")
+    top_k: int = Field(0, ge=0, description="keep the K most likely tokens; 0: off")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the smallest set with this probability; 1: off")
+    min_p: float = Field(0.0, ge=0, lt=1, description="keep tokens with this share of the best one's; 0: off")
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def reshapes(self) -> bool:
+        return self.truncates or self.temperature != 1
+
+
+AS_IT_IS = TeacherTarget()
+
+
+class HardTarget(Section):
+    """The tokens of x0 themselves (SFT): no teacher is started."""
+
+    kind: Literal["hard"] = "hard"
+
+
+TargetChoice = Annotated[TeacherTarget | HardTarget, Field(discriminator="kind")]
 
 
 class ForwardKL(Section):
@@ -74,18 +180,139 @@ class JensenShannon(Section):
 Divergence = Annotated[ForwardKL | ReverseKL | MixedKL | JensenShannon, Field(discriminator="kind")]
 
 
-class ObjectiveConfig(Section):
-    """Which states are trained, and how the student is compared with the teacher there."""
+class ExtraTerms(Section):
+    """Terms beside the divergence, each 0 (off) by default; all share its positions, weights and normalisation."""
 
+    sharpening: float = Field(
+        0.0, ge=0, description="times the student's entropy where its best token is the target's best (CAP)"
+    )
+    rank: float = Field(
+        0.0,
+        ge=0,
+        description="times the mean, over pairs of masked positions of a block of which the rollout revealed one "
+        "earlier, of max(0, H_earlier - H_later + rank_margin), H the student's entropy (TABOM)",
+    )
+    rank_margin: float = Field(0.0, ge=0, description="nats by which the earlier one's entropy should be lower")
+    alignment: float = Field(
+        0.0, ge=0, description="times 1 - cosine of the student's and the teacher's final hidden states (REPR-ALIGN)"
+    )
+    autoregressive: float = Field(
+        0.0, ge=0, description="times the student's causal next-token cross-entropy on the clean response"
+    )
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.sharpening > 0 or self.rank > 0
+
+
+# kinds of (source, state, target) that each method allows; the first is what it sets
+_METHODS: dict[str, dict[str, tuple[str, ...]]] = {
+    "opdlm": {
+        "source": ("student",),
+        "state": ("per_block", "global", "all_rounds", "mixture"),
+        "target": ("teacher",),
+    },
+    "opdlm_off": {"source": ("student",), "state": ("random", "complementary"), "target": ("teacher",)},
+    "off_policy_distillation": {"source": ("stored",), "state": ("random", "complementary"), "target": ("teacher",)},
+    "sft": {"source": ("stored",), "state": ("random", "complementary"), "target": ("hard",)},
+}
+
+
+class ObjectiveConfig(Section):
+    """Which states are trained, and how the student is compared with the target there."""
+
+    method: Literal["opdlm", "opdlm_off", "off_policy_distillation", "sft"] | None = Field(
+        None,
+        description="sets source, state and target by the name of a published method; the stored ones need "
+        "data.responses. Default: the choices below as they are",
+    )
+    source: Source = Field(StudentSource(), description="where trajectories come from")
     state: StateSelection = PerBlockState()
     weight: Literal["one", "inverse_t"] = Field("one", description="inverse_t: 1 / (masked share of the block)")
+    target: TargetChoice = Field(TeacherTarget(), description="what the student is compared with")
     divergence: Divergence = ForwardKL()
     topk_tail: Literal["drop", "renorm", "bucket"] = Field(
         "bucket",
         description="tokens outside the teacher's top-k: left out (may be negative), renormalised over the k, or "
         "one class of their own (a true KL, a lower bound of the full one)",
     )
-    normalization: Literal["row_mean", "token_mean", "sum"] = Field(
-        "row_mean", description="row_mean: mean over a row's positions, then over rows; token_mean: over all positions"
+    normalization: Literal["row_mean", "row_sum", "token_mean", "sum"] = Field(
+        "row_mean",
+        description="row_mean: mean over a row's positions, then over rows; row_sum: sum over a row's positions, then "
+        "mean over rows; token_mean: mean over all positions; sum: neither",
     )
     exclude_eos: bool = Field(False, description="leave the end token out of the loss, as the released code does")
+    clip_nats: float | None = Field(
+        None, gt=0, description="a position's divergence counts up to this much; above, it gives no gradient"
+    )
+    trust_weight: bool = Field(
+        False, description="times min(p_teacher / p_student, 1) of the token in x0, without gradient; target hidden"
+    )
+    terms: ExtraTerms = ExtraTerms()
+
+    @property
+    def shape(self) -> TeacherTarget:
+        """How the teacher's distribution is reshaped; not at all where there is none."""
+        return self.target if isinstance(self.target, TeacherTarget) else AS_IT_IS
+
+    @property
+    def changes_positions(self) -> bool:
+        """Whether anything but the plain divergence is computed from the logits."""
+        return self.clip_nats is not None or self.trust_weight or self.terms.needs_entropy
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_method(cls, data: Any) -> Any:
+        choices = _METHODS.get(data.get("method") or "") if isinstance(data, dict) else None
+        if choices is None:
+            return data
+        return {**{choice: {"kind": kinds[0]} for choice, kinds in choices.items()}, **data}
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> ObjectiveConfig:
+        for choice, kinds in _METHODS.get(self.method or "", {}).items():
+            kind = getattr(self, choice).kind
+            if kind not in kinds:
+                raise ValueError(
+                    f"method {self.method!r} means {choice}.kind {' or '.join(kinds)}, but it is {kind!r}; "
+                    f"remove {choice} or method"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stored_responses_have_no_rounds(self) -> ObjectiveConfig:
+        if self.source.kind == "stored" and needs_rounds(self.state):
+            raise ValueError(
+                f"source.kind 'stored' has no realised rounds, which state.kind {self.state.kind!r} selects from; "
+                "use state.kind random or complementary, or a mixture with trajectory_share 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_have_what_they_need(self) -> ObjectiveConfig:
+        teacherless = self.target.kind == "hard"
+        for name, on in (("trust_weight", self.trust_weight), ("terms.alignment", self.terms.alignment > 0)):
+            if on and teacherless:
+                raise ValueError(f"{name} compares with a teacher, and target.kind 'hard' has none; turn it off")
+        if self.terms.rank and self.source.kind == "stored":
+            raise ValueError(
+                f"terms.rank ({self.terms.rank}) ranks by the rounds in which a rollout revealed tokens, which "
+                "source.kind 'stored' does not have; set it to 0, or use source.kind student or mixture"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _divergence_is_finite(self) -> ObjectiveConfig:
+        if not isinstance(self.divergence, ReverseKL | MixedKL):
+            return self
+        if isinstance(self.target, HardTarget):
+            raise ValueError(
+                f"divergence.kind {self.divergence.kind!r} of the student from hard labels is infinite: the student "
+                "gives other tokens some probability; use divergence.kind forward_kl (cross-entropy) or jensen_shannon"
+            )
+        if self.target.truncates:
+            raise ValueError(
+                f"target.top_k, top_p and min_p give tokens probability 0, so that divergence.kind "
+                f"{self.divergence.kind!r} is infinite; turn them off, or use forward_kl or jensen_shannon"
+            )
+        return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,26 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt; `ids` int32 with the chat template and the generation prompt applied."""
+    """One tokenised prompt; `ids` int32 with the chat template and the generation prompt applied.
+
+    `responses`, int32 each, stand in for a rollout of every sample where they are set.
+    """
 
     ordinal: int
     question: str
     ids: np.ndarray
     domain: str = ""
     answer: str | None = None
+    responses: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the run's order, and how many were dropped for which reason."""
+    """Prompts in the run's order, how many were dropped for which reason, and the stored responses by question."""
 
     prompts: list[Prompt]
     dropped: dict[str, int]
+    responses: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
 def load_prompts(data: DataConfig, tokenizer: Any, seed: int | None) -> PromptSet:

@@ -27,6 +27,11 @@ def state_rng(run_seed: int, ordinal: int, sample: int) -> np.random.Generator:
     return np.random.default_rng([run_seed, ordinal, sample, 1])
 
 
+def source_rng(run_seed: int, ordinal: int) -> np.random.Generator:
+    """The generator that chooses whether a prompt takes a stored response, and which."""
+    return np.random.default_rng([run_seed, ordinal, 0, 2])
+
+
 def uniform(keys: Tensor, positions: Tensor, rounds: Tensor) -> Tensor:
     """Uniform float32 in (0, 1) for broadcastable int64 keys, positions and rounds (SplitMix64, two steps)."""
     mixed = _splitmix64(_splitmix64(keys + positions * _GOLDEN) + (rounds + 1) * _MIX1)

@@ -10,12 +10,23 @@ import numpy as np
 
 from common.objective_config import (
     AllRoundsState,
+    ComplementaryState,
     GlobalState,
+    MixtureSource,
+    MixtureState,
     ObjectiveConfig,
     PerBlockState,
     RandomState,
+    StateSelection,
 )
 from common.trajectory import Trajectory
+
+_LEAST_RATIO = 1e-3  # bounds the weight 1/t
+_VISITED: dict[str, StateSelection] = {
+    "per_block": PerBlockState(),
+    "global": GlobalState(),
+    "all_rounds": AllRoundsState(),
+}
 
 
 def response_blocks(trajectory: Trajectory, block_size: int) -> np.ndarray:
@@ -62,6 +73,13 @@ def select_states(
     trajectory.target_offsets = np.unique(trajectory.masked_offsets[trajectory.loss_weight > 0])
 
 
+def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelection:
+    """The state selection of a trajectory's source."""
+    if trajectory.is_stored and isinstance(objective.source, MixtureSource):
+        return objective.source.stored_state
+    return objective.state
+
+
 def _masks(
     trajectory: Trajectory,
     objective: ObjectiveConfig,
@@ -70,11 +88,28 @@ def _masks(
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(masked bool, mask ratio float) over response and tail, one pair per noised copy."""
-    state = objective.state
-    reveal = trajectory.reveal_round
+    state = state_of(trajectory, objective)
+    if isinstance(state, MixtureState):
+        state = _drawn(state, rng)
     if isinstance(state, RandomState):
         return [_random_mask(state, block, rng)]
+    if isinstance(state, ComplementaryState):
+        masked, ratio = _random_mask(state.masks, block, rng)
+        return [(masked, ratio), (~masked, np.maximum(1 - ratio, _LEAST_RATIO))]
+    return _visited_masks(trajectory.reveal_round, state, block, trainable, rng)
 
+
+def _drawn(state: MixtureState, rng: np.random.Generator) -> StateSelection:
+    """One of the mixture's ways."""
+    shares = np.array([state.trajectory_share, state.random_share, state.complementary_share])
+    way = rng.choice(3, p=shares / shares.sum())
+    return [_VISITED[state.visited], state.masks, ComplementaryState(masks=state.masks)][way]
+
+
+def _visited_masks(
+    reveal: np.ndarray, state: StateSelection, block: np.ndarray, trainable: np.ndarray, rng: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Masks of realised rounds k: what was revealed in rounds >= k."""
     first, index = np.unique(block, return_inverse=True)
     last_round = np.full(len(first), -1)
     np.maximum.at(last_round, index, np.where(trainable, reveal, -1))
@@ -101,7 +136,7 @@ def _random_mask(state: RandomState, block: np.ndarray, rng: np.random.Generator
             members = np.flatnonzero(index == b)
             if not masked[members].any():
                 masked[members[np.argmin(noise[members])]] = True
-    return masked, np.maximum(ratio, 1e-3)
+    return masked, np.maximum(ratio, _LEAST_RATIO)
 
 
 def _share(masked: np.ndarray, index: np.ndarray) -> np.ndarray:

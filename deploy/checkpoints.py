@@ -19,10 +19,11 @@ import yaml
 
 from common.config import RunConfig
 from common.config_file import ConfigError
+from common.curriculum import Feedback
 
 _MANIFEST = "manifest.json"
 # sections that do not change what is trained, and may differ when a run goes on
-_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard")
+_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard", "wandb")
 
 
 @dataclass
@@ -33,6 +34,8 @@ class RunState:
     updates: int = 0
     response_tokens: int = 0
     seconds: float = 0.0
+    block_size: int = 0  # of the last batch; 0: none yet
+    feedback: Feedback = field(default_factory=Feedback)
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,7 +75,8 @@ class Checkpoints:
         complete = self.complete()
         if not complete:
             return None
-        return complete[-1], RunState(**json.loads((complete[-1] / _MANIFEST).read_text()))
+        manifest = json.loads((complete[-1] / _MANIFEST).read_text())
+        return complete[-1], RunState(**{**manifest, "feedback": Feedback(**manifest.get("feedback", {}))})
 
 
 def copy_folder(source: Path, url: str) -> None:

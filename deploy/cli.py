@@ -1,4 +1,4 @@
-"""The command line: `opdlm train | eval | generate | lm_eval | convert | make-tiny-arlm | fields`.
+"""The command line: `opdlm train | eval | generate | lm_eval | respond | convert | dashboard | ...`.
 
 Heavy libraries are imported inside the commands, so that `--help` and `--dry-run` answer at once.
 """
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from common.config_file import ConfigError, load_config, preset_names
-from deploy import eval_command, generate_command, job_commands
+from deploy import eval_command, generate_command, job_commands, respond_command
+from deploy.dashboard.command import dashboard
 from deploy.decoding_options import DtypeName
 from deploy.errors import RunError, Stopped
 
@@ -177,6 +178,8 @@ def lm_eval(context: typer.Context) -> None:
 
 
 job_commands.register(app)
+app.command()(dashboard)
+respond_command.register(app)
 
 
 def main() -> None:

@@ -35,10 +35,11 @@ def show(config: RunConfig, console: Console) -> None:
     console.print(_placement_table(placement))
     console.print(f"together: {placement.cpus:g} CPUs, {placement.gpus:g} GPUs; memory is a rough estimate")
     console.rule("payload of one rollout batch, at most")
-    used = {"trajectories", "weights", f"targets ({config.teacher.target})"}
+    used = {"trajectories", "weights", f"targets ({config.target_kind})"}
+    why = "labels are hard" if config.target_kind == "none" else f"teacher.target is {config.target_kind}"
     for name, nbytes in placement.payload.items():
         style = None if name in used else "dim"
-        unused = "" if name in used else f"  not used: teacher.target is {config.teacher.target}"
+        unused = "" if name in used else f"  not used: {why}"
         console.print(f"{name:>18}  {size(nbytes):>10}{unused}", style=style, highlight=False)
     console.rule("run")
     console.print(f"{'parameters':>18}  {placement.shape.parameters:,}", highlight=False)
@@ -100,6 +101,7 @@ def _notes(config: RunConfig, placement: Placement) -> list[str]:
         "model.path": config.model.path,
         "teacher.path": config.teacher.path,
         "data.prompts": config.data.prompts,
+        "data.responses": config.data.responses,
         "evaluation.problems": config.evaluation.problems,
     }
     missing = [

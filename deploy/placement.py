@@ -56,9 +56,10 @@ def plan(config: RunConfig) -> Placement:
     """
     shape = model_shape("model.path", config.model.path, config.model.shape)
     teacher_shape = model_shape("teacher.path", config.teacher_path, config.model.shape)
+    teachers = config.teacher.actors if config.target_kind != "none" else 0
     per_role = [
         ("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape)),
-        ("teacher", config.teacher.actors, config.teacher.resources, _teacher_memory(config, teacher_shape)),
+        ("teacher", teachers, config.teacher.resources, _teacher_memory(config, teacher_shape)),
         ("learner", config.learner.ranks, config.learner.resources, _learner_memory(config, shape, teacher_shape)),
     ]
     processes = [
@@ -124,7 +125,7 @@ def check_resources(placement: Placement, cpus: float, gpus: float) -> None:
 def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
     longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
-    block_rows = config.rollout.slots * config.block_size
+    block_rows = config.rollout.slots * config.block_sizes[-1]
     return {
         "weights": shape.parameters * width,
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
@@ -158,7 +159,7 @@ def _learner_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -
         "optimiser states (sharded)": states // ranks,
         "activations": learner.max_tokens_per_microbatch * shape.layers * per_layer * width,
         "LM head, whole, with its gradient": head * (width + 4),
-        "teacher's LM head": teacher_head if config.teacher.target == "hidden" else 0,
+        "teacher's LM head": teacher_head if config.target_kind == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
         "runtime": _RUNTIME_BYTES,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from common.config import DataConfig, RunConfig
 from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run
+from deploy.dashboard.process import free_port, read_token
 from deploy.placement import check_resources, plan
 
 _ANY_LENGTH = 10**9
@@ -28,10 +30,13 @@ def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> t
     check_model_folder("model.path", config.model.path)
     check_model_folder("teacher.path", config.teacher_path)
     check_processes(config)
+    if config.dashboard.enabled:
+        read_token(config.dashboard.token_file)
+        free_port(config.dashboard.host, config.dashboard.port)
     tokenizer, limit = check_models(config)
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, limit)
-    return prompts, problems
+    return replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts)), problems
 
 
 def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
@@ -106,7 +111,9 @@ def looks_local(path: str) -> bool:
 
 
 def check_processes(config: RunConfig) -> None:
-    """Refuse processes that cannot run here: missing CPUs, GPUs or teacher engine."""
+    """Refuse processes that cannot run here: missing CPUs, GPUs, teacher engine or Weights & Biases client."""
+    if config.wandb.enabled and find_spec("wandb") is None:
+        raise ConfigError("wandb.enabled: 'wandb' is not installed; install opdlm[wandb], or use --wandb.enabled false")
     if config.learner.ranks > 1 and 0 < config.learner.resources.gpus < 1:
         raise ConfigError(
             f"learner.resources.gpus: {config.learner.resources.gpus:g} would put several ranks on one GPU, which NCCL "
@@ -114,7 +121,7 @@ def check_processes(config: RunConfig) -> None:
         )
     if config.ray.address is not None or "RAY_ADDRESS" in os.environ:
         return  # another machine's; checked when connected
-    if config.teacher.backend == "vllm" and find_spec("vllm") is None:
+    if config.target_kind != "none" and config.teacher.backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             "teacher.backend: 'vllm' is not installed; install opdlm[cpu] or opdlm[cuda], "
             "or use --teacher.backend transformers"
@@ -158,6 +165,18 @@ def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Pro
     return prompts, read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
 
 
+def read_responses(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[Any]]:
+    """The stored responses by question; empty where objective.source needs none."""
+    if config.objective.source.kind == "student":
+        return {}
+    from common.responses import load_responses
+
+    try:
+        return load_responses(config.data, tokenizer, prompts)
+    except PromptError as error:
+        raise ConfigError(f"data.responses: {error}") from error
+
+
 def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> list[Prompt]:
     """The first `count` problems of a file, each with an answer."""
     data = data.model_copy(update={"epochs": 1, "limit": None, "max_prompt_tokens": _ANY_LENGTH})
@@ -181,7 +200,7 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
         parts.append(("evaluation.problems", problems, "evaluation.max_new_tokens", response))
     for field, rows, response_field, response in parts:
         longest = max(len(p.ids) for p in rows)
-        needed = -(-(longest + response) // config.block_size) * config.block_size
+        needed = -(-(longest + response) // config.block_sizes[-1]) * config.block_sizes[-1]
         if needed > limit:
             raise ConfigError(
                 f"{response_field}: {response} after the longest prompt of {field} ({longest} tokens) needs {needed} "

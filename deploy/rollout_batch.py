@@ -8,12 +8,12 @@ from typing import Any
 
 import ray
 
-from common.config import RolloutConfig
+from common.config import RolloutConfig, Unmasking
 from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
 from deploy.errors import StuckError
-from deploy.waiting import result_of
+from deploy.waiting import last_heard, result_of
 
 _POLL_SECONDS = 0.2
 
@@ -27,10 +27,21 @@ class RolloutBatch:
     """
 
     def __init__(
-        self, index: int, prompts: list[Prompt], rollout: RolloutConfig, max_new_tokens: int, pools: Pools
+        self,
+        index: int,
+        prompts: list[Prompt],
+        rollout: RolloutConfig,
+        max_new_tokens: int,
+        block_size: int,
+        unmasking: Unmasking,
+        pools: Pools,
+        heard: Callable[[str], None] = lambda name: None,
     ) -> None:
+        """`heard` is called with the name of an actor that delivered."""
         self.index = index
         self.max_new_tokens = max_new_tokens
+        self.block_size = block_size
+        self.unmasking = unmasking
         self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
         self.refs: list[ray.ObjectRef] = []
         self.infos: list[BatchInfo] = []
@@ -38,6 +49,7 @@ class RolloutBatch:
         self.rollouts_done = self.targets_done = 0.0
         self.peak_teacher_queue = 0
         self._pools = pools
+        self._heard = heard
         self._stream_rows = rollout.stream_rows
         self._names = pools.names()
         self._streams: dict[Any, str] = {}
@@ -49,7 +61,8 @@ class RolloutBatch:
         for i, actor in enumerate(pools.rollouts):
             share = prompts[i :: len(pools.rollouts)]
             if share:
-                stream = actor.rollout.options(num_returns="streaming").remote(share, max_new_tokens)
+                order = (share, max_new_tokens, block_size, unmasking)
+                stream = actor.rollout.options(num_returns="streaming").remote(*order)
                 self._generators[stream] = self._names[actor]
                 self._streams[stream] = self._names[actor]
             self.actor_stats[actor.stats.remote()] = self._names[actor]  # answers when the rollout is through
@@ -66,6 +79,11 @@ class RolloutBatch:
     @property
     def finished_rows(self) -> int:
         return sum(info.rows for info in self.infos)
+
+    @property
+    def oldest_version(self) -> int | None:
+        """Of the weights that made the finished rollouts; stored responses have none."""
+        return min((info.oldest_version for info in self.infos if info.oldest_version is not None), default=None)
 
     @property
     def waiting(self) -> list[Any]:
@@ -90,12 +108,14 @@ class RolloutBatch:
                 self._raise_failed_streams()  # a failed stream's last batch makes its teacher call fail too
                 batch, name = self._annotating.pop(item)
                 self.infos.append(result_of(item, name, "computing targets"))
+                self._heard(name)
                 self.refs.append(batch)
                 self._load[self._of_teacher.pop(item)] -= 1
                 if self.done:
                     self.targets_done = time.perf_counter()
 
     def _take_from(self, generator: Any) -> None:
+        self._heard(self._generators[generator])
         batch = next(generator, None)
         if batch is None:
             del self._generators[generator]
@@ -103,12 +123,24 @@ class RolloutBatch:
                 self.rollouts_done = self.targets_done = time.perf_counter()
                 self._raise_failed_streams()
             return
+        last_heard[self._streams[generator]] = time.time()
+        if not self._pools.teachers:
+            self._take_finished(generator, batch)
+            return
         teacher = min(self._pools.teachers, key=lambda t: self._load[t])
         annotated, info = teacher.annotate_with_info.options(num_returns=2).remote(batch)
         self._load[teacher] += 1
         self._of_teacher[info] = teacher
         self._annotating[info] = (annotated, self._names[teacher])
         self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
+
+    def _take_finished(self, generator: Any, batch: ray.ObjectRef) -> None:
+        """A batch that needs no targets, and its figures, which the actor sends right behind it."""
+        info = next(generator, None)
+        if info is None:
+            self._raise_failed_streams()
+        self.infos.append(result_of(info, self._generators[generator], "generating rollouts"))
+        self.refs.append(batch)
 
     def _raise_failed_streams(self) -> None:
         ended = {stream.completed(): name for stream, name in self._streams.items()}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.masks import packed_mask
+from common.masks import causal_mask, packed_mask
+from common.objective_config import ObjectiveConfig
 from common.trajectory import Trajectory, TrajectoryMeta
-from learner.objective import HiddenTarget, Target, TopKTarget
+from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
 from learner.packing import (
     Document,
     MicroBatch,
@@ -20,7 +21,20 @@ from learner.packing import (
     document,
     microbatch,
     plan_microbatches,
+    scales,
 )
+from learner.terms import LogitTerms, Pairs
+
+
+@dataclass(frozen=True)
+class CausalPass:
+    """The autoregressive reading of the same tokens: its mask, `index` int64 [A] into the R*W tokens, the tokens
+    `label` int64 [A] that follow, and `coefficient` float32 [A]."""
+
+    mask: Any
+    index: Tensor
+    label: Tensor
+    coefficient: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,11 +49,14 @@ class TrainingBatch:
     coefficient: Tensor
     target: Target
     tokens: int
+    terms: LogitTerms | None = None
+    causal: CausalPass | None = None
 
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Packs updates for one rank. `teacher_head` [V, d] is needed for the target kind `hidden`."""
+    """Packs updates for one rank. `teacher_head` [V, d] is needed for the target kind `hidden`, which the objective
+    reshapes; the kind `none` takes the tokens of x0 as hard labels."""
 
     meta: TrajectoryMeta
     normalization: str
@@ -48,6 +65,8 @@ class BatchBuilder:
     attention: str
     device: torch.device
     teacher_head: Tensor | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    want_entropy: bool = False
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
@@ -79,15 +98,59 @@ class BatchBuilder:
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
+        doc, copy, positions = move(batch.doc), move(batch.copy), move(batch.positions)
+        terms = causal = None
+        if self.objective.changes_positions or self.want_entropy:
+            pairs = self._pairs(batch) if self.objective.terms.rank else None
+            terms = LogitTerms(self.objective, move(batch.loss_label), pairs, self.want_entropy)
+        if self.objective.terms.autoregressive:
+            causal = CausalPass(
+                mask=causal_mask(doc, copy, positions, self.attention),
+                index=move(batch.next_index),
+                label=move(batch.next_label),
+                coefficient=move(self._next_coefficient(batch, trajectories)),
+            )
         return TrainingBatch(
             ids=move(batch.ids),
-            positions=move(batch.positions),
-            mask=packed_mask(move(batch.doc), move(batch.copy), move(batch.block), self.attention),
+            positions=positions,
+            mask=packed_mask(doc, copy, move(batch.block), self.attention),
             loss_index=move(batch.loss_index),
             coefficient=move(batch.loss_coefficient),
             target=self._target(batch, trajectories),
             tokens=batch.tokens,
+            terms=terms,
+            causal=causal,
         )
+
+    def _pairs(self, batch: MicroBatch) -> Pairs:
+        """All pairs of a block's positions with different rounds; a block's pairs share the sum of its coefficients."""
+        ends = np.append(np.flatnonzero(np.diff(batch.loss_group)) + 1, len(batch.loss_group))
+        ends = ends[ends > 0]
+        earlier, later, coefficient, pair_ends = [], [], [], []
+        start = count = 0
+        for end in ends:
+            rounds = batch.loss_round[start:end]
+            first, second = np.nonzero(rounds[:, None] < rounds[None, :])
+            earlier.append(start + first)
+            later.append(start + second)
+            weight = batch.loss_coefficient[start:end].sum() / max(len(first), 1)
+            coefficient.append(np.full(len(first), weight, np.float32))
+            count += len(first)
+            pair_ends.append(count)
+            start = end
+        return Pairs(
+            earlier=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *earlier])).to(self.device),
+            later=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *later])).to(self.device),
+            coefficient=torch.from_numpy(np.concatenate([np.empty(0, np.float32), *coefficient])).to(self.device),
+            group_ends=ends.tolist(),
+            pair_ends=pair_ends,
+        )
+
+    def _next_coefficient(self, batch: MicroBatch, trajectories: list[Trajectory]) -> np.ndarray:
+        """float32 [A]: the normalisation over the update's rows, by their causally read positions."""
+        documents = [document(t, self.meta.block_size, self.meta.mask_token_id) for t in trajectories]
+        scale = np.array(scales([len(d.next_index) for d in documents], self.normalization), np.float32)
+        return scale[batch.next_doc]
 
     def _target(self, batch: MicroBatch, trajectories: list[Trajectory]) -> Target:
         width = self.meta.target_width
@@ -100,6 +163,8 @@ class BatchBuilder:
             ]
             return np.concatenate([np.empty((0, columns), dtype), *parts])
 
+        if self.meta.target_kind == "none":
+            return LabelTarget(torch.from_numpy(batch.loss_label).to(self.device))
         if self.meta.target_kind == "topk":
             return TopKTarget(
                 ids=torch.from_numpy(rows("topk_ids", width, np.int32)).to(self.device).long(),
@@ -114,10 +179,11 @@ class BatchBuilder:
             hidden = bits.view(torch.bfloat16)
         else:
             hidden = torch.from_numpy(rows("hidden", width, np.float32))
-        return HiddenTarget(hidden.to(self.device), self.teacher_head)
+        return HiddenTarget(hidden.to(self.device), self.teacher_head, self.objective.shape)
 
 
 def _dummy(block_size: int) -> Document:
     """One clean block that trains nothing."""
     zeros, none = np.zeros(block_size, np.int64), np.empty(0, np.int64)
-    return Document(zeros, np.arange(block_size), zeros, zeros, none, none, np.empty(0, np.float32))
+    no_weight = np.empty(0, np.float32)
+    return Document(zeros, np.arange(block_size), zeros, zeros, none, none, no_weight, none, none, none, none, none)

@@ -24,7 +24,9 @@ class Document:
     """One trajectory as the student reads it in training; int arrays of equal length [N] but for the loss part.
 
     loss_index [L] points at masked trainable tokens; loss_target [L] at rows of the trajectory's targets;
-    loss_weight [L] holds w (not normalised).
+    loss_weight [L] holds w (not normalised); loss_label [L] the tokens of x0; loss_round [L] the rounds in which they
+    were revealed; loss_group [L] numbers the (state, block) that each is in. next_index [A] points at the clean tokens
+    that precede a response token, next_label [A] holds that token.
     """
 
     ids: np.ndarray
@@ -34,6 +36,11 @@ class Document:
     loss_index: np.ndarray
     loss_target: np.ndarray
     loss_weight: np.ndarray
+    loss_label: np.ndarray
+    loss_round: np.ndarray
+    loss_group: np.ndarray
+    next_index: np.ndarray
+    next_label: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,7 +51,9 @@ class MicroBatch:
     """Packed documents: `ids`, `positions`, `copy`, `block`, `doc` int64 [R, W]; `doc` is -1 on padding.
 
     loss_index [L] points into the flattened R*W tokens; loss_doc [L] and loss_target [L] name the document of the
-    update (its index there) and the row of its targets; loss_coefficient float32 [L] includes the normalisation.
+    update (its index there) and the row of its targets; loss_coefficient float32 [L] includes the normalisation;
+    loss_label, loss_round and loss_group as in Document, groups numbered through. next_index [A], next_label [A] and
+    next_doc [A] are of all documents.
     """
 
     ids: np.ndarray
@@ -56,6 +65,12 @@ class MicroBatch:
     loss_doc: np.ndarray
     loss_target: np.ndarray
     loss_coefficient: np.ndarray
+    loss_label: np.ndarray
+    loss_round: np.ndarray
+    loss_group: np.ndarray
+    next_index: np.ndarray
+    next_label: np.ndarray
+    next_doc: np.ndarray
 
     @property
     def tokens(self) -> int:
@@ -71,8 +86,8 @@ def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Doc
 
     ids, positions = [x0[:clean]], [np.arange(clean)]
     copies = [np.zeros(clean, np.int64)]
-    loss_index, loss_target, loss_weight = [], [], []
-    length = clean
+    loss_index, loss_target, loss_weight, loss_offset, loss_group = [], [], [], [], []
+    length, groups = clean, 0
     for state in range(trajectory.state_count):
         of_state = trajectory.masked_state == state
         masked, weight = absolute[of_state], trajectory.loss_weight[of_state]
@@ -89,8 +104,13 @@ def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Doc
         loss_index.append(length + slot[trained])
         loss_target.append(np.searchsorted(trajectory.target_offsets, masked[trained] - prompt))
         loss_weight.append(weight[trained])
+        loss_offset.append(masked[trained] - prompt)
+        loss_group.append(groups + np.searchsorted(blocks, masked[trained] // block_size))
+        groups += len(blocks)
         length += len(where)
     all_positions = np.concatenate(positions)
+    offsets = np.concatenate([np.empty(0, np.int64), *loss_offset])
+    following = np.arange(max(prompt, 1), min(clean + 1, prompt + len(trajectory.response_ids)))
     return Document(
         ids=np.concatenate(ids),
         positions=all_positions,
@@ -99,6 +119,11 @@ def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Doc
         loss_index=np.concatenate([np.empty(0, np.int64), *loss_index]),
         loss_target=np.concatenate([np.empty(0, np.int64), *loss_target]),
         loss_weight=np.concatenate([np.empty(0, np.float32), *loss_weight]),
+        loss_label=x0[prompt + offsets],
+        loss_round=trajectory.reveal_round[offsets],
+        loss_group=np.concatenate([np.empty(0, np.int64), *loss_group]),
+        next_index=following - 1,
+        next_label=x0[following],
     )
 
 
@@ -108,14 +133,19 @@ def coefficients(documents: list[Document], normalization: str) -> list[np.ndarr
     `row_mean`: mean over a row's positions, then over rows; `token_mean`: mean over all positions; `sum`: neither.
     Rows without a trained position do not count.
     """
-    counts = [len(d.loss_index) for d in documents]
+    scale = scales([len(d.loss_index) for d in documents], normalization)
+    return [(d.loss_weight * s).astype(np.float32) for d, s in zip(documents, scale, strict=True)]
+
+
+def scales(counts: list[int], normalization: str) -> list[float]:
+    """The normalisation of each row's positions, by their number per row."""
     rows, tokens = sum(c > 0 for c in counts), sum(counts)
-    scale = {
+    return {
         "row_mean": [1.0 / (rows * c) if c else 0.0 for c in counts],
+        "row_sum": [1.0 / max(rows, 1)] * len(counts),
         "token_mean": [1.0 / max(tokens, 1)] * len(counts),
         "sum": [1.0] * len(counts),
     }[normalization]
-    return [(d.loss_weight * s).astype(np.float32) for d, s in zip(documents, scale, strict=True)]
 
 
 def assign_ranks(lengths: list[int], ranks: int) -> list[list[int]]:
@@ -171,7 +201,8 @@ def microbatch(
     shape = (len(rows), width)
     ids, positions, copy = (np.zeros(shape, np.int64) for _ in range(3))
     block, doc = np.zeros(shape, np.int64), np.full(shape, PAD_DOCUMENT, np.int64)
-    loss_index, loss_doc, loss_target, loss_coefficient = [], [], [], []
+    loss_index, loss_doc, loss_target, loss_coefficient, loss_group = [], [], [], [], []
+    next_index, next_doc, groups = [], [], 0
     for r, row in enumerate(rows):
         start = 0
         for index in row:
@@ -188,6 +219,10 @@ def microbatch(
             loss_doc.append(np.full(len(d.loss_index), index))
             loss_target.append(d.loss_target)
             loss_coefficient.append(coefficient[index])
+            loss_group.append(groups + d.loss_group)
+            groups += int(d.loss_group.max(initial=-1)) + 1
+            next_index.append(r * width + start + d.next_index)
+            next_doc.append(np.full(len(d.next_index), index))
             start += len(d)
     return MicroBatch(
         ids=ids,
@@ -199,4 +234,10 @@ def microbatch(
         loss_doc=np.concatenate(loss_doc),
         loss_target=np.concatenate(loss_target),
         loss_coefficient=np.concatenate(loss_coefficient),
+        loss_label=np.concatenate([documents[i].loss_label for row in rows for i in row]),
+        loss_round=np.concatenate([documents[i].loss_round for row in rows for i in row]),
+        loss_group=np.concatenate(loss_group),
+        next_index=np.concatenate(next_index),
+        next_label=np.concatenate([documents[i].next_label for row in rows for i in row]),
+        next_doc=np.concatenate(next_doc),
     )

@@ -6,10 +6,12 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.config import RunConfig
+from common.objective_config import ForwardKL
 from common.student import (
     convert,
     default_attention,
@@ -32,9 +35,12 @@ from common.trajectory import Trajectory, TrajectoryMeta, from_batch, write_spoo
 from common.weights import ObjectStoreTransport, WeightsHandle
 from learner.batches import BatchBuilder, TrainingBatch
 from learner.deepspeed_config import deepspeed_config
-from learner.objective import ChunkedDivergence, LossSums, empty_sums
+from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
+from learner.packing import MicroBatch
 from learner.publish import gathered_parameters
+from learner.rollout_samples import rollout_sample
 from learner.schedule import learning_rate
+from learner.terms import misalignment
 
 
 class TrainingModule(nn.Module):
@@ -44,13 +50,32 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.student = student
         self.divergence = config.objective.divergence
+        self.terms = config.objective.terms
         self.chunk = config.learner.logits_chunk_rows
 
     def forward(self, batch: TrainingBatch, sums: LossSums) -> Tensor:
         hidden = hidden_states(self.student, batch.ids, batch.positions, batch.mask)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
         head = lm_head_weight(self.student)
-        return ChunkedDivergence.apply(rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums)
+        loss = ChunkedDivergence.apply(
+            rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums, batch.terms
+        )
+        for term in self._added(batch, rows, head):
+            loss = loss + term
+            sums.loss += term.detach().double()
+        return loss
+
+    def _added(self, batch: TrainingBatch, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
+        """The terms that are no function of the logits at the masked positions."""
+        if isinstance(batch.target, HiddenTarget) and self.terms.alignment:
+            yield self.terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
+        if batch.causal:
+            hidden = hidden_states(self.student, batch.ids, batch.positions, batch.causal.mask)
+            before = hidden.reshape(-1, hidden.shape[-1])[batch.causal.index]
+            labels, unseen = LabelTarget(batch.causal.label), empty_sums(hidden.device)
+            yield self.terms.autoregressive * ChunkedDivergence.apply(
+                before, head, labels, batch.causal.coefficient, ForwardKL(), self.chunk, unseen
+            )
 
 
 class LearnerRank:
@@ -63,6 +88,7 @@ class LearnerRank:
         self.config = config
         self.rank = rank
         self.busy_seconds = 0.0
+        self.samples: list[dict[str, Any]] = []
 
     def address(self) -> tuple[str, int]:
         """Host and free port for the process group."""
@@ -110,7 +136,7 @@ class LearnerRank:
         self.student = student
         self.attention = attention
         self.teacher_head: Tensor | None = None
-        if self.config.teacher.target == "hidden":
+        if self.config.target_kind == "hidden":
             head = head_of_folder(self.config.teacher_path)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
         self.transport = ObjectStoreTransport(self.config.publish.bucket_mib * 2**20)
@@ -146,6 +172,8 @@ class LearnerRank:
             attention=self.attention,
             device=self.device,
             teacher_head=self.teacher_head,
+            objective=self.config.objective,
+            want_entropy=self.config.curriculum.schedule == "entropy_gated",
         )
         rows = self.config.learner.batch_rows
         updates = -(-len(trajectories) // rows)
@@ -153,6 +181,7 @@ class LearnerRank:
             "loss": 0.0,
             "kl": 0.0,
             "agree": 0.0,
+            "entropy": 0.0,
             "positions": 0.0,
             "grad_norm": 0.0,
             "packed_tokens": 0.0,
@@ -161,7 +190,8 @@ class LearnerRank:
             lr = learning_rate(self.config.learner, first_update + u, updates, total_updates)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            figures = self._update(trajectories[u * rows : (u + 1) * rows], builder)
+            wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
+            figures = self._update(trajectories[u * rows : (u + 1) * rows], builder, wanted)
             for name, value in figures.items():
                 totals[name] += value
         seconds = time.perf_counter() - start
@@ -170,6 +200,7 @@ class LearnerRank:
         return {
             "loss": totals["loss"] / max(updates, 1),
             "kl": totals["kl"] / positions,
+            "entropy": totals["entropy"] / positions,
             "teacher_agreement": totals["agree"] / positions,
             "grad_norm": totals["grad_norm"] / max(updates, 1),
             "lr": lr if updates else 0.0,
@@ -182,22 +213,29 @@ class LearnerRank:
     def _read(self, record_batches: list[pa.RecordBatch]) -> tuple[list[Trajectory], TrajectoryMeta]:
         batches = [from_batch(batch) for batch in record_batches]
         meta = batches[0][1]
+        if meta.block_size not in self.config.block_sizes:
+            raise ValueError(f"trajectory batch has block_size {meta.block_size}, not one of {self.config.block_sizes}")
         for _, other in batches:
             other.require(
-                block_size=self.config.block_size,
+                block_size=meta.block_size,
                 mask_token_id=self.model_config.mask_token_id,
                 tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
-                target_kind=self.config.teacher.target,
+                target_kind=self.config.target_kind,
                 target_width=meta.target_width,
             )
         trajectories = [t for rows, _ in batches for t in rows]
         return sorted(trajectories, key=lambda t: (t.ordinal, t.sample)), meta
 
-    def _update(self, trajectories: list[Trajectory], builder: BatchBuilder) -> dict[str, float]:
-        """One optimiser step over all ranks."""
+    def rollout_samples(self) -> list[dict[str, Any]]:
+        """`dashboard.rollouts` of the trajectories of the last batch; on rank 0 only (learner/rollout_samples.py)."""
+        return self.samples
+
+    def _update(self, trajectories: list[Trajectory], builder: BatchBuilder, wanted: int) -> dict[str, float]:
+        """One optimiser step over all ranks; so many of this rank's trajectories become `samples`."""
         world = self.config.learner.ranks
         batches, positions = builder.update(trajectories, self.rank, world)
         sums = empty_sums(self.device)
+        sums.per_position = [] if wanted else None
         tokens = 0
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
@@ -205,23 +243,35 @@ class LearnerRank:
             loss = self.engine(tensors, sums)
             self.engine.backward(loss * world)  # DeepSpeed averages over ranks, the coefficients already normalise
             tokens += tensors.tokens
-        values = torch.stack([sums.loss, sums.divergence, sums.agree, sums.bad])
+        values = torch.stack([sums.loss, sums.divergence, sums.agree, sums.bad, sums.entropy])
         values = torch.cat([values, values.new_tensor([tokens])])
         torch.distributed.all_reduce(values)
-        loss_sum, kl, agree, bad, packed = values.tolist()
+        loss_sum, kl, agree, bad, entropy, packed = values.tolist()
         if bad:
             raise FloatingPointError(f"{int(bad)} trained positions had non-finite logits or divergence")
         if batches:
             self.engine.step()
+        if sums.per_position:
+            self._sample(trajectories, batches, torch.cat(sums.per_position).cpu().numpy(), wanted)
         norm = self.engine.get_global_grad_norm() if batches else 0.0
         return {
             "loss": loss_sum,
             "kl": kl,
             "agree": agree,
+            "entropy": entropy,
             "positions": float(positions),
             "grad_norm": float(norm or 0.0),
             "packed_tokens": packed,
         }
+
+    def _sample(self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int) -> None:
+        """Keep the first trajectories of an update; `kl` [L] runs over the trained positions of all its batches."""
+        docs = np.concatenate([batch.loss_doc for batch in batches])
+        rows = np.concatenate([batch.loss_target for batch in batches])
+        self.samples = [
+            rollout_sample(trajectories[d], rows[docs == d], kl[docs == d], self.tokenizer, self.config.block_size)
+            for d in np.unique(docs)[:wanted]
+        ]
 
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights (collective) and publish them as `version`; the handle comes from rank 0, else None."""
@@ -232,14 +282,20 @@ class LearnerRank:
             pass
         return None
 
-    def save(self, out: Path, resume: Path | None = None) -> None:
-        """Write the student into `out` as a complete Hugging Face folder, and every rank's shards of weights and
-        optimiser into `resume` where it is given (collective; the folders are on storage that all ranks share)."""
+    def save(self, out: Path, resume: Path | None = None, block_size: int | None = None) -> None:
+        """Write the student into `out` as a complete Hugging Face folder that records the block size, and every rank's
+        shards of weights and optimiser into `resume` where it is given (collective; the folders are on storage that
+        all ranks share)."""
         tensors = gathered_parameters(self.student, self.config.publish.bucket_mib * 2**20)
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if self.rank == 0}
         if self.rank == 0:
             save_student(
-                self.student, self.tokenizer, out, self.config.block_size, self.model_config.mask_token_id, state
+                self.student,
+                self.tokenizer,
+                out,
+                block_size or self.config.block_size,
+                self.model_config.mask_token_id,
+                state,
             )
         if resume:
             self.engine.save_checkpoint(str(resume), tag="state")

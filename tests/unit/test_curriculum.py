@@ -5,9 +5,11 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from common.config import CurriculumConfig
-from common.curriculum import response_limit
+from common.config import CurriculumConfig, LearnerConfig, RolloutConfig, RunConfig
+from common.curriculum import Feedback, block_size_at, response_limit, unmasking_at
+from learner.schedule import learning_rate
 
 
 def test_linear_grows_evenly_from_least_to_greatest():
@@ -53,3 +55,78 @@ def test_limit_lies_on_the_grid_never_shrinks_and_reaches_both_ends(schedule, bl
 def test_never_below_one_block(schedule):
     config = CurriculumConfig(schedule=schedule, min_tokens=1, max_tokens=64, batches=10)
     assert response_limit(config, 0, 16) == 16
+
+
+def run(**changes) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {"prompts": "p"},
+            "curriculum": {"min_tokens": 16, "max_tokens": 64},
+            **changes,
+        }
+    )
+
+
+def test_blocks_grow_by_step():
+    config = run(block_growth={"kind": "steps", "sizes": [8, 16], "at_batches": [10, 30]})
+    sizes = [block_size_at(config, batch, Feedback()) for batch in (0, 9, 10, 29, 30, 99)]
+    assert sizes == [4, 4, 8, 8, 16, 16]
+    assert config.block_sizes == (4, 8, 16)
+
+
+def test_blocks_grow_on_a_plateau_with_a_fresh_window_each():
+    config = run(block_growth={"kind": "plateau", "sizes": [8, 16], "window": 3, "min_improvement": 0.1})
+    feedback, sizes = Feedback(), []
+    falling = [0.8**i for i in range(10)]
+    for batch, kl in enumerate([*falling, *[0.1] * 4, *[0.5] * 20]):
+        sizes.append(block_size_at(config, batch, feedback))
+        feedback.after_batch(config, kl, 0.0)
+    assert sizes.index(8) == 14 + 1  # three level ones after three that were no better than 10% above
+    assert sizes.index(16) == sizes.index(8) + 6
+    assert feedback.growths == 2
+    assert not feedback.divergences
+
+
+def test_growth_must_multiply_the_block():
+    for sizes in ([6], [4], [8, 12]):
+        with pytest.raises(ValidationError, match="no larger multiple"):
+            run(block_growth={"kind": "plateau", "sizes": sizes})
+    with pytest.raises(ValidationError, match="differ in length"):
+        run(block_growth={"kind": "steps", "sizes": [8], "at_batches": [1, 2]})
+
+
+@pytest.mark.parametrize(("schedule", "figures"), [("kl_gated", (0.1, 9.0)), ("entropy_gated", (9.0, 0.1))])
+def test_a_gate_opens_below_its_level(schedule, figures):
+    curriculum = {"schedule": schedule, "min_tokens": 16, "max_tokens": 64, "gate_nats": 0.2, "step_tokens": 20}
+    config = run(curriculum=curriculum)
+    feedback = Feedback()
+
+    def limit() -> int:
+        return response_limit(config.curriculum, 7, 4, feedback.gates)
+
+    feedback.after_batch(config, 0.3, 0.3)
+    assert limit() == 16
+    feedback.after_batch(config, *figures)
+    assert limit() == 36
+    for _ in range(3):
+        feedback.after_batch(config, *figures)
+    assert limit() == 64
+
+
+def test_threshold_is_held_and_then_ramped():
+    config = RolloutConfig(threshold_ramp={"end": 0.7, "hold_batches": 10, "ramp_batches": 4})
+    assert [unmasking_at(config, b).threshold for b in (0, 10, 11, 12, 14, 99)] == [0.9, 0.9, 0.85, 0.8, 0.7, 0.7]
+    with pytest.raises(ValidationError, match="the rule is 'static'"):
+        RolloutConfig(unmasking={"rule": "static"}, threshold_ramp={"end": 0.7})
+
+
+def test_learning_rates():
+    shared = {"lr": 1.0, "min_lr": 0.1, "warmup_batches": 1}
+    wsd = LearnerConfig(**shared, lr_schedule="wsd", decay_share=0.5)
+    rates = [learning_rate(wsd, u, 2, 20) for u in (0, 1, 2, 9, 10, 15, 19)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 0.55, 0.19])
+    constant = LearnerConfig(**shared, lr_schedule="constant")
+    assert [learning_rate(constant, u, 2, 20) for u in (0, 2, 19)] == [0.5, 1.0, 1.0]
+    cosine = LearnerConfig(**shared)
+    assert learning_rate(cosine, 11, 2, 20) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)))

@@ -45,8 +45,8 @@ def trajectories(model, tokenizer, rule, count=8, slots=3, seed=3) -> list[Traje
     return sorted(sampler.generate(requests, Decoding(rule, 1.0)), key=lambda t: t.ordinal)
 
 
-def builder(tokenizer, model, attention="sdpa", max_tokens=4096, normalization="row_mean"):
-    meta = TrajectoryMeta(BLOCK, tokenizer.mask_token_id, "test", "hidden", model.config.hidden_size)
+def builder(tokenizer, model, attention="sdpa", max_tokens=4096, normalization="row_mean", target_kind="hidden"):
+    meta = TrajectoryMeta(BLOCK, tokenizer.mask_token_id, "test", target_kind, model.config.hidden_size)
     head = model.get_output_embeddings().weight.detach()
     return BatchBuilder(meta, normalization, "bucket", max_tokens, attention, CPU, head)
 
@@ -130,7 +130,7 @@ def test_packed_loss_equals_direct_loop(model_and_tokenizer, kind):
         torch.testing.assert_close(fast_gradient[name], parameter.grad, atol=2e-5, rtol=1e-3)
 
 
-def direct_loss(model, rows, mask_token_id):
+def direct_loss(model, rows, mask_token_id, hard=False):
     """Section 2's double sum, one block at a time: clean prefix, then the noised block, on a plain sequence."""
     losses = []
     for t in rows:
@@ -153,7 +153,8 @@ def direct_loss(model, rows, mask_token_id):
                 for i in inside.tolist():
                     if trained[i] > 0:
                         target = teacher[i - 1]
-                        terms.append(trained[i] * (target.exp() * (target - log_p[i])).sum())
+                        kl = -log_p[i, x0[i]] if hard else (target.exp() * (target - log_p[i])).sum()
+                        terms.append(trained[i] * kl)
         if terms:
             losses.append(torch.stack(terms).mean())
     return torch.stack(losses).mean()

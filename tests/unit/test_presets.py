@@ -11,13 +11,14 @@ from deploy.placement import plan
 
 GENERAL = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"]
 MATH = ["qwen3-4b-math", "qwen3-4b-math-thinking"]
+NAMED = ["paper", "released"]
 
 
 def test_these_presets_are_shipped():
-    assert preset_names() == sorted(["tiny", *GENERAL, *MATH])
+    assert preset_names() == sorted(["tiny", *GENERAL, *MATH, *NAMED])
 
 
-@pytest.mark.parametrize("name", ["tiny", *GENERAL, *MATH])
+@pytest.mark.parametrize("name", ["tiny", *GENERAL, *MATH, *NAMED])
 def test_dry_run_shows_config_placement_and_estimates(name):
     console = Console(record=True, width=120, file=io.StringIO())
     show(load_config(name), console)
@@ -69,7 +70,7 @@ def test_math_recipe(name, thinking, longest, batches):
     assert (config.data.enable_thinking, config.data.epochs, config.teacher.target) == (thinking, 10, "hidden")
 
 
-@pytest.mark.parametrize("name", [*GENERAL, *MATH])
+@pytest.mark.parametrize("name", [*GENERAL, *MATH, *NAMED])
 def test_placement_fits_one_node_of_eight_gpus(name):
     placement = plan(load_config(name))
     assert placement.gpus == 8
@@ -88,3 +89,20 @@ def test_tiny_adds_up_to_a_machine_with_two_cpus():
     placement = plan(load_config("tiny"))
     assert placement.cpus <= 2
     assert {p.threads for p in placement.processes} == {1}
+
+
+def test_paper_is_algorithm_1_and_released_is_the_launchers():
+    paper, released = load_config("paper"), load_config("released")
+    assert (paper.objective.state.kind, paper.objective.normalization, paper.teacher.target) == (
+        "global",
+        "row_sum",
+        "hidden",
+    )
+    assert (paper.curriculum.schedule, paper.curriculum.batches, paper.objective.exclude_eos) == ("linear", 10, False)
+    assert (released.objective.state.kind, released.objective.normalization) == ("per_block", "row_mean")
+    assert (released.teacher.target, released.teacher.top_k, released.objective.topk_tail) == ("topk", 16, "drop")
+    assert (released.curriculum.schedule, released.curriculum.batches, released.objective.exclude_eos) == (
+        "cos",
+        100,
+        True,
+    )

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.objective_config import ObjectiveConfig
+from common.prompts import Prompt
+from common.responses import stored_trajectory
 from common.states import select_states
 from tests.trajectories import EOS, trajectory
 
@@ -101,3 +103,40 @@ def test_random_masks_keep_their_ratio_band(t, seed, scope):
     selected(t, seed, state={"kind": "random", "scope": scope, "min_ratio": 0.0, "max_ratio": 0.0})
     per_block = [masks(t)[0][blocks_of(t) == b].sum() for b in np.unique(blocks_of(t))] if t.state_count else []
     assert max(per_block, default=1) == 1
+
+
+@given(trajectory(), st.integers(0, 99), st.sampled_from(["block", "sequence"]))
+def test_complementary_masks_train_every_position_once(t, seed, scope):
+    masks_of = {"scope": scope, "at_least_one": False}
+    selected(t, seed, state={"kind": "complementary", "masks": masks_of}, weight="inverse_t")
+    trained = t.loss_weight > 0
+    assert sorted(t.masked_offsets[trained].tolist()) == list(range(len(t.response_ids)))
+    weight = dict(zip(t.masked_offsets[trained].tolist(), t.loss_weight[trained].tolist(), strict=True))
+    for b in np.unique(blocks_of(t)):
+        inside = [o for o in np.flatnonzero(blocks_of(t) == b) if o < len(t.response_ids)]
+        ratios = {round(1 / weight[o], 4) for o in inside}  # t and 1 - t, as far as both copies train here
+        assert len(ratios) <= 1 or sum(ratios) == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("way", ["trajectory_share", "random_share", "complementary_share"])
+@given(t=trajectory(), seed=st.integers(0, 99))
+def test_a_mixture_of_one_is_that_way(way, t, seed):
+    shares = {"trajectory_share": 0, "random_share": 0, "complementary_share": 0, way: 2}
+    mixed = selected(t, seed, state={"kind": "mixture", **shares})
+    copies, offsets = mixed.state_count, mixed.masked_offsets.tolist()
+    kind = {"trajectory_share": "per_block", "random_share": "random", "complementary_share": "complementary"}[way]
+    rng = np.random.default_rng(seed)
+    rng.choice(3, p=[1, 0, 0])  # the mixture's own draw comes first
+    select_states(t, ObjectiveConfig(state={"kind": kind}), BLOCK, EOS, rng)
+    assert (copies, offsets) == (t.state_count, t.masked_offsets.tolist())
+
+
+def test_a_mixture_draws_in_proportion():
+    full = {"min_ratio": 1.0, "max_ratio": 1.0}
+    state = {"kind": "mixture", "trajectory_share": 3, "complementary_share": 1, "visited": "all_rounds", "masks": full}
+    t = stored_trajectory(Prompt(0, "", np.zeros(4, np.int32), responses=(np.full(8, 7, np.int32),)), 0, 8, BLOCK, 9)
+    t.reveal_round = np.tile(np.arange(4, dtype=np.int16), 2)
+    # a full mask's complement is empty: one copy; all_rounds: four
+    copies = [selected(t, seed, state=state).state_count for seed in range(400)]
+    assert set(copies) == {1, 4}
+    assert copies.count(1) / 400 == pytest.approx(0.25, abs=0.07)

@@ -1,0 +1,134 @@
+"""Stored responses: trajectories that the student did not make, from a file of questions and responses.
+
+They take the place of rollouts (objective.source `stored`) or of a share of them (`mixture`) and go the same way from
+there: states, teacher, Arrow, learner. A response has no realised rounds, so its states are random masks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import DataConfig
+from common.objective_config import MixtureSource, Source, StoredSource
+from common.prompts import Prompt, PromptError, read_records
+from common.seeds import source_rng
+from common.student import tokenizer_fingerprint
+from common.trajectory import NO_ROUND, STORED, Trajectory
+
+
+def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
+    """The ids of the responses in `data.responses`, int32, by question; those to other questions are left out.
+
+    A record holds the question and the response as text, which gets the end token unless its `finish_reason` is
+    `length`; or, as `opdlm respond` writes it, also the ids that were generated, which are taken as they are if its
+    `tokenizer_fingerprint` is this tokenizer's.
+
+    Raises:
+        PromptError: see read_records; a response is missing, empty or holds the mask token; or prompts have none.
+    """
+    assert data.responses is not None
+    wanted = {p.question for p in prompts}
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    by_question: dict[str, list[np.ndarray]] = {}
+    for place, record in read_records(Path(data.responses)):
+        question = record.get(data.question_field)
+        if question not in wanted:
+            continue
+        ids = _ids(place, record, data.response_field, tokenizer, fingerprint)
+        by_question.setdefault(question, []).append(ids)
+    without = [p.question for p in prompts if p.question not in by_question]
+    if without:
+        raise PromptError(
+            f"{data.responses!r}: {len(set(without))} of {len(wanted)} questions of {data.prompts!r} have no response, "
+            f"the first is {without[0]!r}; make them with opdlm respond, or set data.question_field to the field "
+            "that holds the question in both files"
+        )
+    return by_question
+
+
+def _ids(place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerprint: str) -> np.ndarray:
+    eos = tokenizer.eos_token_id
+    if record.get("response_ids") is not None and record.get("tokenizer_fingerprint") == fingerprint:
+        ids = np.asarray(record["response_ids"], dtype=np.int32)
+    else:
+        text = record.get(field)
+        if not isinstance(text, str):
+            raise PromptError(
+                f"{place}: no text in field {field!r}; the record has {sorted(record)}. "
+                "Set data.response_field to the field that holds the response"
+            )
+        ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        if record.get("finish_reason") != "length":
+            ids = np.append(ids, np.int32(eos))
+    ends = np.flatnonzero(ids == eos)
+    ids = ids[: ends[0] + 1] if len(ends) else ids
+    if not len(ids) or tokenizer.mask_token_id in ids:
+        wrong = f"holds the mask token {tokenizer.mask_token!r}" if len(ids) else "is empty"
+        raise PromptError(f"{place}: the response {wrong}; mend or remove it")
+    return ids
+
+
+def stored_share(source: Source, batch: int) -> float:
+    """Probability that a prompt of rollout batch `batch` (from 0) takes its stored response.
+
+    A mixture with p = min(1, batch / batches) goes from start to end with p (`linear`) or with (1 - cos(pi p)) / 2
+    (`cosine`: slow at both ends).
+    """
+    if not isinstance(source, MixtureSource):
+        return float(isinstance(source, StoredSource))
+    p = min(1.0, batch / source.batches)
+    progress = {"constant": 0.0, "linear": p, "cosine": (1 - math.cos(math.pi * p)) / 2}[source.schedule]
+    return source.start + progress * (source.end - source.start)
+
+
+def with_responses(
+    prompts: list[Prompt], share: float, stored: dict[str, list[np.ndarray]], samples: int, seed: int
+) -> list[Prompt]:
+    """The prompts, those with `responses` set that take their stored ones.
+
+    Which do, and with which responses, is seeded by the ordinal alone; a prompt's samples get different responses
+    while there are enough.
+    """
+
+    def choose(prompt: Prompt) -> Prompt:
+        rng = source_rng(seed, prompt.ordinal)
+        if rng.random() >= share:
+            return prompt
+        known = stored[prompt.question]
+        first = int(rng.integers(len(known)))
+        return replace(prompt, responses=tuple(known[(first + s) % len(known)] for s in range(samples)))
+
+    return [choose(p) for p in prompts]
+
+
+def stored_trajectory(
+    prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int
+) -> Trajectory:
+    """A stored response as a trajectory: cut where a rollout would have ended, its last block filled with masks.
+
+    The fill is what decoding sees there until it reveals more; like a rollout's tail it is context and never trained.
+    """
+    start = len(prompt.ids)
+    end = -(-(start + max_new_tokens) // block_size) * block_size
+    response = prompt.responses[sample][: end - start]
+    tail = -(start + len(response)) % block_size
+    cut = len(response) < len(prompt.responses[sample])
+    return Trajectory(
+        ordinal=prompt.ordinal,
+        sample=sample,
+        domain=prompt.domain,
+        prompt_ids=prompt.ids,
+        response_ids=response,
+        tail_ids=np.full(tail, mask_token_id, np.int32),
+        reveal_round=np.full(len(response) + tail, NO_ROUND, np.int16),
+        confidence=np.zeros(len(response) + tail, np.float32),
+        weights_version=STORED,
+        finish_reason="length" if cut else "eos",
+        denoise_forwards=0,
+        commit_forwards=0,
+    )

@@ -1,0 +1,91 @@
+"""Everything that changes over the run, as configuration: response length, block size, confidence threshold."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.section import Section
+
+
+class CurriculumConfig(Section):
+    """Response length limit as a function of the rollout batch, in tokens, rounded to the block size."""
+
+    schedule: Literal["constant", "linear", "cos", "kl_gated", "entropy_gated"] = Field(
+        "cos",
+        description="how the limit grows; cos: 1 - cos(pi p / 2), slow at first; constant: max_tokens throughout; "
+        "gated: by step_tokens after each batch whose mean divergence, or student entropy, is below gate_nats",
+    )
+    min_tokens: int = Field(100, ge=1, description="limit of the first rollout batch")
+    max_tokens: int = Field(4000, ge=1, description="limit of the last rollout batches")
+    batches: int = Field(100, ge=1, description="rollout batches until max_tokens is reached (linear, cos)")
+    gate_nats: float = Field(0.2, gt=0, description="the gate of the gated schedules, nats per trained position")
+    step_tokens: int = Field(100, ge=1, description="growth of the gated schedules, tokens")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CurriculumConfig:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower min_tokens"
+            )
+        return self
+
+
+class NoGrowth(Section):
+    """block_size throughout."""
+
+    kind: Literal["none"] = "none"
+
+    @property
+    def later_sizes(self) -> tuple[int, ...]:
+        return ()
+
+
+class StepGrowth(Section):
+    """From rollout batch at_batches[i] on, blocks have sizes[i] tokens; block_size before."""
+
+    kind: Literal["steps"] = "steps"
+    sizes: tuple[int, ...] = Field((8, 16), description="the later block sizes, growing")
+    at_batches: tuple[int, ...] = Field((100, 200), description="the rollout batches at which they begin")
+
+    @property
+    def later_sizes(self) -> tuple[int, ...]:
+        return self.sizes
+
+    @model_validator(mode="after")
+    def _in_pairs(self) -> StepGrowth:
+        if len(self.sizes) != len(self.at_batches):
+            raise ValueError(f"sizes {self.sizes} and at_batches {self.at_batches} differ in length; give pairs")
+        if any(later <= earlier for earlier, later in pairwise(self.at_batches)):
+            raise ValueError(f"at_batches {self.at_batches} must grow")
+        return self
+
+
+class PlateauGrowth(Section):
+    """To the next of `sizes` when the divergence stops falling.
+
+    That is when its mean over the last `window` rollout batches is not below (1 - min_improvement) times that of the
+    `window` before, both with the present block size.
+    """
+
+    kind: Literal["plateau"] = "plateau"
+    sizes: tuple[int, ...] = Field((8, 16), description="the later block sizes, growing")
+    window: int = Field(20, ge=1, description="rollout batches of each of the two means")
+    min_improvement: float = Field(0.05, ge=0, lt=1, description="relative fall of the mean that counts as progress")
+
+    @property
+    def later_sizes(self) -> tuple[int, ...]:
+        return self.sizes
+
+
+BlockGrowth = Annotated[NoGrowth | StepGrowth | PlateauGrowth, Field(discriminator="kind")]
+
+
+class ThresholdRamp(Section):
+    """The rollouts' confidence threshold: held at rollout.unmasking.threshold, then ramped linearly to `end`."""
+
+    end: float | None = Field(None, ge=0, le=1, description="threshold after the ramp; none: no ramp")
+    hold_batches: int = Field(0, ge=0, description="rollout batches before the ramp")
+    ramp_batches: int = Field(100, ge=1, description="rollout batches of the ramp")

@@ -1,0 +1,61 @@
+"""The command line of `opdlm respond`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from common.config_file import load_config
+
+console = Console()
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        options_metavar="[OPTIONS] [--FIELD VALUE]...",
+    )(respond)
+
+
+def respond(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset", metavar="CONFIG")],
+    output: Annotated[Path, typer.Option(help="Parquet file to write")],
+    samples: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="response length limit; default: curriculum.max_tokens")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="sample from the smallest set of this mass")] = 1.0,
+) -> None:
+    """Let the teacher answer the run's prompts: stored responses for off-policy training.
+
+    An interrupted command goes on where it stood when it is repeated.
+
+    [bold]Examples[/bold]
+
+        opdlm respond tiny --output runs/responses.parquet --temperature 0
+        opdlm train tiny --objective.method sft --data.responses runs/responses.parquet
+        opdlm train tiny --objective.method off_policy_distillation --data.responses runs/responses.parquet
+    """
+    settings = load_config(config, context.args)
+    from deploy import respond as work
+
+    figures = work.respond(
+        settings,
+        output,
+        samples=samples,
+        max_new_tokens=max_new_tokens or settings.curriculum.max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        note=lambda text: console.print(text, style="dim"),
+    )
+    console.print(
+        f"wrote {output}: {figures['responses']:,} responses of {figures['tokens']:,} tokens, "
+        f"{figures['share_ended']:.1%} ended by themselves",
+        soft_wrap=True,
+        highlight=False,
+    )

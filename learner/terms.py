@@ -1,0 +1,90 @@
+"""What is done to the divergence at each position beyond summing it, and what is added to it; all off by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.objective_config import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of loss positions of one block and state, of which a rollout revealed the first earlier.
+
+    `earlier`, `later` int64 [P], ascending by block; `coefficient` float32 [P]; `group_ends`: where the blocks' loss
+    positions end, and `pair_ends`: where their pairs end, as lists on the host.
+    """
+
+    earlier: Tensor
+    later: Tensor
+    coefficient: Tensor
+    group_ends: list[int]
+    pair_ends: list[int]
+
+
+@dataclass(frozen=True)
+class LogitTerms:
+    """Clip, trust weight, sharpening and rank of the positions of one forward; `labels` int64 [L] are x0's tokens."""
+
+    objective: ObjectiveConfig
+    labels: Tensor
+    pairs: Pairs | None = None
+    want_entropy: bool = False
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.want_entropy or self.objective.terms.needs_entropy
+
+    def spans(self, length: int, chunk: int) -> Iterator[tuple[slice, slice]]:
+        """(positions, pairs) of each chunk: at least `chunk` positions to the end of a block where pairs are needed."""
+        if self.pairs is None:
+            for start in range(0, length, chunk):
+                yield slice(start, start + chunk), slice(0, 0)
+            return
+        start = first_pair = 0
+        for end, pair_end in zip(self.pairs.group_ends, self.pairs.pair_ends, strict=True):
+            if end - start >= chunk or end == length:
+                yield slice(start, end), slice(first_pair, pair_end)
+                start, first_pair = end, pair_end
+
+    def counted(self, divergence: Tensor, log_t: Tensor, log_s: Tensor, rows: slice) -> Tensor:
+        """D_i as it counts, float [rows]: min(D_i, clip_nats), times min(p_t / p_s, 1) of the token in x0."""
+        if self.objective.clip_nats is not None:
+            divergence = divergence.clamp_max(self.objective.clip_nats)
+        if self.objective.trust_weight:
+            label = self.labels[rows, None]
+            ratio = (log_t.gather(-1, label) - log_s.detach().gather(-1, label))[:, 0]
+            divergence = divergence * ratio.clamp_max(0.0).exp()
+        return divergence
+
+    def added(self, entropy: Tensor, agree: Tensor, coefficient: Tensor, rows: slice, pairs: slice) -> Tensor:
+        """Sum of the sharpening and rank terms of a chunk.
+
+        sharpening * sum_i c_i [argmax p_s = argmax p_t] H_i
+        rank * sum_pairs c_pair max(0, H_earlier - H_later + rank_margin)
+        """
+        terms = self.objective.terms
+        loss = terms.sharpening * (coefficient * agree * entropy).sum()
+        if self.pairs is not None:
+            earlier = entropy[self.pairs.earlier[pairs] - rows.start]
+            later = entropy[self.pairs.later[pairs] - rows.start]
+            gap = (earlier - later + terms.rank_margin).clamp_min(0.0)
+            loss = loss + terms.rank * (self.pairs.coefficient[pairs] * gap).sum()
+        return loss
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """Nats, float [L], of softmax(logits [L, V])."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def misalignment(student: Tensor, teacher: Tensor, coefficient: Tensor) -> Tensor:
+    """sum_i c_i (1 - cos(student_i, teacher_i)) of hidden states [L, d]."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    cosine = torch.nn.functional.cosine_similarity(student.to(wide), teacher.to(wide), dim=-1)
+    return (coefficient * (1 - cosine)).sum()

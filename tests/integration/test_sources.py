@@ -1,0 +1,75 @@
+"""Off-policy training on CPU: the teacher's responses to a file, then SFT without a teacher, and a mixture with one."""
+
+import json
+
+import pytest
+from pyarrow import parquet
+
+from common.config_file import ConfigError, load_config
+from common.trajectory import from_batch, read_spool
+from deploy.pipeline import run
+from deploy.respond import respond
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+BATCHES = 4
+SMALL = [
+    "--pipeline.max_batches", str(BATCHES), "--pipeline.spool", "true", "--rollout.prompts_per_batch", "16",
+    "--evaluation.problems", "null", "--learner.warmup_batches", "1", "--data.limit", "48",
+    "--teacher.backend", "transformers", "--curriculum.schedule", "constant",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory):
+    """Made in one go; an interrupted command leaves parts, which are not made again."""
+    file = tmp_path_factory.mktemp("responses") / "responses.parquet"
+    config = load_config("tiny", SMALL)
+    options = {"samples": 2, "max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0}
+    notes: list[str] = []
+    figures = respond(config, file, **options, note=notes.append)
+    assert (figures["responses"], notes) == (96, ["1 of 1 parts"])
+    rows = parquet.read_table(file).to_pylist()
+    assert len({r["question"] for r in rows}) == 48
+    assert sum(r["answer"] in r["response"] for r in rows) > 80
+    with pytest.raises(ConfigError, match="exists"):
+        respond(config, file, **options, note=notes.append)
+
+    again = file.with_name("again.parquet")
+    parts = file.with_name("again.parquet.parts")
+    parts.mkdir()
+    parquet.write_table(parquet.read_table(file).slice(0, 5), parts / "part-000000.parquet")
+    assert respond(config, again, **options, note=notes.append)["responses"] == 5
+    return file
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stored"),
+    [
+        (["--objective.method", "sft", "--objective.weight", "inverse_t"], [1.0] * BATCHES),
+        (
+            ["--objective.source.kind", "mixture", "--objective.source.batches", "3", "--teacher.target", "topk"],
+            [1.0, None, None, 0.0],
+        ),
+    ],
+    ids=["sft", "mixture"],
+)
+def test_training_on_stored_responses(tmp_path, responses, overrides, stored):
+    config = load_config(
+        "tiny", ["--output_dir", str(tmp_path), *SMALL, "--data.responses", str(responses), *overrides]
+    )
+    run(config)
+    folder = tmp_path / "tiny"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["kl"] < metrics[0]["kl"]
+    assert all(m["staleness"] == 0 for m in metrics)
+    for m, share in zip(metrics, stored, strict=True):
+        assert m["stored_share"] == share if share is not None else 0 < m["stored_share"] < 1
+    known = {tuple(r["response_ids"]) for r in parquet.read_table(responses).to_pylist()}
+    for index, m in enumerate(metrics):
+        batches = read_spool(folder / "spool" / f"batch-{index:06d}.arrow")
+        rows = [t for batch in batches for t in from_batch(batch)[0]]
+        assert sum(t.is_stored for t in rows) == round(16 * m["stored_share"])
+        assert all(tuple(t.response_ids.tolist()) in known for t in rows if t.is_stored and t.finish_reason == "eos")
+        kinds = {from_batch(batch)[1].target_kind for batch in batches}
+        assert kinds == {"none" if config.objective.target.kind == "hard" else "topk"}

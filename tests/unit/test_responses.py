@@ -1,0 +1,197 @@
+"""Stored responses: read, chosen, turned into trajectories, and trained like rollouts."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from common.config import DataConfig
+from common.config_file import ConfigError, load_config
+from common.objective_config import MixtureSource, ObjectiveConfig, StoredSource, StudentSource
+from common.prompts import Prompt, PromptError
+from common.responses import load_responses, stored_share, stored_trajectory, with_responses
+from common.seeds import state_rng
+from common.states import select_states
+from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
+from common.trajectory import TrajectoryMeta, batch_info, from_batch, to_batch
+from deploy import preflight
+from learner.objective import ChunkedDivergence, empty_sums
+from tests.models import tiny_qwen3
+from tests.unit.test_config import run_config
+from tests.unit.test_parity import BLOCK, CPU, builder, direct_loss, set_targets
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(tmp_path_factory):
+    path = tiny_qwen3(tmp_path_factory.mktemp("model"), seed=0)
+    return load_model(path, torch.float32, "sdpa"), load_tokenizer(path)
+
+
+def prompt(length: int, response: list[int], ordinal: int = 0) -> Prompt:
+    ids = np.arange(5, 5 + length, dtype=np.int32)
+    return Prompt(ordinal, "q", ids, responses=(np.asarray(response, np.int32),))
+
+
+def stored(tokenizer, count: int = 8) -> list:
+    """Responses on and off the block grid, ended and cut off."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        body = rng.integers(5, 200, 3 + 2 * i).tolist()
+        p = prompt([1, 3, 4, 5, 8, 9, 10, 16][i], [*body, tokenizer.eos_token_id], i)
+        made.append(stored_trajectory(p, 0, 14, BLOCK, tokenizer.mask_token_id))
+    return made
+
+
+def test_a_response_becomes_a_trajectory():
+    t = stored_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 100, 4, mask_token_id=99)
+    assert t.response_ids.tolist() == [10, 11, 12, 13, 1]
+    assert t.tail_ids.tolist() == [99, 99]
+    assert (t.finish_reason, t.weights_version, t.is_stored) == ("eos", -1, True)
+    assert (t.reveal_round == -1).all()
+    cut = stored_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 2, 4, mask_token_id=99)
+    assert cut.response_ids.tolist() == [10, 11, 12]  # to the end of the block that reaches the limit
+    assert (len(cut.tail_ids), cut.finish_reason) == (0, "length")
+
+
+def test_the_arrow_batch_knows_what_was_stored(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    batch = to_batch(stored(tokenizer), TrajectoryMeta(BLOCK, tokenizer.mask_token_id, "test"))
+    assert all(t.is_stored for t in from_batch(batch)[0])
+    info = batch_info(batch)
+    assert (info.oldest_version, info.stored_rows, info.rollout_tokens, info.teacher_tokens) == (None, 8, 0, 0)
+
+
+def test_stored_share():
+    assert stored_share(StudentSource(), 3) == 0
+    assert stored_share(StoredSource(), 3) == 1
+    for schedule, halfway in (("constant", 0.8), ("linear", 0.5), ("cosine", 0.5)):
+        source = MixtureSource(schedule=schedule, start=0.8, end=0.2, batches=10)
+        assert stored_share(source, 0) == pytest.approx(0.8)
+        assert stored_share(source, 5) == pytest.approx(halfway)
+        assert stored_share(source, 99) == pytest.approx(0.8 if schedule == "constant" else 0.2)
+    cosine = MixtureSource(schedule="cosine", start=1, end=0, batches=8)
+    assert stored_share(cosine, 2) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_who_takes_a_stored_response_is_seeded_by_the_ordinal():
+    prompts = [Prompt(i, "q", np.arange(3, dtype=np.int32)) for i in range(2000)]
+    known = {"q": [np.array([1]), np.array([2]), np.array([3])]}
+    chosen = with_responses(prompts, 0.3, known, 2, seed=7)
+    took = {p.ordinal for p in chosen if p.responses}
+    assert len(took) / 2000 == pytest.approx(0.3, abs=0.03)
+    assert took == {p.ordinal for p in with_responses(prompts[::-1], 0.3, known, 2, seed=7) if p.responses}
+    assert took < {p.ordinal for p in with_responses(prompts, 0.6, known, 2, seed=7) if p.responses}
+    assert took != {p.ordinal for p in with_responses(prompts, 0.3, known, 2, seed=8) if p.responses}
+    assert all(p.responses[0] != p.responses[1] for p in chosen if p.responses)
+    assert not any(p.responses for p in with_responses(prompts, 0.0, {}, 2, seed=7))
+
+
+def write(path, *records) -> DataConfig:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return DataConfig(prompts="p", responses=str(path))
+
+
+def test_text_gets_its_end_token_and_ids_travel_unchanged(tmp_path, model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    eos = tokenizer.eos_token_id
+    mine = {"response_ids": [7, 8, eos], "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+    data = write(
+        tmp_path / "r.jsonl",
+        {"question": "q", "response": "ab"},
+        {"question": "q", "response": "ab", "finish_reason": "length"},
+        {"question": "q", "response": "other", **mine},
+        {"question": "q", "response": "ab", **mine, "tokenizer_fingerprint": "another"},
+        {"question": "not asked"},
+    )
+    text = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    ids = load_responses(data, tokenizer, [prompt(3, [])])["q"]
+    assert [i.tolist() for i in ids] == [[*text, eos], text, [7, 8, eos], [*text, eos]]
+    assert {i.dtype for i in ids} == {np.dtype(np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "other", "response": "a"}, "1 of 1 questions of 'p' have no response, the first is 'q'"),
+        ({"question": "q", "answer": "a"}, "no text in field 'response'"),
+        ({"question": "q", "response": "", "finish_reason": "length"}, "line 1: the response is empty"),
+        ({"question": "q", "response": "a <|mask|>"}, "the response holds the mask token"),
+    ],
+)
+def test_bad_responses(tmp_path, model_and_tokenizer, record, message):
+    with pytest.raises(PromptError) as error:
+        load_responses(write(tmp_path / "r.jsonl", record), model_and_tokenizer[1], [prompt(3, [])])
+    assert message in str(error.value)
+
+
+def test_preflight_names_the_field(tmp_path):
+    overrides = ["--data.limit", "4", "--teacher.backend", "transformers", "--objective.method", "sft"]
+    with pytest.raises(ConfigError, match=r"needs stored responses: set data\.responses"):
+        load_config("tiny", overrides)
+    responses = ["--data.responses", str(tmp_path / "none.parquet"), "--output_dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match=r"^data\.responses: .*does not exist"):
+        preflight.check(load_config("tiny", [*overrides, *responses]))
+
+
+@pytest.mark.parametrize(
+    ("method", "source", "state", "target"),
+    [
+        ("opdlm", "student", "per_block", "teacher"),
+        ("opdlm_off", "student", "random", "teacher"),
+        ("off_policy_distillation", "stored", "random", "teacher"),
+        ("sft", "stored", "random", "hard"),
+    ],
+)
+def test_methods_by_name(method, source, state, target):
+    objective = run_config(data={"prompts": "p", "responses": "r"}, objective={"method": method}).objective
+    assert (objective.source.kind, objective.state.kind, objective.target.kind) == (source, state, target)
+    assert ObjectiveConfig.model_validate(objective.model_dump()) == objective
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ValidationError, match="has no realised rounds"):
+        ObjectiveConfig(source={"kind": "stored"})
+    with pytest.raises(ValidationError, match=r"means state\.kind random or complementary, but it is 'per_block'"):
+        ObjectiveConfig(method="opdlm_off", state={"kind": "per_block"})
+
+
+def test_a_mixture_selects_states_by_source(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    full = {"kind": "random", "min_ratio": 1.0, "max_ratio": 1.0}
+    objective = ObjectiveConfig(source={"kind": "mixture", "stored_state": full})
+    for t in stored(tokenizer):
+        select_states(t, objective, BLOCK, tokenizer.eos_token_id, np.random.default_rng(0))
+        assert t.masked_offsets.tolist() == list(range(len(t.response_ids) + len(t.tail_ids)))
+
+
+@pytest.mark.parametrize("target", ["teacher", "hard"])
+@pytest.mark.parametrize("weight", ["one", "inverse_t"])
+def test_the_loss_on_stored_responses_equals_the_direct_loop(model_and_tokenizer, target, weight):
+    model, tokenizer = model_and_tokenizer
+    method = "sft" if target == "hard" else "off_policy_distillation"
+    objective = ObjectiveConfig(method=method, weight=weight)
+    rows = stored(tokenizer)
+    for t in rows:
+        select_states(t, objective, BLOCK, tokenizer.eos_token_id, state_rng(0, t.ordinal, 0))
+    build = builder(tokenizer, model, target_kind="none" if target == "hard" else "hidden")
+    if target == "teacher":
+        set_targets(model, rows)
+    (micro,), _ = build.update(rows, 0, 1)
+    x = build.tensors(micro, rows)
+    model.zero_grad()
+    hidden = hidden_states(model, x.ids, x.positions, x.mask)
+    rows_of = hidden.reshape(-1, hidden.shape[-1])[x.loss_index]
+    head = model.lm_head.weight
+    loss = ChunkedDivergence.apply(rows_of, head, x.target, x.coefficient, objective.divergence, 5, empty_sums(CPU))
+    loss.backward()
+    fast = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    slow = direct_loss(model, rows, tokenizer.mask_token_id, hard=target == "hard")
+    slow.backward()
+    assert loss.item() == pytest.approx(slow.item(), abs=2e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(fast[name], parameter.grad, atol=5e-5, rtol=1e-3)
