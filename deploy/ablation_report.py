@@ -79,8 +79,8 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         "",
         "## Claims",
         "",
-        "The difference is paired by seed; p is of a two-sided paired t-test over the seeds, which with few seeds finds "
-        "large effects only. *Reproduces* and *contradicted* need p < 0.05.",
+        "The difference is paired by seed; p is of a two-sided paired t-test over the seeds, which with few seeds "
+        "finds large effects only. *Reproduces* and *contradicted* need p < 0.05.",
         "",
         *_claims(results, ablation.claims),
         "",

@@ -1,4 +1,4 @@
-"""The command line: `opdlm train | eval | generate | respond | ablate | convert | dashboard | make-tiny-arlm | fields`.
+"""The command line: `opdlm train | eval | generate | lm_eval | respond | ablate | convert | dashboard | ...`.
 
 Heavy libraries are imported inside the commands, so that `--help` and `--dry-run` answer at once.
 """
