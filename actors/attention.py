@@ -46,12 +46,11 @@ def attention(
     if cache_rows is None:
         options["sliding_window"] = sliding_window
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = cache_rows.cache.keys[layer], cache_rows.cache.values[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    memory = (module.slot_keys, module.slot_values)
     rows = (cache_rows.slots, cache_rows.positions, cache_rows.block_size)
     window = sliding_window or EVERYTHING
-    return torch.ops.opdlm.slot_attention(query, key, value, keys, values, *rows, scale, window), None
+    return torch.ops.opdlm.slot_attention(query, key, value, *memory, *rows, scale, window), None
 
 
 @torch.library.custom_op("opdlm::slot_attention", mutates_args=("keys", "values"), device_types="cpu")

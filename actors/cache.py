@@ -11,21 +11,27 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 
 class SlotCache:
-    """Static key-value memory: per layer, keys and values [slots, kv_heads, length, head_dim]."""
+    """Static key-value memory: per layer, keys and values [slots, kv_heads, length, head_dim].
 
-    def __init__(
-        self, config: PretrainedConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    `attach` hands each attention module its own two tensors as `slot_keys` and `slot_values`: it need not know which
+    layer it is, so that one compiled layer serves all.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
+        config, like = model.config, model.get_output_embeddings().weight
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (slots, config.num_key_value_heads, length, head_dim)
-        layers = config.num_hidden_layers
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
+        self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
         self.length = length
+
+    def attach(self, model: PreTrainedModel) -> None:
+        for layer, keys, values in zip(model.model.layers, self.keys, self.values, strict=True):
+            layer.self_attn.slot_keys, layer.self_attn.slot_values = keys, values
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
         """Give the slots `target` int64 [n] the first `length` entries of the slots `source` int64 [n]."""
@@ -41,7 +47,6 @@ class CacheRows:
     and the block behind it. A position of -1 is padding: not written, and sees nothing.
     """
 
-    cache: SlotCache
     slots: Tensor  # int64 [N]
     positions: Tensor  # int64 [N, Q]
     block_size: int

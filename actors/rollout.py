@@ -13,8 +13,9 @@ import pyarrow as pa
 import ray
 import torch
 
+from actors.autoregressive import evaluate_autoregressive, load_autoregressive
 from actors.drawing import Decoding
-from actors.evaluation import EvaluationSums, evaluate_shard, evaluate_teacher_shard
+from actors.evaluation import Evaluation, evaluate_shard
 from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import RunConfig, Unmasking
@@ -55,6 +56,7 @@ class RolloutActor:
         )
         self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
         self.busy_seconds = 0.0
+        self.tokens = 0
 
     def ready(self) -> dict[str, Any]:
         return {
@@ -110,6 +112,7 @@ class RolloutActor:
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             select_states(trajectory, self.config.objective, block_size, self.tokenizer.eos_token_id, rng)
             pending.append(trajectory)
+            self.tokens += len(trajectory.response_ids)
             if len(pending) >= rollout.stream_rows:
                 self.busy_seconds += time.perf_counter() - start
                 yield from self._finished(pending)
@@ -125,21 +128,27 @@ class RolloutActor:
             yield batch_info(batch)
 
     def stats(self) -> dict[str, float]:
-        """Cumulative counters of this actor."""
+        """Cumulative counters of this actor; `tokens` are those of finished responses."""
         return {
+            "pid": os.getpid(),
             "busy_seconds": self.busy_seconds,
+            "tokens": self.tokens,
             "forwards": self.sampler.forwards,
             "commits": self.sampler.commits,
             "weights_version": self.sampler.weights_version,
         }
 
-    def evaluate(self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int) -> EvaluationSums:
+    def evaluate(self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int) -> Evaluation:
         """Greedy decoding of this actor's share of the held-out problems with its current weights."""
-        return evaluate_shard(self.sampler, self.tokenizer, problems, Decoding(unmasking, 0.0), max_new_tokens)
+        decoding = Decoding(unmasking, 0.0)
+        answer_format = self.config.evaluation.answer_format
+        return evaluate_shard(self.sampler, self.tokenizer, problems, decoding, max_new_tokens, answer_format)
 
-    def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> EvaluationSums:
+    def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> Evaluation:
         """Greedy autoregressive decoding of the same by the frozen ARLM."""
-        return evaluate_teacher_shard(self.config.teacher_path, problems, max_new_tokens, str(self.sampler.device))
+        model, tokenizer = load_autoregressive(self.config.teacher_path, str(self.sampler.device))
+        answer_format = self.config.evaluation.answer_format
+        return evaluate_autoregressive(model, tokenizer, problems, max_new_tokens, answer_format=answer_format)
 
 
 def as_remote(config: RunConfig) -> Any:

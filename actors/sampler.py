@@ -9,7 +9,7 @@ ended is refilled before the next pass.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,10 +58,13 @@ class Sampler:
         self.forwards = 0
         self.commits = 0
         self._use_graphs = self.on_cuda and cuda_graphs
-        self._compile = self.on_cuda and compiled
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # CacheRows say who sees what
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
         model.set_attn_implementation(attention.register())
+        if self.on_cuda and compiled:
+            for layer in model.model.layers:  # one compiled layer serves all
+                layer.compile(dynamic=True)
 
     def set_block_size(self, block_size: int) -> None:
         """Decode in blocks of this size from the next call on."""
@@ -99,22 +102,17 @@ class Sampler:
         if self._state is None or self._cache is None or self._cache.length < length:
             self._state = self._cache = None
             capacity = -(-length // 128) * 128
-            self._cache = SlotCache(self.model.config, self.slots, capacity, self.model.dtype, self.device)
+            self._cache = SlotCache(self.model, self.slots, capacity)
             self._state = SlotState(self.slots, capacity, self.block_size, self.device)
             self._graphs = PassGraphs() if self._use_graphs else None
-            self._forward = self._make_forward(self._cache)
+        self._cache.attach(self.model)  # another sampler of this model may have run since
         self._state.active.clear()  # an earlier caller may have left before the end
         return self._state, self._cache
 
-    def _make_forward(self, cache: SlotCache) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The forward of (ids [N, Q], positions [N, Q], slots [N]) over `cache`, giving hidden states [N, Q, d]."""
-        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # CacheRows say who sees what
-
-        def forward(ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-            rows = CacheRows(cache, slots, positions, self.block_size)
-            return hidden_states(self.model, ids, positions, no_mask, cache_rows=rows)
-
-        return torch.compile(forward, dynamic=True) if self._compile else forward
+    def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """Hidden states [N, Q, d] of ids [N, Q] at `positions` [N, Q] of `slots` [N], over the cache."""
+        rows = CacheRows(slots, positions, self.block_size)
+        return hidden_states(self.model, ids, positions, self._no_mask, cache_rows=rows)
 
     def _keys(self, admitted: dict[int, Request]) -> Tensor:
         keys = [stream_key(self.seed, r.ordinal, r.sample) for r in admitted.values()]

@@ -252,6 +252,7 @@ class TeacherActor:
     def stats(self) -> dict[str, float]:
         """Cumulative counters of this actor; `queue_depth` is the number of record batches in it now."""
         return {
+            "pid": os.getpid(),
             "sequences": self.sequences,
             "tokens": self.tokens,
             "busy_seconds": self.busy_seconds,

@@ -12,11 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from common.dashboard_config import DashboardConfig
 from common.objective_config import ObjectiveConfig
 from common.schedule_config import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
 from common.section import Section
+from common.wandb_config import WandbConfig
 
 Dtype = Literal["float32", "bfloat16"]
+AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py
 
 
 class ModelShape(Section):
@@ -94,7 +97,7 @@ class Resources(Section):
     gpus: float = Field(0.0, ge=0, description="Ray GPUs per process")
     threads: int = Field(1, ge=1, description="compute threads per process (OMP_NUM_THREADS)")
     labels: dict[str, str] = Field(
-        {}, description="Ray node labels that its node must have, e.g. {opdlm.io/role: rollout}"
+        {}, description="Ray node labels that its node must have, e.g. {opdlm-role: rollout}"
     )
 
 
@@ -219,8 +222,15 @@ class EvaluationConfig(Section):
     count: int = Field(200, ge=1, description="first N problems of the file")
     max_new_tokens: int = Field(512, ge=1, description="response length limit, tokens")
     threshold: float = Field(0.9, ge=0, le=1, description="confidence threshold of the dynamic evaluation")
-    every_batches: int = Field(0, ge=0, description="also evaluate during training; 0: only before and after")
+    every_batches: int = Field(
+        0, ge=0, description="also evaluate after every N batches of training; 0: only before and after"
+    )
     teacher: bool = Field(True, description="evaluate the greedy autoregressive teacher too")
+    answer_format: AnswerFormat = Field(
+        "answer_line",
+        description="what counts as a response's answer: the number after 'Answer:', the last \\boxed{}, "
+        "or the last number",
+    )
 
 
 class PipelineConfig(Section):
@@ -270,6 +280,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
     ray: RayConfig = RayConfig()
+    wandb: WandbConfig = WandbConfig()
+    dashboard: DashboardConfig = DashboardConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -11,12 +11,20 @@ from typing import IO, Any
 
 @dataclass(frozen=True)
 class MetricSpec:
+    """`optional`: null in a row where it was not measured, and then absent from the TensorBoard events."""
+
     unit: str
     meaning: str
+    optional: bool = False
+
+
+def _evaluated(unit: str, meaning: str) -> MetricSpec:
+    return MetricSpec(unit, f"{meaning}; held-out problems, greedy dynamic decoding", optional=True)
 
 
 METRICS: dict[str, MetricSpec] = {
     "batch": MetricSpec("", "rollout batch, from 0"),
+    "epoch": MetricSpec("", "passes over the prompts done after this batch, with fraction"),
     "time": MetricSpec("s", "Unix time at which the batch was logged"),
     "loss": MetricSpec("nats", "normalised objective, mean over the batch's updates"),
     "kl": MetricSpec("nats/token", "divergence from the teacher, mean over trained positions"),
@@ -41,6 +49,16 @@ METRICS: dict[str, MetricSpec] = {
     "queue/rollout": MetricSpec("trajectories", "admitted at the start of the batch"),
     "queue/teacher": MetricSpec("record batches", "most that waited for targets at once"),
     "queue/learner": MetricSpec("record batches", "handed to the learner"),
+    # shares of a batch's wall time, see deploy/occupancy.py
+    "busy/rollout": MetricSpec("share", "wall time in which a rollout actor generates, mean over actors"),
+    "waiting/rollout": MetricSpec("share", "wall time in which a rollout actor waits for others of the batch"),
+    "blocked/rollout": MetricSpec("share", "wall time in which the staleness bound holds rollouts back"),
+    "busy/teacher": MetricSpec("share", "wall time in which a teacher computes targets, mean over teachers"),
+    "waiting/teacher": MetricSpec("share", "wall time in which a teacher waits for rollouts under way"),
+    "blocked/teacher": MetricSpec("share", "wall time in which no rollouts are under way for the teacher"),
+    "busy/learner": MetricSpec("share", "wall time in which the learner trains"),
+    "waiting/learner": MetricSpec("share", "wall time in which the learner waits for the batch to be complete"),
+    "blocked/learner": MetricSpec("share", "wall time in which the learner publishes and waits for loading"),
     "seconds/rollout": MetricSpec("s", "busy seconds of the busiest rollout actor"),
     "seconds/teacher": MetricSpec("s", "busy seconds of the busiest teacher"),
     "seconds/learner": MetricSpec("s", "training seconds"),
@@ -48,11 +66,22 @@ METRICS: dict[str, MetricSpec] = {
     "seconds/batch": MetricSpec("s", "wall time of the batch"),
     "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
     "bytes/weights": MetricSpec("bytes", "published weights"),
+    "eval/exact_match": _evaluated("share", "problems answered correctly"),
+    "eval/tokens_per_step": _evaluated("tokens", "response tokens per denoising forward of a sequence"),
+    "eval/forwards_per_token": _evaluated("forwards", "denoising forwards per response token"),
+    "eval/forwards_per_token_with_commits": _evaluated("forwards", "denoising and commit forwards per response token"),
+    "eval/response_length": _evaluated("tokens", "mean response length"),
+    "eval/share_eos": _evaluated("share", "responses that ended with the end token"),
+    "eval/tokens_per_second": _evaluated("tokens/s", "response tokens per busy second of one rollout actor"),
+    "seconds/evaluation": MetricSpec("s", "wall time of the evaluation, not part of seconds/batch", optional=True),
 }
 
 
 class RunLog:
-    """Appends to `metrics.jsonl` (one object per rollout batch) and to TensorBoard events in `tensorboard/`."""
+    """Appends to `metrics.jsonl` (one object per rollout batch) and to TensorBoard events in `tensorboard/`.
+
+    Every object has all names of METRICS, in that order; an optional one that was not measured is null.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -71,15 +100,16 @@ class RunLog:
         self._events.close()
 
     def batch(self, metrics: dict[str, float]) -> None:
-        """Log one rollout batch.
+        """Log one rollout batch; optional metrics may be left out.
 
         Raises:
-            KeyError: a metric is not in METRICS, or one of METRICS is missing.
+            KeyError: a metric is not in METRICS, or one that is not optional is missing.
         """
         metrics = {**metrics, "time": time.time()}
-        if metrics.keys() != METRICS.keys():
-            raise KeyError(f"metrics differ from the registry: {sorted(metrics.keys() ^ METRICS.keys())}")
-        self._file.write(json.dumps({name: metrics[name] for name in METRICS}) + "\n")
+        required = {name for name, spec in METRICS.items() if not spec.optional}
+        if wrong := (metrics.keys() - METRICS.keys()) | (required - metrics.keys()):
+            raise KeyError(f"metrics differ from the registry: {sorted(wrong)}")
+        self._file.write(json.dumps({name: metrics.get(name) for name in METRICS}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             if name not in ("batch", "time"):

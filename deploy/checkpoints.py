@@ -23,7 +23,7 @@ from common.curriculum import Feedback
 
 _MANIFEST = "manifest.json"
 # sections that do not change what is trained, and may differ when a run goes on
-_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard")
+_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard", "wandb")
 
 
 @dataclass

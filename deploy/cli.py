@@ -1,4 +1,4 @@
-"""The command line: `opdlm train | eval | generate | respond | convert | make-tiny-arlm | fields`.
+"""The command line: `opdlm train | eval | generate | respond | convert | dashboard | make-tiny-arlm | fields`.
 
 Heavy libraries are imported inside the commands, so that `--help` and `--dry-run` answer at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,17 +15,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from common.config import (
-    DataConfig,
-    DynamicUnmasking,
-    EntropyBoundUnmasking,
-    SequentialUnmasking,
-    StaticUnmasking,
-    Unmasking,
-)
 from common.config_file import ConfigError, load_config, preset_names
-from common.prompts import Prompt
-from deploy import job_commands, respond_command
+from deploy import eval_command, generate_command, job_commands, respond_command
+from deploy.dashboard.command import dashboard
+from deploy.decoding_options import DtypeName
 from deploy.errors import RunError, Stopped
 
 app = typer.Typer(
@@ -37,19 +31,6 @@ app = typer.Typer(
     epilog="Begin with [bold]opdlm train tiny[/bold]: the whole loop on this machine, no GPU needed.",
 )
 console = Console()
-
-Rule = Annotated[
-    Literal["static", "dynamic", "sequential", "entropy_bound"],
-    typer.Option(
-        metavar="RULE",
-        help="which masked tokens a step reveals: static (one, the most confident), sequential (one, the leftmost), "
-        "dynamic (all above the threshold) or entropy_bound (the surest within an entropy budget)",
-    ),
-]
-Threshold = Annotated[float, typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule")]
-BlockSize = Annotated[int | None, typer.Option(min=1, help="tokens per block; default: the model's own")]
-DtypeName = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and activations")]
-Student = Annotated[str, typer.Argument(help="folder of a trained or converted student", metavar="MODEL")]
 
 
 @app.command(
@@ -116,107 +97,6 @@ def train(
     )
 
 
-@app.command("eval")
-def evaluate(
-    model: Student,
-    problems: Annotated[Path, typer.Option(help="JSON, JSONL or Parquet with a question and an answer per row")],
-    rule: Rule = "dynamic",
-    threshold: Threshold = 0.9,
-    block_size: BlockSize = None,
-    count: Annotated[int, typer.Option(min=1, help="first N problems")] = 200,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="response length limit, tokens")] = 512,
-    slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
-    dtype: DtypeName = "float32",
-    autoregressive: Annotated[
-        bool, typer.Option("--autoregressive", help="evaluate a causal LM, such as the teacher, by greedy decoding")
-    ] = False,
-) -> None:
-    """Exact match and tokens per step on problems with a checkable answer.
-
-    [bold]Examples[/bold]
-
-        opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl
-        opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl --rule static
-        opdlm eval deploy/models/tiny-arlm --problems deploy/data/word_problems_heldout.jsonl --autoregressive
-    """
-    from deploy.preflight import check_model_folder, check_student_folder, read_problems
-
-    if autoregressive:
-        check_model_folder("MODEL", model)
-    else:
-        check_student_folder(model)
-    from actors.evaluation import evaluate_student, evaluate_teacher
-    from common.student import load_tokenizer
-
-    held_out: list[Prompt] = read_problems(
-        "--problems", DataConfig(prompts=str(problems)), load_tokenizer(model), count
-    )
-    if autoregressive:
-        figures = evaluate_teacher(model, held_out, max_new_tokens=max_new_tokens)
-    else:
-        figures = evaluate_student(
-            model,
-            held_out,
-            unmasking_of(rule, threshold),
-            block_size=block_size,
-            max_new_tokens=max_new_tokens,
-            slots=slots,
-            dtype=dtype,
-        )
-    for name, value in figures.items():
-        console.print(f"{name:>32}  {value:.4g}", highlight=False)
-
-
-@app.command()
-def generate(
-    model: Student,
-    prompt: Annotated[str | None, typer.Argument(help="the prompt; or use --file", metavar="PROMPT")] = None,
-    file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="a text file with one prompt a line")
-    ] = None,
-    rule: Rule = "dynamic",
-    threshold: Threshold = 0.9,
-    block_size: BlockSize = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="response length limit, tokens")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
-    dtype: DtypeName = "float32",
-    raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
-) -> None:
-    """Answer a prompt by block diffusion.
-
-    [bold]Example[/bold]
-
-        opdlm generate runs/tiny/checkpoints/final "Tom has 5 apples and buys 4 more. How many apples now?"
-    """
-    lines = file.read_text(encoding="utf-8").splitlines() if file else []
-    prompts = [prompt] if prompt else [line for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError("no prompt: give it after MODEL, or a file with one prompt a line with --file")
-    from deploy.preflight import check_student_folder
-
-    check_student_folder(model)
-    from actors.evaluation import generate_texts
-
-    results = generate_texts(
-        model,
-        prompts,
-        unmasking_of(rule, threshold),
-        block_size=block_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=not raw,
-        dtype=dtype,
-    )
-    for question, (text, trajectory) in zip(prompts, results, strict=True):
-        if len(prompts) > 1:
-            console.print(Text(question, style="dim"))
-        print(text)
-        tokens, steps = len(trajectory.response_ids), trajectory.denoise_forwards
-        console.print(Text(f"{tokens} tokens in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
-
-
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL")],
@@ -274,18 +154,31 @@ def fields() -> None:
     console.print(field_table())
 
 
-def unmasking_of(rule: str, threshold: float) -> Unmasking:
-    """The unmasking rule of the --rule and --threshold options."""
-    rules: dict[str, Unmasking] = {
-        "static": StaticUnmasking(),
-        "dynamic": DynamicUnmasking(threshold=threshold),
-        "sequential": SequentialUnmasking(),
-        "entropy_bound": EntropyBoundUnmasking(),
-    }
-    return rules[rule]
+app.command("eval")(eval_command.evaluate)
+app.command()(generate_command.generate)
+
+
+@app.command(
+    "lm_eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="[OPTIONS OF lm_eval]",
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with the model `opdlm`; all options are those of lm_eval.
+
+    [bold]Example[/bold]
+
+        opdlm lm_eval --model opdlm --model_args pretrained=runs/mine/checkpoints/final --tasks gsm8k
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError("lm_eval: lm-evaluation-harness is not installed; install opdlm[eval]")
+    from deploy import harness
+
+    harness.main(context.args)
 
 
 job_commands.register(app)
+app.command()(dashboard)
 respond_command.register(app)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -33,11 +33,12 @@ _WORKER_ENVIRONMENT = {
 
 @dataclass
 class Pools:
-    """Handles of all actors: rollout actors, teachers, learner ranks."""
+    """Handles of all actors: rollout actors, teachers, learner ranks; and what each said when it was ready."""
 
     rollouts: list[Any]
     teachers: list[Any]
     ranks: list[Any]
+    ready: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def names(self) -> dict[Any, str]:
         named = {"rollout": self.rollouts, "teacher": self.teachers, "learner": self.ranks}
@@ -95,12 +96,22 @@ def reserve(config: RunConfig) -> dict[str, PlacementGroup]:
             total, free = ray.cluster_resources(), ray.available_resources()
             check_resources(placement, total.get("CPU", 0.0), total.get("GPU", 0.0))
             asked = ", ".join(f"{n} x {b}" for b, n in _counted(group.bundle_specs))
+            asked += _labelled(getattr(config, role).resources.labels)
             raise ConfigError(
                 f"the cluster did not provide the {role} processes ({asked}) within ray.placement_timeout_s "
                 f"({config.ray.placement_timeout_s:g} s); free are {free.get('CPU', 0):g} CPUs and "
                 f"{free.get('GPU', 0):g} GPUs: stop other jobs, lower {_FIELDS[role]}, or wait longer"
             )
     return groups
+
+
+def _labelled(labels: dict[str, str]) -> str:
+    if not labels:
+        return ""
+    alive = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    having = sum(labels.items() <= of_node.items() for of_node in alive)
+    wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+    return f", on nodes labelled {wanted}, which {having} of {len(alive)} nodes are"
 
 
 def _counted(bundles: list[dict[str, float]]) -> list[tuple[str, int]]:
@@ -137,5 +148,5 @@ def start_pools(config: RunConfig) -> Pools:
     (address,) = wait_all({pools.ranks[0].address.remote(): names[pools.ranks[0]]}, "starting the learner", timeout)
     ready = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
     ready |= {actor.start.remote(*address): names[actor] for actor in pools.ranks}
-    wait_all(ready, "loading models", timeout)
+    pools.ready = dict(zip(ready.values(), wait_all(ready, "loading models", timeout), strict=True))
     return pools

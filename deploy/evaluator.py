@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
-from actors.evaluation import EvaluationSums
+from actors.evaluation import Evaluation
 from common.config import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools
@@ -36,14 +38,39 @@ class Evaluator:
             {"student": {"static": self.student(StaticUnmasking()), "dynamic": self.dynamic()}} if self.problems else {}
         )
 
-    def dynamic(self) -> dict[str, float]:
-        return self.student(DynamicUnmasking(threshold=self.config.evaluation.threshold))
+    def dynamic(self, idle: Callable[[], Any] | None = None) -> dict[str, float]:
+        return self.student(DynamicUnmasking(threshold=self.config.evaluation.threshold), idle)
 
-    def student(self, unmasking: Unmasking) -> dict[str, float]:
+    def student(self, unmasking: Unmasking, idle: Callable[[], Any] | None = None) -> dict[str, float]:
         limit = self.config.evaluation.max_new_tokens
-        return self._over_actors("evaluate", "evaluating the student", unmasking, limit)
+        return self._over_actors("evaluate", "evaluating the student", unmasking, limit, idle=idle)
 
-    def _over_actors(self, method: str, action: str, *arguments: Any) -> dict[str, float]:
+    def due(self, done: int, last: bool) -> bool:
+        """Whether the held-out problems are evaluated after `done` rollout batches."""
+        every = self.config.evaluation.every_batches
+        return bool(self.problems and every and (done % every == 0 or last))
+
+    def metrics(self, idle: Callable[[], Any]) -> dict[str, float]:
+        """The optional rows of the run's metrics: greedy dynamic decoding with the weights published last.
+
+        `idle` is called meanwhile, so that rollout batches in flight go on.
+        """
+        start = time.perf_counter()
+        figures = self.dynamic(idle)
+        return {
+            "eval/exact_match": figures["exact_match"],
+            "eval/tokens_per_step": figures["tokens_per_step"],
+            "eval/forwards_per_token": figures["forwards_per_token"],
+            "eval/forwards_per_token_with_commits": figures["forwards_per_token_with_commits"],
+            "eval/response_length": figures["response_tokens_mean"],
+            "eval/share_eos": figures["share_ended"],
+            "eval/tokens_per_second": figures["tokens_per_second"],
+            "seconds/evaluation": time.perf_counter() - start,
+        }
+
+    def _over_actors(
+        self, method: str, action: str, *arguments: Any, idle: Callable[[], Any] | None = None
+    ) -> dict[str, float]:
         """Figures over all problems, each rollout actor taking its share."""
         count = len(self.pools.rollouts)
         shares = [self.problems[i::count] for i in range(count)]
@@ -53,5 +80,5 @@ class Evaluator:
             for actor, share in zip(self.pools.rollouts, shares, strict=True)
             if share
         }
-        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s)
-        return sum(results, EvaluationSums()).figures()
+        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, idle)
+        return sum(results, Evaluation()).figures()

@@ -8,6 +8,7 @@ deadline.
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -26,7 +27,9 @@ from deploy.errors import StuckError
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _CALL_TIMEOUT_S = 60.0
 _FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
-_STOP_WAIT_S = 120  # seconds between SIGTERM and SIGKILL, for the last checkpoint
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # of the job: seconds between SIGTERM and SIGKILL, for the last checkpoint
+_STOP_WAIT_S = 120
+_PENDING_S = 15.0  # a job that waits longer than this for CPUs is left to its end
 _T = TypeVar("_T")
 
 console = Console()
@@ -56,7 +59,7 @@ def submit(
             entrypoint=shlex.join(command),
             runtime_env={
                 "working_dir": str(working_dir.resolve()),
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)},
+                "env_vars": {_STOP_WAIT: os.environ.get(_STOP_WAIT, str(_STOP_WAIT_S))},
             },
         ),
         f"submitting to {address}",
@@ -77,8 +80,9 @@ def submit(
 def jobs(address: Address = DEFAULT_ADDRESS) -> None:
     """List the cluster's jobs, newest first."""
     table = Table()
-    for column in ("job", "status", "exit", "minutes", "command"):
-        table.add_column(column, overflow="fold")
+    for column in ("job", "status", "exit", "minutes"):
+        table.add_column(column, no_wrap=True)  # an id is there to be copied
+    table.add_column("command", overflow="fold")
     listed = _within(_client(address).list_jobs, f"asking {address}")
     for info in sorted(listed, key=lambda i: -(i.start_time or 0)):
         end = info.end_time or time.time() * 1000
@@ -93,16 +97,23 @@ def stop(
     address: Address = DEFAULT_ADDRESS,
     timeout_s: Annotated[float, typer.Option(help="how long to wait for the job's end")] = _STOP_WAIT_S + 30.0,
 ) -> None:
-    """Stop a job: it writes a checkpoint and ends; a job that is still pending is deleted."""
+    """Stop a job: it writes a checkpoint and ends; one that still waits for CPUs ends when it gets them."""
     client = _client(address)
     status = _within(lambda: client.get_job_status(job), f"asking {address}").value
     if status in _FINAL:
         console.print(f"{job} has ended already: {status}")
         return
     _within(lambda: client.stop_job(job), f"stopping {job}")
-    deadline = time.monotonic() + timeout_s
+    begin = time.monotonic()
     while status not in _FINAL:
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begin
+        if status == "PENDING" and waited > _PENDING_S:
+            raise StuckError(
+                f"{job} is pending: it still waits for the CPUs that its driver asks for, so there is nothing to stop "
+                "yet. It ends as soon as it gets them, or fails 15 minutes after it was submitted "
+                "(RAY_JOB_START_TIMEOUT_SECONDS of the head)"
+            )
+        if waited > timeout_s:
             raise StuckError(f"{job} is still {status} after {timeout_s:.0f} s; see `ray job logs {job}`")
         time.sleep(0.5)
         status = _within(lambda: client.get_job_status(job), f"asking {address}").value
@@ -137,13 +148,20 @@ def _exit_status(client: Any, job: str) -> int:
 
 
 def _client(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return _within(lambda: JobSubmissionClient(address), f"connecting to {address}")
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"--address {address!r}: the cluster asks for a token, and this one is missing or wrong; set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the cluster's"
+        ) from error
     except (ConnectionError, RuntimeError) as error:
-        hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if "401" in str(error) else "is `ray start --head` running?"
-        raise ConfigError(f"--address {address!r}: no cluster answers ({error}); {hint}") from error
+        raise ConfigError(
+            f"--address {address!r}: no cluster answers ({error}); is `ray start --head` running there?"
+        ) from error
 
 
 def _within(call: Callable[[], _T], action: str) -> _T:

@@ -11,6 +11,7 @@ import json
 import time
 from collections import deque
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NoReturn
 
 import ray
@@ -24,12 +25,19 @@ from common.responses import stored_share, with_responses
 from deploy import preflight
 from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
 from deploy.cluster import Pools, connect, start_pools
+from deploy.dashboard.process import DashboardProcess
 from deploy.errors import WorkerError
 from deploy.evaluator import Evaluator
+from deploy.health import Health
+from deploy.occupancy import Window
 from deploy.progress import Progress
-from deploy.rollout_batch import RolloutBatch, drive
+from deploy.ray_metrics import RayMetrics
+from deploy.rollout_batch import RolloutBatch, advance, drive
+from deploy.rollout_log import RolloutLog
+from deploy.status import RunStatus
 from deploy.stop_signals import StopSignals
 from deploy.waiting import wait_all
+from deploy.wandb_log import WandbLog
 
 
 def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
@@ -71,7 +79,9 @@ class Pipeline:
         self.problems = problems
         self.responses = prompts.responses
         self.dropped = prompts.dropped
+        self.prompts = len(prompts.prompts)
         size = config.rollout.prompts_per_batch
+        self.epoch_prompts = len(prompts.prompts) // config.data.epochs
         self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
         self.batches = self.batches[: config.pipeline.max_batches]
         self.updates_per_batch = -(-size * config.rollout.samples_per_prompt // config.learner.batch_rows)
@@ -83,7 +93,8 @@ class Pipeline:
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}
         self.queued_version = 0
-        self.previous_stats: dict[str, float] = {}
+        self.previous_stats: dict[str, dict[str, float]] = {}
+        self.health = Health()
 
     def run(self, resume: bool) -> dict[str, Any]:
         config = self.config
@@ -91,48 +102,65 @@ class Pipeline:
         if checkpoint:
             self.state = checkpoint[1]
         truncate_metrics(config.run_dir, self.state.batches)
+        self.rollout_log = RolloutLog(config.run_dir, self.state.batches)
         with (
+            DashboardProcess(config.run_dir, config.dashboard) as page,
+            RunStatus(config.run_dir, config.name, len(self.batches), self.state.batches) as self.status,
             StopSignals() as self.stop,
             RunLog(config.run_dir) as log,
+            RayMetrics(config.name, len(self.batches), self.prompts, self.dropped) as ray_metrics,
+            WandbLog(config) as wandb_log,
             Progress(len(self.batches), config.name) as self.progress,
         ):
+            if page.url:
+                self.progress.note(f"the run's page is at {page.url}")
             for reason, count in self.dropped.items():
-                self.progress.note(f"{count} prompts dropped: {reason}")
-            self.progress.note("loading models")
+                self._note(f"{count} prompts dropped: {reason}", "starting", "warning")
+            self._note("loading models", "starting")
             self.pools = start_pools(config)
+            self.status.actors(self.pools.ready)
             self.evaluator = Evaluator(config, self.problems, self.pools)
             if checkpoint:
                 self._restore(checkpoint[0])
             else:
-                self.progress.note("evaluating the teacher and the untrained student")
+                self._note("evaluating the teacher and the untrained student", "evaluating")
                 self.state.summary = self.evaluator.before()
-            self.progress.note("training")
+            self._note("training", "training")
             self.progress.training()
-            self._train(log)
+            self._train([log, ray_metrics, wandb_log])
             self.state.summary["train"] = {
                 "response_tokens": self.state.response_tokens,
                 "updates": self.state.updates,
                 "seconds": self.state.seconds,
             }
             self._save("final")
-            self.progress.note("evaluating the trained student")
+            self._note("evaluating the trained student", "evaluating")
             self.state.summary |= self.evaluator.after()
         (config.run_dir / "summary.json").write_text(json.dumps(self.state.summary, indent=2) + "\n")
         return self.state.summary
 
+    def _note(self, text: str, state: str, level: str = "info") -> None:
+        """What happens now, for the terminal and for the run's page."""
+        self.progress.note(text)
+        self.status.state(state, text)
+        self.status.event(text, level)
+
     def _restore(self, folder: Path) -> None:
         """Weights and optimiser of the learner, then its version into every rollout actor."""
-        self.progress.note(f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done")
+        self._note(
+            f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done", "starting"
+        )
         self._on_ranks("load", "loading a checkpoint", [], folder / "resume")
         for actor in self.pools.rollouts:
             actor.set_block_size.remote(self.state.block_size)
         self._publish(self.state.batches, [])
         self._collect_acknowledgements()
 
-    def _train(self, log: RunLog) -> None:
+    def _train(self, logs: list[RunLog | RayMetrics | WandbLog]) -> None:
         in_flight: deque[RolloutBatch] = deque()
         started = self.state.batches
         for index in range(self.state.batches, len(self.batches)):
+            self.status.state("training")
             begin = time.perf_counter()
             while started < len(self.batches) and started - self.version <= self.config.pipeline.staleness:
                 in_flight.append(self._start(started))
@@ -142,16 +170,23 @@ class Pipeline:
             drive(list(in_flight), current, timeout, self._show, lambda: self.stop.requested)
             if self.stop.requested:
                 self._stop()
+            complete = time.perf_counter()
             self._check(current)
             learner = self._learn(current, list(in_flight))
             published = self._publish(index + 1, list(in_flight))
+            window = Window(begin, time.perf_counter())
+            metrics = self._metrics(list(in_flight), learner, published, window, complete - begin)
             in_flight.popleft()
             self.state.batches = index + 1
             self.state.block_size = current.block_size
             self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
-            metrics = self._metrics(current, learner, published, time.perf_counter() - begin)
-            log.batch(metrics)
+            metrics |= self._evaluate(index + 1, list(in_flight))
+            for log in logs:
+                log.batch(metrics)
             self.progress.batch(metrics)
+            self.status.batches_done(index + 1)
+            for warning in self.health.warnings(metrics):
+                self.status.event(warning, "warning")
             self._after_batch(index + 1)
 
     def _start(self, index: int) -> RolloutBatch:
@@ -161,13 +196,13 @@ class Pipeline:
         share = stored_share(config.objective.source, index)
         samples = config.rollout.samples_per_prompt
         prompts = with_responses(self.batches[index], share, self.responses, samples, config.seed)
-        return RolloutBatch(
-            index, prompts, config.rollout, limit, block_size, unmasking_at(config.rollout, index), self.pools
-        )
+        unmasking = unmasking_at(config.rollout, index)
+        return RolloutBatch(index, prompts, config.rollout, limit, block_size, unmasking, self.pools, self.status.heard)
 
     def _show(self, batch: RolloutBatch) -> None:
         self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
         self.progress.stage("teacher", batch.finished_rows, len(batch.expected))
+        self.status.working(set(batch.waited_for()))
 
     def _check(self, batch: RolloutBatch) -> None:
         """Every (ordinal, sample) exactly once, and none older than the staleness bound."""
@@ -186,6 +221,11 @@ class Pipeline:
         spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
         results = self._on_ranks("train", "training", in_flight, batch.refs, self.state.updates, total, spool)
         self.state.updates += int(results[0]["updates"])
+        if self.config.dashboard.rollouts and self.rollout_log.due:
+            rank = self.pools.ranks[0]
+            timeout = self.config.pipeline.stage_timeout_s
+            samples = wait_all({rank.rollout_samples.remote(): "learner-0"}, "giving samples", timeout)
+            self.rollout_log.add(batch.index, samples[0])
         return results[0]
 
     def _publish(self, version: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
@@ -207,45 +247,49 @@ class Pipeline:
         for name, version in zip(self.acknowledgements.values(), versions, strict=True):
             if version != self.queued_version:
                 raise WorkerError(f"{name} runs weights version {version}, expected {self.queued_version}")
+            self.status.heard(name, weights_version=version)
         self.acknowledgements = {}
 
     def _on_ranks(self, method: str, action: str, in_flight: list[RolloutBatch], *arguments: Any) -> list[Any]:
         """Call all ranks together; batches in flight go on meanwhile."""
 
-        def advance() -> None:
-            waiting = [item for batch in in_flight for item in batch.waiting]
-            if waiting:
-                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-                for batch in in_flight:
-                    batch.advance(ready)
-
         calls = {getattr(actor, method).remote(*arguments): name for actor, name in self._named(self.pools.ranks)}
-        return wait_all(calls, action, self.config.pipeline.stage_timeout_s, advance)
+        others = {name for batch in in_flight for name in batch.waited_for()}
+        self.status.working({*calls.values(), *others}, learner=action)
+        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, lambda: advance(in_flight))
+        for name in calls.values():
+            self.status.heard(name, weights_version=self.version)
+        return results
 
     def _named(self, actors: list[Any]) -> list[tuple[Any, str]]:
         names = self.pools.names()
         return [(actor, names[actor]) for actor in actors]
 
+    def _evaluate(self, done: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
+        """The held-out figures where it is time for them."""
+        if self.stop.requested or not self.evaluator.due(done, last=done == len(self.batches)):
+            return {}
+        self.status.state("evaluating", f"evaluating after {done} batches")
+        metrics = self.evaluator.metrics(lambda: advance(in_flight))
+        self.progress.note(
+            f"after {done} batches: exact match {metrics['eval/exact_match']:.1%}, "
+            f"{metrics['eval/tokens_per_step']:.2f} tokens per step"
+        )
+        return metrics
+
     def _after_batch(self, done: int) -> None:
-        """Checkpoint and evaluate where it is time; end here if a stop was asked for."""
+        """Checkpoint where it is time; end here if a stop was asked for."""
         if self.stop.requested:
             self._stop()
         every = self.config.pipeline.checkpoint_every_batches
         last = done == len(self.batches)
         if every and done % every == 0 and not last:
             self._save(self._batch_name())
-        every = self.config.evaluation.every_batches
-        if self.problems and every and done % every == 0 and not last:
-            figures = self.evaluator.dynamic()
-            self.progress.note(
-                f"after {done} batches: exact match {figures['exact_match']:.1%}, "
-                f"{figures['tokens_per_step']:.2f} tokens per step"
-            )
 
     def _stop(self) -> NoReturn:
         """The learner stands between two batches: save, and end with the signal's status."""
         done = self.state.batches
-        self.progress.note(f"asked to stop: saving a checkpoint after {done} batches")
+        self._note(f"asked to stop: saving a checkpoint after {done} batches", "saving")
         if not (self.checkpoints.folder / self._batch_name()).exists():
             self._save(self._batch_name())
         raise self.stop.error(f"stopped after {done} of {len(self.batches)} batches; go on with --resume auto")
@@ -255,6 +299,7 @@ class Pipeline:
 
     def _save(self, name: str) -> None:
         """A checkpoint; the final one holds the model only."""
+        self.status.state("saving", f"saving checkpoint {name}")
         partial = self.checkpoints.begin(name)
         block_size = self.state.block_size or self.config.block_size
         self._on_ranks(
@@ -263,19 +308,33 @@ class Pipeline:
         self.checkpoints.finish(name, self.state)
 
     def _metrics(
-        self, batch: RolloutBatch, learner: dict[str, float], published: dict[str, float], seconds: float
+        self,
+        in_flight: list[RolloutBatch],
+        learner: dict[str, float],
+        published: dict[str, float],
+        window: Window,
+        waited: float,
     ) -> dict[str, float]:
+        """The figures of the oldest batch in flight; the learner `waited` so many seconds for it."""
+        batch, seconds = in_flight[0], window.seconds
         infos = batch.infos
         tokens = sum(info.response_tokens for info in infos)
         generated = sum(info.rollout_tokens for info in infos)
         rows = max(batch.finished_rows, 1)
         self.state.response_tokens += tokens
         self.state.seconds += seconds
-        rollout_seconds = self._busy(batch.actor_stats)
+        rollout_busy = self._busy(batch.actor_stats)
         teacher_stats = {actor.stats.remote(): name for actor, name in self._named(self.pools.teachers)}
-        teacher_seconds = self._busy(teacher_stats)
+        teacher_busy = self._busy(teacher_stats)
+        rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
+        for _, name in self._named(self.pools.ranks):
+            self.status.heard(name, rate=learner["packed_tokens"] / learner["seconds"] / len(self.pools.ranks))
+        rollouts = window.covered((b.started, b.rollouts_done or window.end) for b in in_flight)
+        targets = window.covered((b.started, b.targets_done or window.end) for b in in_flight)
         return {
             "batch": batch.index,
+            "epoch": (batch.index * self.config.rollout.prompts_per_batch + len(self.batches[batch.index]))
+            / self.epoch_prompts,
             "loss": learner["loss"],
             "kl": learner["kl"],
             "teacher_agreement": learner["teacher_agreement"],
@@ -308,13 +367,21 @@ class Pipeline:
             "seconds/batch": seconds,
             "bytes/trajectories": sum(info.nbytes for info in infos),
             "bytes/weights": published["bytes"],
+            **window.shares("rollout", fmean(rollout_busy), rollouts),
+            **window.shares("teacher", fmean(teacher_busy), targets),
+            **window.shares("learner", learner["seconds"], learner["seconds"] + waited),
         }
 
-    def _busy(self, stats: dict[ray.ObjectRef, str]) -> float:
-        """Busy seconds of the role's busiest actor since the last batch."""
+    def _busy(self, stats: dict[ray.ObjectRef, str]) -> list[float]:
+        """Busy seconds of each of a role's actors since the last batch."""
         figures = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
-        busiest = 0.0
+        busy = []
         for name, figure in zip(stats.values(), figures, strict=True):
-            busiest = max(busiest, figure["busy_seconds"] - self.previous_stats.get(name, 0.0))
-            self.previous_stats[name] = figure["busy_seconds"]
-        return busiest
+            before = self.previous_stats.get(name, {"busy_seconds": 0.0, "tokens": 0.0})
+            if figure["busy_seconds"] < before["busy_seconds"]:  # a restarted actor counts from zero
+                before = dict.fromkeys(before, 0.0)
+            busy.append(figure["busy_seconds"] - before["busy_seconds"])
+            rate = (figure["tokens"] - before["tokens"]) / max(busy[-1], 1e-9)
+            self.status.heard(name, rate=rate, pid=figure["pid"])
+            self.previous_stats[name] = figure
+        return busy

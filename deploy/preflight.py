@@ -14,6 +14,7 @@ from common.config import DataConfig, RunConfig
 from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run
+from deploy.dashboard.process import free_port, read_token
 from deploy.placement import check_resources, plan
 
 _ANY_LENGTH = 10**9
@@ -29,6 +30,9 @@ def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> t
     check_model_folder("model.path", config.model.path)
     check_model_folder("teacher.path", config.teacher_path)
     check_processes(config)
+    if config.dashboard.enabled:
+        read_token(config.dashboard.token_file)
+        free_port(config.dashboard.host, config.dashboard.port)
     tokenizer, limit = check_models(config)
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, limit)
@@ -107,7 +111,9 @@ def looks_local(path: str) -> bool:
 
 
 def check_processes(config: RunConfig) -> None:
-    """Refuse processes that cannot run here: missing CPUs, GPUs or teacher engine."""
+    """Refuse processes that cannot run here: missing CPUs, GPUs, teacher engine or Weights & Biases client."""
+    if config.wandb.enabled and find_spec("wandb") is None:
+        raise ConfigError("wandb.enabled: 'wandb' is not installed; install opdlm[wandb], or use --wandb.enabled false")
     if config.learner.ranks > 1 and 0 < config.learner.resources.gpus < 1:
         raise ConfigError(
             f"learner.resources.gpus: {config.learner.resources.gpus:g} would put several ranks on one GPU, which NCCL "
@@ -206,6 +212,25 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
                 f"positions, the models have {limit}; lower {response_field} to {limit - longest} or less, "
                 "or drop long prompts with data.max_prompt_tokens"
             )
+
+
+def response_limit(field: str, path: str, prompts: list[Prompt], asked: int | None, block_size: int) -> int:
+    """The longest response that fits behind every prompt in the model's positions: `asked`, by default up to 512.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    from transformers import AutoConfig
+
+    positions = AutoConfig.from_pretrained(path).max_position_embeddings
+    longest = max(len(p.ids) for p in prompts)
+    room = positions // block_size * block_size - longest
+    if room < (asked or 1):
+        raise ConfigError(
+            f"{field}: {asked or 1} after the longest prompt ({longest} tokens) does not fit into the model's "
+            f"{positions} positions at block size {block_size}; use {max(room, 0)} or less"
+        )
+    return asked or min(room, 512)
 
 
 def _local_gpus() -> int:

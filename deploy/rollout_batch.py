@@ -13,7 +13,7 @@ from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
 from deploy.errors import StuckError
-from deploy.waiting import result_of
+from deploy.waiting import last_heard, result_of
 
 _POLL_SECONDS = 0.2
 
@@ -35,7 +35,9 @@ class RolloutBatch:
         block_size: int,
         unmasking: Unmasking,
         pools: Pools,
+        heard: Callable[[str], None] = lambda name: None,
     ) -> None:
+        """`heard` is called with the name of an actor that delivered."""
         self.index = index
         self.max_new_tokens = max_new_tokens
         self.block_size = block_size
@@ -47,6 +49,7 @@ class RolloutBatch:
         self.rollouts_done = self.targets_done = 0.0
         self.peak_teacher_queue = 0
         self._pools = pools
+        self._heard = heard
         self._stream_rows = rollout.stream_rows
         self._names = pools.names()
         self._streams: dict[Any, str] = {}
@@ -105,12 +108,14 @@ class RolloutBatch:
                 self._raise_failed_streams()  # a failed stream's last batch makes its teacher call fail too
                 batch, name = self._annotating.pop(item)
                 self.infos.append(result_of(item, name, "computing targets"))
+                self._heard(name)
                 self.refs.append(batch)
                 self._load[self._of_teacher.pop(item)] -= 1
                 if self.done:
                     self.targets_done = time.perf_counter()
 
     def _take_from(self, generator: Any) -> None:
+        self._heard(self._generators[generator])
         batch = next(generator, None)
         if batch is None:
             del self._generators[generator]
@@ -118,6 +123,7 @@ class RolloutBatch:
                 self.rollouts_done = self.targets_done = time.perf_counter()
                 self._raise_failed_streams()
             return
+        last_heard[self._streams[generator]] = time.time()
         if not self._pools.teachers:
             self._take_finished(generator, batch)
             return
@@ -145,6 +151,19 @@ class RolloutBatch:
     def waited_for(self) -> list[str]:
         """Names of the actors that this batch waits for."""
         return [*self._generators.values(), *(name for _, name in self._annotating.values())]
+
+
+def advance(batches: list[RolloutBatch]) -> None:
+    """Handle all that is ready now, without waiting.
+
+    Raises:
+        WorkerError: a worker failed.
+    """
+    waiting = [item for batch in batches for item in batch.waiting]
+    if waiting:
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        for batch in batches:
+            batch.advance(ready)
 
 
 def drive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import ray
 from deploy.errors import StuckError, WorkerError
 
 _POLL_SECONDS = 0.2
+
+last_heard: dict[str, float] = {}  # Unix time of every actor's last answer, by its name
 
 
 def wait_all(
@@ -45,8 +48,10 @@ def result_of(ref: ray.ObjectRef, name: str, action: str) -> Any:
         WorkerError: it failed; the message holds the cause.
     """
     try:
-        return ray.get(ref)
+        result = ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         raise WorkerError(f"{name} failed while {action}: {error.cause!r}\n{error}") from error
     except ray.exceptions.RayError as error:
         raise WorkerError(f"{name} died while {action}: {error}") from error
+    last_heard[name] = time.time()
+    return result

@@ -131,13 +131,17 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass
 class LossSums:
-    """Sums over positions, for metrics; float64 scalars on the device. `entropy` stays 0 where nothing asks for it."""
+    """Sums over positions, for metrics: float64 scalars on the device. A list `per_position` gets every D.
+
+    `entropy` stays 0 where nothing asks for it.
+    """
 
     loss: Tensor
     divergence: Tensor
     agree: Tensor
     bad: Tensor
     entropy: Tensor
+    per_position: list[Tensor] | None = None
 
 
 class ChunkedDivergence(torch.autograd.Function):
@@ -208,10 +212,12 @@ class ChunkedDivergence(torch.autograd.Function):
 
 
 def empty_sums(device: torch.device) -> LossSums:
-    return LossSums(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(5)))
+    return LossSums(*torch.zeros(5, dtype=torch.float64, device=device))
 
 
 def _add(sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, agree: Tensor) -> None:
+    if sums.per_position is not None:
+        sums.per_position.append(per_position)
     sums.loss += loss.double()
     sums.divergence += per_position.double().sum()
     sums.agree += agree.double().sum()

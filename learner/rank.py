@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -36,7 +37,9 @@ from common.weights import ObjectStoreTransport, WeightsHandle
 from learner.batches import BatchBuilder, TrainingBatch
 from learner.deepspeed_config import deepspeed_config
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
+from learner.packing import MicroBatch
 from learner.publish import gathered_parameters
+from learner.rollout_samples import rollout_sample
 from learner.schedule import learning_rate
 from learner.terms import misalignment
 
@@ -85,6 +88,7 @@ class LearnerRank:
         self.config = config
         self.rank = rank
         self.busy_seconds = 0.0
+        self.samples: list[dict[str, Any]] = []
 
     def address(self) -> tuple[str, int]:
         """Host and free port for the process group."""
@@ -187,7 +191,8 @@ class LearnerRank:
             lr = learning_rate(self.config.learner, first_update + u, updates, total_updates)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            figures = self._update(trajectories[u * rows : (u + 1) * rows], builder)
+            wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
+            figures = self._update(trajectories[u * rows : (u + 1) * rows], builder, wanted)
             for name, value in figures.items():
                 totals[name] += value
         seconds = time.perf_counter() - start
@@ -222,11 +227,16 @@ class LearnerRank:
         trajectories = [t for rows, _ in batches for t in rows]
         return sorted(trajectories, key=lambda t: (t.ordinal, t.sample)), meta
 
-    def _update(self, trajectories: list[Trajectory], builder: BatchBuilder) -> dict[str, float]:
-        """One optimiser step over all ranks."""
+    def rollout_samples(self) -> list[dict[str, Any]]:
+        """`dashboard.rollouts` of the trajectories of the last batch; on rank 0 only (learner/rollout_samples.py)."""
+        return self.samples
+
+    def _update(self, trajectories: list[Trajectory], builder: BatchBuilder, wanted: int) -> dict[str, float]:
+        """One optimiser step over all ranks; so many of this rank's trajectories become `samples`."""
         world = self.config.learner.ranks
         batches, positions = builder.update(trajectories, self.rank, world)
         sums = empty_sums(self.device)
+        sums.per_position = [] if wanted else None
         tokens = 0
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
@@ -242,6 +252,8 @@ class LearnerRank:
             raise FloatingPointError(f"{int(bad)} trained positions had non-finite logits or divergence")
         if batches:
             self.engine.step()
+        if sums.per_position:
+            self._sample(trajectories, batches, torch.cat(sums.per_position).cpu().numpy(), wanted)
         norm = self.engine.get_global_grad_norm() if batches else 0.0
         return {
             "loss": loss_sum,
@@ -252,6 +264,15 @@ class LearnerRank:
             "grad_norm": float(norm or 0.0),
             "packed_tokens": packed,
         }
+
+    def _sample(self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int) -> None:
+        """Keep the first trajectories of an update; `kl` [L] runs over the trained positions of all its batches."""
+        docs = np.concatenate([batch.loss_doc for batch in batches])
+        rows = np.concatenate([batch.loss_target for batch in batches])
+        self.samples = [
+            rollout_sample(trajectories[d], rows[docs == d], kl[docs == d], self.tokenizer, self.config.block_size)
+            for d in np.unique(docs)[:wanted]
+        ]
 
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights (collective) and publish them as `version`; the handle comes from rank 0, else None."""

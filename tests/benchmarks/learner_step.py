@@ -1,8 +1,9 @@
-"""The learner's forward and backward: useful FLOPs per second, peak memory, packed against padded rows."""
+"""The learner's forward and backward: useful FLOPs per second and peak memory, by variant, in one run."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,63 +15,91 @@ from common.student import hidden_states
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, divergence, empty_sums
-from tests.benchmarks.models import random_model
+from tests.benchmarks.models import matmul_rate, random_model
 
 BLOCK = 4
 
 
 def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[dict[str, Any]]:
-    """One update's forward and backward: packed, masked-only and chunked, against dense logits of every position."""
+    """One update's forward and backward.
+
+    `chunked` is the learner's own: packed rows, LM head at masked positions, in chunks. `dense` is what it replaces:
+    float32 logits of student and teacher at every position. On CUDA also without recomputation, and with Liger's
+    kernels.
+    """
     model = random_model(size, device)
-    attention = "flex_attention" if device == "cuda" else "sdpa"
+    cuda = device == "cuda"
+    attention = "flex_attention" if cuda else "sdpa"
     model.set_attn_implementation(attention)
     model.train()
-    if device == "cuda":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     trajectories = _trajectories(model, rows, prompt, response)
     meta = TrajectoryMeta(BLOCK, model.config.vocab_size - 1, "benchmark", "hidden", model.config.hidden_size)
     head = model.lm_head.weight.detach().clone()
     builder = BatchBuilder(meta, "row_mean", "bucket", max_tokens, attention, torch.device(device), head)
-    fast = _time(model, builder, trajectories, dense=False)
-    dense = _time(model, builder, trajectories, dense=True)
-    parameters = sum(p.numel() for p in model.parameters())
-    flops = 6 * parameters * fast["tokens"]
-    return [
-        {
-            "size": size,
-            "rows": rows,
-            "tokens": fast["tokens"],
-            "seconds": fast["seconds"],
-            "tokens_per_second": fast["tokens"] / fast["seconds"],
-            "useful_tflops": flops / fast["seconds"] / 1e12,
-            "peak_gib": fast["peak_gib"],
-            "dense_seconds": dense["seconds"],
-            "dense_peak_gib": dense["peak_gib"],
-            "ratio": dense["seconds"] / fast["seconds"],
-        }
-    ]
+    peak = matmul_rate() if cuda else 0.0
+    results: list[dict[str, Any]] = []
+
+    def variant(name: str, loss: Callable[..., torch.Tensor]) -> None:
+        figures = _time(model, builder, trajectories, loss)
+        flops = _useful_flops(model, figures["tokens"], figures["masked"])
+        figures["useful_tflops"] = flops / figures["seconds"] / 1e12
+        if peak:
+            figures["mfu"] = flops / figures["seconds"] / peak
+        if results:
+            figures["ratio"] = figures["seconds"] / results[0]["seconds"]
+        results.append({"size": size, "variant": name, "rows": rows, **figures})
+        print("  ", results[-1], flush=True)
+
+    if not cuda:
+        variant("chunked", _chunked_loss)
+        variant("dense", _dense_loss)
+        return results
+    variant("chunked, all activations kept", _chunked_loss)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    variant("chunked, recomputed", _chunked_loss)
+    variant("dense, recomputed", _dense_loss)
+    model.gradient_checkpointing_disable()
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+    apply_liger_kernel_to_qwen3(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+    variant("chunked, all activations kept, Liger", _chunked_loss)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    variant("chunked, recomputed, Liger", _chunked_loss)
+    return results
 
 
-def _time(model: Any, builder: BatchBuilder, trajectories: list[Trajectory], dense: bool) -> dict[str, float]:
+def _useful_flops(model: Any, tokens: float, masked: float) -> float:
+    """Forward and backward products: the layers at every token of a document, the LM head at masked positions.
+
+    Attention's own products and all recomputation are left out.
+    """
+    head = model.lm_head.weight.numel()
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    return 6 * (layers * tokens + head * masked)
+
+
+def _time(model: Any, builder: BatchBuilder, trajectories: list[Trajectory], loss_of: Any) -> dict[str, float]:
     cuda = builder.device.type == "cuda"
-    tokens = 0
+    tokens = masked = 0
     for attempt in range(3):
         if attempt == 1:  # the first one compiles
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            start, tokens = time.perf_counter(), 0
+            start, tokens, masked = time.perf_counter(), 0, 0
         model.zero_grad()
         for micro in builder.update(trajectories, 0, 1)[0]:
             x = builder.tensors(micro, trajectories)
             hidden = hidden_states(model, x.ids, x.positions, x.mask)
-            loss = (_dense_loss if dense else _chunked_loss)(model, hidden, x)
-            loss.backward()
+            loss_of(model, hidden, x).backward()
             tokens += x.tokens
+            masked += len(x.loss_index)
     if cuda:
         torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    return {"seconds": (time.perf_counter() - start) / 2, "tokens": tokens // 2, "peak_gib": peak}
+    seconds = (time.perf_counter() - start) / 2
+    model.zero_grad()
+    return {"seconds": seconds, "tokens": tokens // 2, "masked": masked // 2, "peak_gib": peak}
 
 
 def _chunked_loss(model: Any, hidden: torch.Tensor, x: Any) -> torch.Tensor:

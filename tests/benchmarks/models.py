@@ -1,4 +1,4 @@
-"""Random models of known sizes, built on the device: benchmarks need shapes, not knowledge."""
+"""Random models of known sizes, built on the device (benchmarks need shapes, not knowledge), and its two speeds."""
 
 from __future__ import annotations
 
@@ -25,3 +25,32 @@ def random_model(size: str, device: str) -> PreTrainedModel:
     with torch.device(device):
         model = Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
     return model.eval()
+
+
+def matmul_rate() -> float:
+    """bfloat16 FLOP/s of a large square product."""
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    for _ in range(3):
+        a @ a
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(10):
+        a @ a
+    end.record()
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1e3)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large device-to-device copy."""
+    a = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    for _ in range(3):
+        b.copy_(a)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(10):
+        b.copy_(a)
+    end.record()
+    torch.cuda.synchronize()
+    return 10 * 2 * a.nbytes / (start.elapsed_time(end) / 1e3)

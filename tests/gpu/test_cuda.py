@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-MASK, EOS, BLOCK = 287, 7, 4
+EOS, BLOCK = 7, 4
+ARLM = "deploy/models/tiny-arlm"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def requests(count: int = 24) -> list[Request]:
 
 def rollouts(path, device, dtype=torch.float32, decoding=None, **options):
     model = load_model(path, dtype, "sdpa").to(device)
-    sampler = Sampler(model, block_size=BLOCK, mask_token_id=MASK, eos_token_id=EOS, slots=8, seed=5, **options)
+    mask = model.config.vocab_size - 1
+    sampler = Sampler(model, block_size=BLOCK, mask_token_id=mask, eos_token_id=EOS, slots=8, seed=5, **options)
     decoding = decoding or Decoding(DynamicUnmasking(threshold=0.2), 1.0)
     first = {t.ordinal: t for t in sampler.generate(requests(), decoding)}
     again = {t.ordinal: t for t in sampler.generate(requests(), decoding)}  # now from graphs
@@ -65,18 +67,19 @@ def test_graphs_give_the_cpus_trajectories(path, decoding):
         assert same >= len(cpu) - 1  # a tie within rounding may fall either way
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_parity_of_sampler_and_flex_learner(path, dtype, tolerance):
-    model, _, done = rollouts(path, "cuda", dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_of_sampler_and_flex_learner(dtype):
+    """The shipped model, whose distributions are those of a trained one."""
+    model, _, done = rollouts(ARLM, "cuda", dtype)
     rows = [done[i] for i in sorted(done)]
     for t in rows:
         select_states(t, ObjectiveConfig(state={"kind": "all_rounds"}), BLOCK, EOS, state_rng(0, t.ordinal, 0))
         t.hidden = np.zeros(len(t.target_offsets) * model.config.hidden_size, np.float32)
-    meta = TrajectoryMeta(BLOCK, MASK, "test", "hidden", model.config.hidden_size)
+    meta = TrajectoryMeta(BLOCK, model.config.vocab_size - 1, "test", "hidden", model.config.hidden_size)
     head = model.lm_head.weight.detach()
     build = BatchBuilder(meta, "row_mean", "bucket", 2048, "flex_attention", torch.device("cuda"), head)
     model.set_attn_implementation("flex_attention")
-    worst, checked = 0.0, 0
+    differences = []
     for micro in build.update(rows, 0, 1)[0]:
         x = build.tensors(micro, rows)
         with torch.no_grad():
@@ -88,12 +91,15 @@ def test_parity_of_sampler_and_flex_learner(path, dtype, tolerance):
             t = rows[doc]
             offset = position - len(t.prompt_ids)
             if t.reveal_round[offset] == state:
-                checked += 1
-                difference = log_p[i, t.response_ids[offset]].item() - float(np.log(t.confidence[offset]))
-                worst = max(worst, abs(difference))
-    print(f"{dtype}: worst difference of {checked} log-probabilities {worst:.2e}")
-    assert checked == sum(len(t.response_ids) for t in rows)
-    assert worst <= tolerance if dtype == torch.float32 else worst <= 5 * tolerance
+                differences.append(log_p[i, t.response_ids[offset]].item() - float(np.log(t.confidence[offset])))
+    size = np.abs(differences)
+    tail = np.quantile(size, 0.99)
+    print(f"{dtype}: {len(size)} log-probabilities, mean {size.mean():.1e}, 99% {tail:.1e}, worst {size.max():.1e}")
+    assert len(size) == sum(len(t.response_ids) for t in rows)
+    if dtype == torch.float32:
+        assert size.max() <= 1e-4
+    else:  # two kernels round differently; single tokens may be further off than the rest
+        assert tail <= 3e-2
 
 
 def test_flex_mask_is_the_dense_mask(path):

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 BATCHES = 6
 SMALL = [
     "--pipeline.max_batches", str(BATCHES), "--pipeline.spool", "true", "--rollout.prompts_per_batch", "16",
-    "--evaluation.count", "8", "--learner.warmup_batches", "1", "--learner.batch_rows", "4",
+    "--evaluation.count", "8", "--evaluation.every_batches", "4",
+    "--learner.warmup_batches", "1", "--learner.batch_rows", "4",
 ]  # fmt: skip
 
 
@@ -41,6 +42,10 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     assert [m["batch"] for m in metrics] == list(range(BATCHES))
     assert metrics[-1]["kl"] < 0.7 * metrics[0]["kl"]
     assert [m["weights_version"] for m in metrics] == list(range(1, BATCHES + 1))
+
+    assert [m["batch"] for m in metrics if m["eval/exact_match"] is not None] == [3, BATCHES - 1]
+    assert metrics[-1]["eval/tokens_per_step"] >= 1
+    assert metrics[-1]["epoch"] == pytest.approx(16 * BATCHES / 4096, rel=0.5)
 
     staleness = config.pipeline.staleness
     ordinals: list[int] = []

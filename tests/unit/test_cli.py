@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from common.config import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
 from common.config_file import REPOSITORY, load_config
 from deploy import cli, pipeline
+from deploy.decoding_options import unmasking_of
 from deploy.errors import WorkerError
 from deploy.field_table import rows
 from tests.models import tiny_qwen3
@@ -93,6 +94,13 @@ def test_dry_run_starts_nothing(opdlm, tmp_path, monkeypatch):
         (["generate", "nope", "hello"], "MODEL: folder 'nope' does not exist"),
         (["eval", "nope", "--problems", HELDOUT], "MODEL: folder 'nope' does not exist"),
         (["eval", "ARLM", "--problems", HELDOUT], "convert it first with opdlm convert"),
+        (["eval", "ARLM", "--problems", HELDOUT, "--rule", "static", "--threshold", "0.8"], "add --rule dynamic"),
+        (["eval", "ARLM", "--problems", HELDOUT, "--output", "nowhere/x.json"], "in a folder that exists"),
+        (["eval", "ARLM", "--problems", HELDOUT, "--output", "OUT"], "must be a .json file"),
+        (["eval", "ARLM", "--problems", HELDOUT, "--autoregressive", "--rule", "static"], "--rule: has no meaning"),
+        (["eval", "ARLM", "--problems", HELDOUT, "--autoregressive", "--max-new-tokens", "500"], "512 positions"),
+        (["generate", "ARLM", "x", "--file", HELDOUT], "no prompt or two"),
+        (["generate", "ARLM", "x", "--output", "OUT"], "must be a .jsonl file"),
         (["eval", "ARLM", "--problems", "nope.jsonl", "--autoregressive"], "--problems: 'nope.jsonl' does not exist"),
         (["convert", "nope", "OUT/new"], "MODEL: folder 'nope' does not exist"),
         (["convert", "ARLM", "ARLM"], "exists; choose another folder"),
@@ -132,10 +140,10 @@ def test_summary_of_a_run_is_printed(opdlm, monkeypatch):
 
 
 def test_rules_of_the_command_line():
-    assert cli.unmasking_of("dynamic", 0.8) == DynamicUnmasking(threshold=0.8)
-    assert cli.unmasking_of("static", 0.8) == StaticUnmasking()
-    assert cli.unmasking_of("sequential", 0.8) == SequentialUnmasking()
-    assert cli.unmasking_of("entropy_bound", 0.8) == EntropyBoundUnmasking()
+    assert unmasking_of("dynamic", 0.8) == DynamicUnmasking(threshold=0.8)
+    assert unmasking_of("static", 0.8) == StaticUnmasking()
+    assert unmasking_of("sequential", 0.8) == SequentialUnmasking()
+    assert unmasking_of("entropy_bound", 0.8) == EntropyBoundUnmasking()
 
 
 def test_convert_then_generate_then_eval(opdlm, tmp_path):
@@ -156,6 +164,28 @@ def test_convert_then_generate_then_eval(opdlm, tmp_path):
     status, out, _ = opdlm("eval", student, "--problems", HELDOUT, "--count", 2, "--max-new-tokens", 8)
     assert status == 0
     assert "exact_match" in out
+
+
+def test_generate_reads_and_writes_records_and_shows_steps(opdlm, tmp_path):
+    student = tmp_path / "student"
+    opdlm("convert", tiny_qwen3(tmp_path / "arlm"), student, "--block-size", 4)
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"question": "1 + 1?", "id": 7}\n{"question": "2 + 2?", "id": 8}\n')
+    arguments = ["--max-new-tokens", 8, "--rule", "static"]
+    status, out, _ = opdlm("generate", student, "--file", prompts, "--output", answers, *arguments)
+    assert (status, "per step" in out) == (0, False)
+    written = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(w["question"], w["id"]) for w in written] == [("1 + 1?", 7), ("2 + 2?", 8)]
+    assert {"response", "response_tokens", "denoise_forwards", "commit_forwards", "finish_reason"} <= set(written[0])
+
+    out = opdlm("generate", student, "2 + 2?", "--show-steps", *arguments)[1]
+    assert "round 0:" in out
+    assert out.count("░") >= 8  # one token a step: most positions wait
+    assert "\x1b" not in out
+
+    for field, said in (("missing", "no text in field 'missing'"), ("question", "'response' already")):
+        status, _, err = opdlm("generate", student, "--file", answers, "--question-field", field)
+        assert (status, said in err) == (2, True)
 
 
 def test_the_shipped_arlm_solves_problems_autoregressively(opdlm):

@@ -27,7 +27,7 @@ def stages() -> dict[str, tuple[str, list[Instruction]]]:
         if word == "FROM":
             base, name = re.fullmatch(r"(\S+) AS (\S+)", rest).groups()  # type: ignore[union-attr]
             found[name] = (base, [])
-        elif word:
+        elif word and found:  # what stands before the first stage are arguments of FROM
             found[name][1].append((word, " ".join(rest.split())))
     return found
 
@@ -70,9 +70,11 @@ def test_installs_as_the_makefile_does(image: str) -> None:
 def test_copies_what_the_project_is_made_of(image: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     packages = set(project["tool"]["setuptools"]["packages"])
-    assert packages | {"pyproject.toml", project["project"]["readme"]} <= copied(image)
+    folders = {name.split(".")[0] for name in packages}
+    assert folders | {"pyproject.toml", project["project"]["readme"]} <= copied(image)
     environment = next(rest for word, rest in lineage(f"{image}-environment") if "mkdir" in rest)
-    assert packages <= set(environment.split("&&")[0].split()), "an editable install wants these folders"
+    wanted = {name.replace(".", "/") for name in packages}
+    assert wanted <= set(environment.split("&&")[0].split()), "an editable install wants these folders"
     ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
     assert "*" in ignored and {f"!{path}" for path in copied(image)} <= set(ignored)
     assert all((REPOSITORY / path).exists() for path in copied(image) - {project["project"]["readme"]})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +69,11 @@ def schema_errors(job: Object) -> list[str]:
     schema = rayjob_schema()
     found = jsonschema.Draft202012Validator(schema).iter_errors(with_defaults(schema, job))
     return [f"{error.json_path}: {error.message[:200]}" for error in found]
+
+
+def presets_of(objects: list[Object]) -> Object:
+    (presets,) = [o for o in of_kind(objects, "ConfigMap") if o["metadata"]["name"].startswith("opdlm-presets")]
+    return presets
 
 
 def base_job() -> Object:
@@ -170,7 +173,7 @@ def test_pods_are_restricted(folder: str) -> None:
 @pytest.mark.parametrize("folder", RUNS)
 def test_names_resolve(folder: str) -> None:
     objects = render(folder)
-    (presets,) = of_kind(objects, "ConfigMap")
+    presets = presets_of(objects)
     claims = {d["metadata"]["name"] for d in load(KUBERAY / "namespace" / "volumes.yaml")}
     assert re.fullmatch(r"opdlm-presets-[a-z0-9]{10}", presets["metadata"]["name"])
     assert {o["metadata"].get("namespace", "opdlm") for o in objects} == {"opdlm"}
@@ -187,7 +190,7 @@ def test_names_resolve(folder: str) -> None:
 def test_command_is_a_run_that_can_resume(folder: str) -> None:
     job = rayjob_of(folder)
     preset, _, others = entrypoint_of(job)
-    (presets,) = of_kind(render(folder), "ConfigMap")
+    presets = presets_of(render(folder))
     mounts = {m["name"]: m["mountPath"] for m in ray_container(groups(job)["head"])["volumeMounts"]}
     assert presets["data"][preset.name] == preset.read_text()
     assert f"{mounts['presets']}/{preset.name} " in job["spec"]["entrypoint"]
@@ -243,6 +246,10 @@ def test_placement_fits_the_group(folder: str, role: str) -> None:
     assert fits(processes, limits["cpu"], gpus, group["replicas"])
     assert group["replicas"] <= group["maxReplicas"]
     assert gpus * group["replicas"] == sum(p.gpus for p in processes), "GPUs that the config does not use"
+
+    wanted = getattr(config_of(job), role).resources.labels.items()
+    having = [name for name, other in groups(job).items() if wanted <= other.get("labels", {}).items()]
+    assert having == [role], "the role's processes must find their group, and no other"
 
     shm = next(v for v in group["template"]["spec"]["volumes"] if v["name"] == "shm")["emptyDir"]
     store = float(group["rayStartParams"]["object-store-memory"])
@@ -317,8 +324,7 @@ def test_own_recipe_reaches_the_pods(tmp_path: Path) -> None:
         "configMapGenerator": [{"name": "opdlm-presets", "behavior": "merge", "files": ["qwen3-4b.yaml"]}],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
-    (presets,) = of_kind(render(tmp_path), "ConfigMap")
-    (shipped,) = of_kind(render("overlays/h200-8x1/qwen3-4b"), "ConfigMap")
+    presets, shipped = presets_of(render(tmp_path)), presets_of(render("overlays/h200-8x1/qwen3-4b"))
     assert presets["data"] == shipped["data"] | {"qwen3-4b.yaml": "name: mine\n"}
     assert presets["metadata"]["name"] != shipped["metadata"]["name"]
     for group in groups(rayjob_of(tmp_path)).values():
@@ -355,7 +361,7 @@ def test_network_policy_and_monitor_select_the_pods() -> None:
     assert 8265 in opened
 
 
-def test_alert_rules_use_metrics_that_ray_has(tmp_path: Path) -> None:
+def test_alert_rules_use_metrics_that_ray_has() -> None:
     import ray
 
     (rule,) = load(KUBERAY / "monitoring" / "rules.yaml")
@@ -364,13 +370,15 @@ def test_alert_rules_use_metrics_that_ray_has(tmp_path: Path) -> None:
     source = "".join(p.read_text() for p in Path(ray.__file__).parent.glob("dashboard/modules/**/*.py"))
     assert metrics and all(m.removeprefix("ray_") in source for m in metrics)
 
-    if not (promtool := shutil.which("promtool")):
-        pytest.skip("promtool is not installed: the rules' syntax is not checked")
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rule["spec"]))
-    shutil.copy(KUBERAY / "monitoring" / "rules_test.yaml", tmp_path)
-    command = [promtool, "test", "rules", "rules_test.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+
+@pytest.mark.parametrize("folder", RUNS[1:])
+def test_monitoring_comes_with_the_gpu_runs(folder: str) -> None:
+    objects = render(folder)
+    assert {o["metadata"]["name"] for o in of_kind(objects, "PrometheusRule")} == {"opdlm-ray", "opdlm-run"}
+    (grafana,) = [o for o in of_kind(objects, "ConfigMap") if "grafana_dashboard" in o["metadata"].get("labels", {})]
+    assert grafana["metadata"]["name"] == "opdlm-grafana-run"
+    assert list(grafana["data"]) == ["opdlm-run.json"]
+    assert len(grafana["data"]["opdlm-run.json"]) < 10**6, "an object of Kubernetes holds a megabyte"
 
 
 def test_documentation_names_what_exists() -> None:
@@ -385,5 +393,5 @@ def test_documentation_names_what_exists() -> None:
     demo = [c["resources"]["requests"] for pod in pods(jobs[0]).values() for c in pod["spec"]["containers"]]
     cpus, memory = (sum(quantity(requests[what]) for requests in demo) for what in ("cpu", "memory"))
     assert f"asks for {cpus:.1f} CPUs and {memory / 2**30:.1f} GiB" in text
-    rules = (KUBERAY / "monitoring" / "rules.yaml").read_text()
+    rules = "".join(file.read_text() for file in (KUBERAY / "monitoring").glob("*rules.yaml"))
     assert all(f"alert: {name}" in rules for name in re.findall(r"\bOpdlm\w+", text))

@@ -37,6 +37,22 @@ def test_unknown_and_missing_names_are_refused(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_optional_figures_are_null_in_rows_and_absent_from_events(tmp_path):
+    optional = {name for name, spec in METRICS.items() if spec.optional}
+    assert {"eval/exact_match", "eval/tokens_per_step", "seconds/evaluation"} <= optional
+    assert not {"kl", "epoch"} & optional
+    with RunLog(tmp_path) as log:
+        log.batch({name: value for name, value in figures(0).items() if name not in optional})
+        log.batch(figures(1))
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert list(first) == list(second) == list(METRICS)
+    assert all((first[name] is None) == (name in optional) for name in METRICS)
+    assert None not in second.values()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("eval/exact_match")] == [1]
+
+
 def test_a_log_goes_on_where_it_was(tmp_path):
     for batch in range(2):
         with RunLog(tmp_path) as log:

@@ -1,0 +1,67 @@
+"""The autoregressive model that a student is compared with, on the same problems."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.evaluation import Evaluation
+from common.answers import is_correct
+from common.config import AnswerFormat
+from common.prompts import Prompt
+from common.student import load_tokenizer
+
+
+def load_autoregressive(
+    path: str, device: str, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM as it is, without any mask of ours; default dtype: float32 on CPU, else bfloat16."""
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), load_tokenizer(path)
+
+
+@torch.inference_mode()
+def evaluate_autoregressive(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Prompt],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    answer_format: AnswerFormat = "answer_line",
+) -> Evaluation:
+    """Decode with transformers' `generate`, left-padded batches; one forward makes one token, temperature 0: greedy."""
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    evaluation = Evaluation()
+    for first in range(0, len(problems), batch_size):
+        chunk = problems[first : first + batch_size]
+        width = max(len(p.ids) for p in chunk)
+        ids = torch.full((len(chunk), width), tokenizer.eos_token_id)
+        attention = torch.zeros_like(ids)
+        for row, problem in enumerate(chunk):
+            ids[row, width - len(problem.ids) :] = torch.as_tensor(problem.ids.astype("int64"))
+            attention[row, width - len(problem.ids) :] = 1
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=attention.to(model.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **(sampling if temperature else greedy),
+        )
+        for problem, row in zip(chunk, out[:, width:].tolist(), strict=True):
+            ended = tokenizer.eos_token_id in row
+            length = row.index(tokenizer.eos_token_id) + 1 if ended else len(row)
+            text = tokenizer.decode(row[:length], skip_special_tokens=True)
+            correct = is_correct(text, problem.answer or "", answer_format)
+            evaluation.add(correct=correct, tokens=length, denoise=length, commits=0, ended=ended)
+    evaluation.seconds = time.perf_counter() - start
+    return evaluation

@@ -1,0 +1,42 @@
+"""Metrics beside those of common/metrics.py: facts of the run and of single actors, for Prometheus only.
+
+They change while a batch is under way, or never; a row of `metrics.jsonl` has no place for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class LiveSpec:
+    unit: str
+    meaning: str
+    label: str | None = None  # beside `run`
+
+
+LIVE_METRICS: dict[str, LiveSpec] = {
+    "batches": LiveSpec("", "rollout batches that the run will have in the end"),
+    "prompts": LiveSpec("", "prompts of the run, over all epochs"),
+    "dropped_prompts": LiveSpec("", "prompts left out when the run began", label="reason"),
+    "not_finite": LiveSpec("", "1 where a figure of the last batch was NaN or infinite, else 0", label="metric"),
+    "actor_heard": LiveSpec("s", "Unix time at which an actor last answered", label="actor"),
+}
+
+
+def prometheus_name(metric: str) -> str:
+    """The name under which Ray exports a metric: `seconds/publish` is `ray_opdlm_seconds_publish`."""
+    return f"ray_{ray_name(metric)}"
+
+
+def ray_name(metric: str) -> str:
+    """The name that ray.util.metrics gets; it adds its prefix on export."""
+    return "opdlm_" + metric.replace("/", "_")
+
+
+def help_text(metric: str) -> str:
+    """One line for Prometheus: the meaning, and the unit in brackets."""
+    spec = METRICS[metric] if metric in METRICS else LIVE_METRICS[metric]
+    return f"{spec.meaning} [{spec.unit}]" if spec.unit else spec.meaning

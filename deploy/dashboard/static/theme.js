@@ -1,0 +1,4 @@
+// Before the first paint, so that a dark page never flashes white.
+const stored = localStorage.getItem("opdlm-theme");
+const dark = stored ? stored === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+document.documentElement.dataset.theme = dark ? "dark" : "light";

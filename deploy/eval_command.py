@@ -1,0 +1,159 @@
+"""`opdlm eval`: exact match and decoding speed of a student, swept over decoding settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from common.config import AnswerFormat, DataConfig
+from common.config_file import ConfigError
+from deploy.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student
+
+console = Console()
+
+
+def evaluate(
+    model: Student,
+    problems: Annotated[Path, typer.Option(help="JSON, JSONL or Parquet with a question and an answer per row")],
+    rule: Annotated[
+        list[RuleName] | None,
+        typer.Option(
+            metavar="RULE",
+            help="which masked tokens a step reveals, repeatable: static (the most confident), sequential (the "
+            "leftmost), dynamic (all above the threshold; the default) or entropy_bound (the surest within a budget)",
+        ),
+    ] = None,
+    threshold: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule, repeatable; default: 0.9"),
+    ] = None,
+    tokens_per_step: Annotated[
+        list[int] | None, typer.Option(min=1, help="of the static and sequential rules, repeatable; default: 1")
+    ] = None,
+    bound: Annotated[
+        list[float] | None,
+        typer.Option(min=0, help="nats of one step under the entropy_bound rule, repeatable; default: 0.1"),
+    ] = None,
+    block_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="tokens per block, repeatable; default: the model's own")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="folder of the autoregressive teacher, as a further row of the table")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 0.0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="runs per setting where the temperature is above 0; greedy decoding needs one")
+    ] = 1,
+    count: Annotated[int, typer.Option(min=1, help="first N problems")] = 200,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="response length limit, tokens; default: 512, or less where the positions end"),
+    ] = None,
+    answer_format: Annotated[
+        AnswerFormat,
+        typer.Option(help="a response's answer: the number after 'Answer:', the last \\boxed{}, or the last number"),
+    ] = "answer_line",
+    output: Annotated[
+        Path | None, typer.Option(help="write the results to this .json file, and the plot beside it as .png")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="accuracy against tokens per step, .png")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
+    dtype: DtypeName = "float32",
+    autoregressive: Annotated[
+        bool, typer.Option("--autoregressive", help="MODEL is a causal LM, such as the teacher; no block diffusion")
+    ] = False,
+) -> None:
+    """Accuracy and tokens per step on problems with a checkable answer, for one or many decoding settings.
+
+    Options marked as repeatable span a sweep: every rule with every value of its parameter at every block size.
+
+    [bold]Examples[/bold]
+
+        opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl --rule static
+
+        opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl
+        --rule static --rule dynamic --threshold 0.8 --threshold 0.9 --block-size 4 --block-size 8
+        --teacher deploy/models/tiny-arlm --max-new-tokens 72 --output eval.json
+    """
+    student_only = {
+        "--rule": rule,
+        "--threshold": threshold,
+        "--tokens-per-step": tokens_per_step,
+        "--bound": bound,
+        "--block-size": block_size,
+        "--teacher": teacher,
+    }
+    rules = [str(r) for r in rule or [RuleName.dynamic]]
+    _check_options(rules, student_only, autoregressive, output, plot)
+    from deploy.preflight import check_model_folder, check_student_folder, model_json, read_problems, response_limit
+
+    if autoregressive:
+        check_model_folder("MODEL", model)
+    else:
+        check_student_folder(model)
+    if teacher:
+        check_model_folder("--teacher", teacher)
+    from common.student import load_tokenizer
+
+    held_out = read_problems("--problems", DataConfig(prompts=str(problems)), load_tokenizer(model), count)
+    sizes = block_size or ([int(model_json("MODEL", model)["block_size"])] if not autoregressive else [1])
+    limit = response_limit("--max-new-tokens", model, held_out, max_new_tokens, max(sizes))
+
+    from deploy.sweep import Row, Sweep, settings_of
+
+    settings = settings_of(rules, threshold or [DEFAULT_THRESHOLD], tokens_per_step or [1], bound or [0.1], sizes)
+    sweep = Sweep(held_out, limit, temperature, seeds, slots, dtype, answer_format)
+    rows: list[Row] = []
+    total = 1 if autoregressive else len(settings) + bool(teacher)
+    with console.status("loading the model") as status:
+        if autoregressive:
+            rows.append(sweep.teacher_row(model))
+        else:
+            for row in sweep.student_rows(model, settings):
+                rows.append(row)
+                status.update(f"{len(rows)} of {total} settings")
+            if teacher:
+                rows.append(sweep.teacher_row(teacher))
+    _show(rows)
+    _write(sweep.report(str(problems), rows), rows, output, plot, f"{model} on {problems.stem}")
+
+
+def _check_options(
+    rules: list[str], student_only: dict[str, Any], autoregressive: bool, output: Path | None, plot: Path | None
+) -> None:
+    """Refuse options that would have no effect, or files that cannot be written, before a model is loaded."""
+    if autoregressive and (given := [name for name, value in student_only.items() if value]):
+        raise ConfigError(f"{given[0]}: has no meaning with --autoregressive; leave one of them out")
+    needs = {"--threshold": {"dynamic"}, "--tokens-per-step": {"static", "sequential"}, "--bound": {"entropy_bound"}}
+    for name, users in needs.items():
+        if student_only[name] and not users & set(rules):
+            raise ConfigError(f"{name}: no rule of this sweep uses it; add --rule {' or '.join(sorted(users))}")
+    for name, path, suffix in (("--output", output, ".json"), ("--plot", plot, ".png")):
+        if path and (path.suffix != suffix or not path.parent.is_dir()):
+            raise ConfigError(f"{name}: {str(path)!r} must be a {suffix} file in a folder that exists")
+
+
+def _show(rows: list[Any]) -> None:
+    """A list of figures for a single run, else the table."""
+    from deploy.sweep_report import table
+
+    if len(rows) == 1 and len(rows[0].runs) == 1:
+        for name, value in rows[0].mean.items():
+            console.print(f"{name:>32}  {value:.4g}", highlight=False)
+    else:
+        console.print(table(rows, console.width))
+
+
+def _write(report: dict[str, Any], rows: list[Any], output: Path | None, plot: Path | None, title: str) -> None:
+    from deploy import sweep_report
+
+    if output:
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        console.print(f"results: {output}", soft_wrap=True, highlight=False)
+    if image := plot or (output.with_suffix(".png") if output else None):
+        sweep_report.plot(rows, image, title)
+        console.print(f"plot: {image}", soft_wrap=True, highlight=False)

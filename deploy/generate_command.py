@@ -1,0 +1,139 @@
+"""`opdlm generate`: answers to one prompt or to a file of prompts, and how they were unmasked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from common.config_file import ConfigError
+from common.prompts import PromptError, read_records
+from deploy.decoding_options import (
+    DEFAULT_THRESHOLD,
+    BlockSize,
+    DtypeName,
+    Rule,
+    RuleName,
+    Student,
+    Threshold,
+    unmasking_of,
+)
+
+console = Console()
+
+
+def generate(
+    model: Student,
+    prompt: Annotated[str | None, typer.Argument(help="the prompt; or use --file", metavar="PROMPT")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help=".txt with one prompt a line, or .jsonl, .json, .parquet"),
+    ] = None,
+    question_field: Annotated[str, typer.Option(help="field of a record in --file that holds the prompt")] = "question",
+    output: Annotated[
+        Path | None, typer.Option(help="write a .jsonl: the record of every prompt, its response and its counts")
+    ] = None,
+    show_steps: Annotated[
+        bool, typer.Option("--show-steps", help="show how the text was unmasked, round by round")
+    ] = False,
+    rule: Rule = RuleName.dynamic,
+    threshold: Threshold = DEFAULT_THRESHOLD,
+    block_size: BlockSize = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="response length limit, tokens")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
+    slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
+    dtype: DtypeName = "float32",
+    raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
+) -> None:
+    """Answer a prompt, or a file of prompts, by block diffusion.
+
+    [bold]Examples[/bold]
+
+        opdlm generate runs/tiny/checkpoints/final "Tom has 5 apples and buys 4 more. How many apples now?"
+
+        opdlm generate runs/tiny/checkpoints/final "Tom has 5 apples and buys 4 more. How many now?" --show-steps
+
+        opdlm generate runs/tiny/checkpoints/final --file prompts.jsonl --output answers.jsonl
+    """
+    if (prompt is None) == (file is None):
+        raise ConfigError("no prompt or two: give it after MODEL, or a file of prompts with --file")
+    if output and (output.suffix != ".jsonl" or not output.parent.is_dir()):
+        raise ConfigError(f"--output: {str(output)!r} must be a .jsonl file in a folder that exists")
+    records = read_prompt_file(file, question_field) if file else [{question_field: prompt}]
+    from deploy.preflight import check_student_folder
+
+    check_student_folder(model)
+    from actors.drawing import Decoding
+    from actors.generation import generate_texts, load_student, sampler_of
+    from deploy.unmasking_view import unmasking_view
+
+    student, tokenizer = load_student(model, dtype)
+    sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(records)), seed=seed)
+    questions = [str(record[question_field]) for record in records]
+    results = generate_texts(
+        sampler,
+        tokenizer,
+        questions,
+        Decoding(unmasking_of(rule, threshold), temperature),
+        max_new_tokens=max_new_tokens,
+        chat=not raw,
+    )
+    if output:
+        lines = [record | answer_record(text, done) for record, (text, done) in zip(records, results, strict=True)]
+        output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        console.print(f"wrote {len(lines)} responses to {output}", soft_wrap=True, highlight=False)
+    for question, (text, trajectory) in zip(questions, results, strict=True):
+        if output and not show_steps:
+            break
+        if len(questions) > 1:
+            console.print(Text(question, style="dim"))
+        if show_steps:
+            console.print(unmasking_view(trajectory, tokenizer, sampler.block_size, console))
+        else:
+            print(text)
+        tokens, steps = len(trajectory.response_ids), trajectory.denoise_forwards
+        console.print(Text(f"{tokens} tokens in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
+
+
+def read_prompt_file(file: Path, question_field: str) -> list[dict[str, Any]]:
+    """One record per prompt; a .txt file has one prompt a line.
+
+    Raises:
+        ConfigError: the file holds no prompt, a record lacks the field, or already has a response.
+    """
+    if file.suffix == ".txt":
+        lines = file.read_text(encoding="utf-8").split("\n")
+        records = [{question_field: line.strip()} for line in lines if line.strip()]
+        if not records:
+            raise ConfigError(f"--file: no prompt in {str(file)!r}; write one prompt a line")
+        return records
+    records = []
+    try:
+        for place, record in read_records(file):
+            if not isinstance(record.get(question_field), str):
+                raise ConfigError(
+                    f"--file: {place}: no text in field {question_field!r}; the record has {sorted(record)}. "
+                    "Name the field that holds the prompt with --question-field"
+                )
+            if "response" in record:
+                raise ConfigError(f"--file: {place}: the record has a field 'response' already; rename it")
+            records.append(record)
+    except PromptError as error:
+        raise ConfigError(f"--file: {error}") from error
+    return records
+
+
+def answer_record(text: str, trajectory: Any) -> dict[str, Any]:
+    """What is written beside the prompt; counts are of this sequence."""
+    return {
+        "response": text,
+        "response_tokens": len(trajectory.response_ids),
+        "denoise_forwards": trajectory.denoise_forwards,
+        "commit_forwards": trajectory.commit_forwards,
+        "finish_reason": trajectory.finish_reason,
+    }

@@ -1,0 +1,195 @@
+"""The Grafana dashboard of runs, generated from the metric registries: `python -m deploy.grafana` writes it.
+
+Every metric has a panel. Those that belong together share one: `seconds/rollout`, `seconds/teacher`, ... lie on one
+axis, and so do `rollout/tokens_per_second`, `teacher/tokens_per_second`, .... A new entry of a registry needs nothing
+here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.live_metrics import LIVE_METRICS, help_text, prometheus_name
+from common.metrics import METRICS
+
+FILE = Path(__file__).parent / "kuberay" / "monitoring" / "opdlm-run.json"
+
+_ROLES = ("rollout", "teacher", "learner")
+_UNITS = {"s": "s", "bytes": "bytes", "share": "percentunit", "": "short"}  # Grafana's names
+_WIDTH, _PANEL_WIDTH, _PANEL_HEIGHT, _STAT_HEIGHT = 24, 8, 7, 4
+_NOT_PLOTTED = ("batch", "time")  # they are in the figures of the first row
+
+Panel = dict[str, Any]
+
+
+def dashboard() -> dict[str, Any]:
+    """The dashboard as Grafana's JSON model; it asks for a Prometheus data source and for runs."""
+    panels = [_stat(*figure) for figure in _first_row()]
+    panels += [_series("Since an actor answered", "s", "A flat line near 0 is healthy.", {"{{actor}}": _silence()})]
+    not_finite = {"{{run}} {{metric}}": _of_run("not_finite", by="run, metric")}
+    panels += [_series("Not finite", "", LIVE_METRICS["not_finite"].meaning, not_finite)]
+    panels += [_series("Share of the batch's wall time", "share", "How busy each stage is.", _shares())]
+    panels += [_family(name, members) for name, members in families().items()]
+    return {
+        "uid": "opdlm-run",
+        "title": "OPDLM runs",
+        "tags": ["opdlm"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"},
+        "templating": {"list": [_data_source(), _runs()]},
+        "panels": _laid_out(panels),
+    }
+
+
+def families() -> dict[str, list[str]]:
+    """Metrics by panel title: those of one kind and unit together."""
+    found: dict[str, list[str]] = {}
+    for name, spec in METRICS.items():
+        if name in _NOT_PLOTTED:
+            continue
+        kind = _kind(name)
+        units = {METRICS[other].unit for other in METRICS if _kind(other) == kind}
+        title = f"{kind}, {spec.unit or 'number'}" if len(units) > 1 else kind
+        found.setdefault(title.replace("_", " "), []).append(name)
+    return found
+
+
+def queries() -> list[str]:
+    """Every Prometheus query of the dashboard."""
+    return [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
+
+
+def main() -> None:
+    FILE.write_text(json.dumps(dashboard(), indent=1) + "\n")
+    print(f"wrote {FILE}")
+
+
+def _kind(name: str) -> str:
+    """What a metric measures, without the stage: `seconds` of `seconds/rollout`."""
+    first, _, rest = name.partition("/")
+    return name if not rest else rest if first in _ROLES else first
+
+
+def _of_run(metric: str, by: str = "run") -> str:
+    # one series a run: a run that goes on from a checkpoint has another process, hence other labels of Ray's
+    return f'max by ({by}) ({prometheus_name(metric)}{{run=~"$run"}})'
+
+
+def _first_row() -> list[tuple[str, str, str, str]]:
+    """Title, unit, description and query of the figures to look at first."""
+    done = f"({_of_run('batch')} + 1)"
+    batches, prompts = _of_run("batches"), _of_run("prompts")
+    usual = f'max by (run) (avg_over_time({prometheus_name("seconds/batch")}{{run=~"$run"}}[30m]))'
+    dropped = f'sum by (run) (max by (run, reason) ({prometheus_name("dropped_prompts")}{{run=~"$run"}}))'
+    return [
+        ("Done", "share", "rollout batches trained on, of all", f"{done} / {batches}"),
+        ("Left", "s", "at the mean pace of the last half hour", f"({batches} - {done}) * {usual}"),
+        ("Last answer", "s", "since any actor answered", f"time() - {_of_run('actor_heard')}"),
+        ("Last batch", "s", "since a batch was logged", f"time() - {_of_run('time')}"),
+        ("KL now", METRICS["kl"].unit, METRICS["kl"].meaning, _of_run("kl")),
+        ("Dropped prompts", "share", "of all prompts", f"({dropped} or {prompts} * 0) / {prompts}"),
+    ]
+
+
+def _silence() -> str:
+    return f"time() - {_of_run('actor_heard', by='run, actor')}"
+
+
+def _shares() -> dict[str, str]:
+    whole = _of_run("seconds/batch")
+    return {f"{{{{run}}}} {stage}": f"{_of_run(f'seconds/{stage}')} / {whole}" for stage in (*_ROLES, "publish")}
+
+
+def _family(title: str, members: list[str]) -> Panel:
+    text = "\n".join(f"{name}: {help_text(name)}" for name in members)
+    legends = {f"{{{{run}}}} {_member(name, members)}".rstrip(): _of_run(name) for name in members}
+    return _series(title[0].upper() + title[1:], METRICS[members[0]].unit, text, legends)
+
+
+def _member(name: str, members: list[str]) -> str:
+    """What tells a metric from the others of its panel."""
+    first, _, rest = name.partition("/")
+    return "" if len(members) == 1 else first if first in _ROLES else rest
+
+
+def _series(title: str, unit: str, description: str, queries: dict[str, str]) -> Panel:
+    defaults = {
+        "unit": _grafana_unit(unit),
+        "custom": {"lineWidth": 2, "fillOpacity": 0, "showPoints": "auto", "spanNulls": True},
+    }
+    return {
+        "type": "timeseries",
+        "title": title,
+        "description": description,
+        "datasource": _DATA_SOURCE,
+        "gridPos": {"w": _PANEL_WIDTH, "h": _PANEL_HEIGHT},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "targets": _targets(queries),
+    }
+
+
+def _stat(title: str, unit: str, description: str, query: str) -> Panel:
+    return {
+        "type": "stat",
+        "title": title,
+        "description": description,
+        "datasource": _DATA_SOURCE,
+        "gridPos": {"w": _WIDTH // 6, "h": _STAT_HEIGHT},
+        "fieldConfig": {"defaults": {"unit": _grafana_unit(unit)}, "overrides": []},
+        "options": {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "none", "textMode": "value_and_name"},
+        "targets": _targets({"{{run}}": query}),
+    }
+
+
+def _targets(queries: dict[str, str]) -> list[dict[str, str]]:
+    numbered = enumerate(queries.items(), start=1)
+    return [{"refId": f"Q{number}", "expr": expr, "legendFormat": legend} for number, (legend, expr) in numbered]
+
+
+def _grafana_unit(unit: str) -> str:
+    return _UNITS.get(unit, f"suffix: {unit}")
+
+
+def _laid_out(panels: list[Panel]) -> list[Panel]:
+    """Panels with an id and their place: from left to right, rows of one height."""
+    x = y = row = 0
+    for number, panel in enumerate(panels, start=1):
+        place = panel["gridPos"]
+        if x + place["w"] > _WIDTH or (x and place["h"] != row):
+            x, y = 0, y + row
+        row = place["h"]
+        place |= {"x": x, "y": y}
+        x += place["w"]
+        panel["id"] = number
+    return panels
+
+
+_DATA_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def _data_source() -> dict[str, Any]:
+    return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
+
+
+def _runs() -> dict[str, Any]:
+    return {
+        "name": "run",
+        "label": "Run",
+        "type": "query",
+        "datasource": _DATA_SOURCE,
+        "query": {"query": f"label_values({prometheus_name('batches')}, run)", "refId": "run"},
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Where each role's time goes in a rollout batch: busy, waiting or blocked; the three shares add up to one.
+
+| role | busy | waiting (for input) | blocked (by what comes after) |
+| --- | --- | --- | --- |
+| rollout | generates | its share is done, another actor's is not | the staleness bound holds back the next batch |
+| teacher | computes targets | rollouts are under way, none has ended | no rollouts are under way |
+| learner | trains | the batch is not complete | publishes, and waits until weights are loaded |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Window:
+    """The wall time of one turn of the control loop, seconds of `time.perf_counter`."""
+
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+    def covered(self, spans: Iterable[tuple[float, float]]) -> float:
+        """Seconds of the window inside the union of (begin, end) spans."""
+        total, reached = 0.0, self.begin
+        for begin, end in sorted(spans):
+            begin, end = max(begin, reached), min(end, self.end)
+            if end > begin:
+                total += end - begin
+                reached = end
+        return total
+
+    def shares(self, role: str, busy_seconds: float, phase_seconds: float) -> dict[str, float]:
+        """`busy/ROLE`, `waiting/ROLE` and `blocked/ROLE` of a role.
+
+        Args:
+            busy_seconds: mean over the role's actors.
+            phase_seconds: time in which the role had work or was about to get it; what exceeds it is blocked.
+        """
+        seconds = max(self.seconds, 1e-9)
+        # with staleness 1 an actor's counters may tell of work done before the window
+        busy = min(busy_seconds / seconds, 1.0)
+        waiting = min(max(phase_seconds / seconds - busy, 0.0), 1.0 - busy)
+        return {f"busy/{role}": busy, f"waiting/{role}": waiting, f"blocked/{role}": 1.0 - busy - waiting}

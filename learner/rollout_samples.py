@@ -1,0 +1,73 @@
+"""A few of the trajectories that were just trained on, as text with the divergence of each token.
+
+The divergences are those that the loss computed anyway, so that looking costs no forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from common.trajectory import Trajectory
+
+MAX_TOKENS = 1500  # of a response; the rest is counted
+MAX_PROMPT_CHARACTERS = 4000
+_UNDECODED = "\ufffd"
+
+
+def rollout_sample(
+    trajectory: Trajectory, target_rows: np.ndarray, kl: np.ndarray, tokenizer: Any, block_size: int
+) -> dict[str, Any]:
+    """One trajectory as JSON, its lists parallel over response tokens.
+
+    Args:
+        target_rows: int [n], rows of the trajectory's targets that were trained on; one may occur in several states.
+        kl: float [n], the divergence there, nats.
+
+    Returns:
+        keys: ordinal, sample, domain, weights_version, finish_reason, forwards, block_size, prompt (text),
+        prompt_tokens, cut (tokens left out), tail (how many tokens at the end stand behind the end token), tokens
+        (texts), rounds (within the block, from 0), confidence (probability when revealed), kl (nats, mean over
+        states; None where the token was in no trained state).
+    """
+    ids = np.concatenate([trajectory.response_ids, trajectory.tail_ids])
+    length = min(len(ids), MAX_TOKENS)
+    offsets = trajectory.target_offsets[target_rows]
+    sums, counts = np.zeros(length), np.zeros(length)
+    kept = offsets < length
+    np.add.at(sums, offsets[kept], kl[kept])
+    np.add.at(counts, offsets[kept], 1)
+    prompt = tokenizer.decode(trajectory.prompt_ids.tolist())
+    return {
+        "ordinal": trajectory.ordinal,
+        "sample": trajectory.sample,
+        "domain": trajectory.domain,
+        "weights_version": trajectory.weights_version,
+        "finish_reason": trajectory.finish_reason,
+        "forwards": trajectory.denoise_forwards,
+        "block_size": block_size,
+        "prompt": prompt[:MAX_PROMPT_CHARACTERS],
+        "prompt_tokens": len(trajectory.prompt_ids),
+        "cut": len(ids) - length,
+        "tail": max(length - len(trajectory.response_ids), 0),
+        "tokens": token_texts(ids[:length], tokenizer),
+        "rounds": trajectory.reveal_round[:length].tolist(),
+        "confidence": [round(float(c), 4) for c in trajectory.confidence[:length]],
+        "kl": [round(s / n, 5) if n else None for s, n in zip(sums, counts, strict=True)],
+    }
+
+
+def token_texts(ids: np.ndarray, tokenizer: Any) -> list[str]:
+    """The text of each token; where several make up one character, it stands at the last of them."""
+    texts: list[str] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False)
+        # a character has at most four bytes: what is still broken then is no character
+        if text.endswith(_UNDECODED) and end - start < 4:
+            texts.append("")
+        else:
+            texts.append(text)
+            start = end
+    return texts

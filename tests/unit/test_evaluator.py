@@ -1,0 +1,51 @@
+"""When the held-out problems are evaluated during training, and under which names the figures are logged."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.evaluation import Evaluation
+from common.config_file import load_config
+from common.metrics import METRICS
+from common.prompts import Prompt
+from deploy import evaluator as evaluator_module
+from deploy.cluster import Pools
+from deploy.evaluator import Evaluator
+
+PROBLEMS = [Prompt(0, "1 + 1?", np.zeros(3, dtype=np.int32), answer="2")]
+
+
+def evaluator(every: int, problems: list[Prompt] = PROBLEMS) -> Evaluator:
+    return Evaluator(load_config("tiny", ["--evaluation.every_batches", str(every)]), problems, Pools([], [], []))
+
+
+@pytest.mark.parametrize(
+    ("every", "problems", "due"),
+    [(0, PROBLEMS, []), (3, PROBLEMS, [3, 6, 7]), (1, PROBLEMS, [1, 2, 3, 4, 5, 6, 7]), (3, [], [])],
+)
+def test_due_every_n_batches_and_after_the_last(every, problems, due):
+    asked = evaluator(every, problems)
+    assert [done for done in range(1, 8) if asked.due(done, last=done == 7)] == due
+
+
+def test_figures_are_the_optional_metrics_of_the_registry(monkeypatch):
+    sums = Evaluation()
+    for row in range(4):
+        sums.add(correct=row < 3, tokens=10, denoise=5, commits=row // 2 * 5, ended=row % 2 == 0)
+    waited: list[Any] = []
+
+    def answers(calls: Any, action: str, timeout_s: float, idle: Any) -> list[Evaluation]:
+        waited.append(idle)
+        return [sums]
+
+    monkeypatch.setattr(evaluator_module, "wait_all", answers)
+    advance = list
+    metrics = evaluator(1).metrics(advance)
+    assert metrics.keys() == {name for name, spec in METRICS.items() if spec.optional}
+    assert waited == [advance]  # rollouts in flight go on meanwhile
+    assert metrics["eval/exact_match"] == 0.75
+    assert metrics["eval/tokens_per_step"] == 2
+    assert metrics["eval/forwards_per_token_with_commits"] == 0.75
+    assert metrics["eval/response_length"] == 10
+    assert metrics["eval/share_eos"] == 0.5

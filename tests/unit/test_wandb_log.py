@@ -1,0 +1,54 @@
+"""Weights & Biases, offline: the run's figures are in its files, under the registry's names and one id."""
+
+import pytest
+
+from common.config_file import ConfigError, load_config
+from common.metrics import METRICS
+from deploy import preflight
+from deploy.wandb_log import WandbLog
+
+wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install opdlm[wandb]")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def config(tmp_path, *overrides: str):
+    return load_config("tiny", ["--output_dir", str(tmp_path), "--wandb.mode", "offline", *overrides])
+
+
+def figures(batch: int) -> dict[str, float | None]:
+    return {name: batch + i / 64 for i, name in enumerate(METRICS) if name != "time"} | {"batch": batch, "kl": None}
+
+
+def test_figures_are_in_the_runs_folder(tmp_path):
+    settings = config(tmp_path, "--wandb.enabled", "true", "--wandb.project", "mine")
+    settings.run_dir.mkdir()
+    ids = set()
+    for start in (0, 3):  # a run, and its continuation
+        with WandbLog(settings) as log:
+            ids.add(wandb.run.id)
+            assert wandb.run.project == "mine" and wandb.run.config["learner"]["lr"] == settings.learner.lr
+            for batch in range(start, start + 3):
+                log.batch(figures(batch))
+            assert wandb.run.summary["batch"] == start + 2
+            assert wandb.run.summary["seconds/publish"] == figures(start + 2)["seconds/publish"]
+            assert "kl" not in wandb.run.summary.keys()  # noqa: SIM118 - not a dict
+    assert len(ids) == 1
+    files = sorted((settings.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert files and all(b"rollout/tokens_per_second" in file.read_bytes() for file in files)
+
+
+def test_nothing_happens_unless_asked_for(tmp_path):
+    settings = config(tmp_path)
+    with WandbLog(settings) as log:
+        log.batch(figures(0))
+    assert not settings.run_dir.exists() and wandb.run is None
+
+
+def test_missing_client_is_refused_with_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"wandb\.enabled: 'wandb' is not installed; install opdlm\[wandb\]"):
+        preflight.check_processes(config(tmp_path, "--wandb.enabled", "true"))
