@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from actors.cache import CacheRows
 
 SLOT_ATTENTION = "opdlm_slots"
+EVERYTHING = 2**30  # the window of a layer that is not sliding
 
 
 def register() -> str:
@@ -35,6 +36,7 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     cache_rows: CacheRows | None = None,
+    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """query [N, H, Q, D], key and value [N, H_kv, Q, D] of the new tokens; returns [N, Q, H, D].
@@ -42,11 +44,13 @@ def attention(
     Without `cache_rows` (a plain causal forward) transformers' own function answers.
     """
     if cache_rows is None:
+        options["sliding_window"] = sliding_window
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     memory = (module.slot_keys, module.slot_values)
     rows = (cache_rows.slots, cache_rows.positions, cache_rows.block_size)
-    return torch.ops.opdlm.slot_attention(query, key, value, *memory, *rows, scale), None
+    window = sliding_window or EVERYTHING
+    return torch.ops.opdlm.slot_attention(query, key, value, *memory, *rows, scale, window), None
 
 
 @torch.library.custom_op("opdlm::slot_attention", mutates_args=("keys", "values"), device_types="cpu")
@@ -60,12 +64,14 @@ def slot_attention(
     positions: Tensor,
     block_size: int,
     scale: float,
+    window: int = EVERYTHING,
 ) -> Tensor:
     """The reference kernel: gathers the context of every row and masks it densely.
 
     Args:
         query: [N, H, Q, D]; key, value: [N, H_kv, Q, D]; keys, values: the cache [slots, H_kv, length, D].
         slots: int64 [N]; positions: int64 [N, Q], -1: padding.
+        window: keys so many positions before the query, or more, are not seen.
 
     Returns:
         [N, Q, H, D], zeros at padding.
@@ -79,7 +85,8 @@ def slot_attention(
 
     visible = (torch.div(positions, block_size, rounding_mode="floor") + 1) * block_size
     context = int(visible.max())
-    mask = torch.arange(context, device=query.device) < visible[:, None, :, None]
+    j = torch.arange(context, device=query.device)
+    mask = (j < visible[:, None, :, None]) & (positions[:, None, :, None] - j < window)
     group = heads // kv_heads
     folded = query.reshape(n, kv_heads, group * queries, width)
     mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
@@ -99,10 +106,11 @@ def _(
     positions: Tensor,
     block_size: int,
     scale: float,
+    window: int = EVERYTHING,
 ) -> Tensor:
     from actors.attention_kernels import slot_attention_triton
 
-    return slot_attention_triton(query, key, value, keys, values, slots, positions, block_size, scale)
+    return slot_attention_triton(query, key, value, keys, values, slots, positions, block_size, scale, window)
 
 
 @slot_attention.register_fake
@@ -116,6 +124,7 @@ def _(
     positions: Tensor,
     block_size: int,
     scale: float,
+    window: int = EVERYTHING,
 ) -> Tensor:
     n, heads, queries, width = query.shape
     return query.new_empty(n, queries, heads, width)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.attention import EVERYTHING
+
 
 def slot_attention_triton(
     query: Tensor,
@@ -18,6 +20,7 @@ def slot_attention_triton(
     positions: Tensor,
     block_size: int,
     scale: float,
+    window: int = EVERYTHING,
 ) -> Tensor:
     """Same arguments and result as `actors.attention.slot_attention`.
 
@@ -39,7 +42,7 @@ def slot_attention_triton(
     _attend[(n, kv_heads, triton.cdiv(group * queries, tile))](
         query, keys, values, out, slots, positions, scale,
         *query.stride(), *keys.stride()[:3], *positions.stride(),
-        queries, group, block_size, width,
+        queries, group, block_size, window, width,
         TILE=tile, KEYS=64 if half else 32, WIDTH=padded, PRECISION="tf32" if half else "ieee",
         num_warps=4, num_stages=3 if half else 2,
     )  # fmt: skip
@@ -71,7 +74,7 @@ def _store(
 def _attend(
     query, keys, values, out, slots, positions, scale,
     query_n, query_h, query_q, query_d, cache_s, cache_h, cache_j, position_n, position_q,
-    queries, group, block_size, width,
+    queries, group, block_size, window, width,
     TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
@@ -96,7 +99,7 @@ def _attend(
     sums = tl.zeros([TILE, WIDTH], tl.float32)
     for start in range(0, tl.max(visible, 0), KEYS):
         j = (start + tl.arange(0, KEYS)).to(tl.int64)
-        seen = j[None, :] < visible[:, None]
+        seen = (j[None, :] < visible[:, None]) & (position[:, None] - j[None, :] < window)
         there = (j < tl.max(visible, 0))[:, None] & inside[None, :]
         at = slot + j[:, None] * cache_j + d[None, :]
         k = tl.load(keys + at, mask=there, other=0.0)

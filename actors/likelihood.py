@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.masks import dense_mask
-from common.student import full_precision_logits, hidden_states, lm_head_weight
+from common.masks import dense_mask, per_layer_kind
+from common.student import attention_windows, full_precision_logits, hidden_states, lm_head_weight
 
 Method = Literal["sequential", "bound"]
 _HEAD_ROWS = 1024  # positions whose logits exist at the same time
@@ -217,7 +217,9 @@ def _score(
     ids, positions = padded([r.ids for r in rows], 0), padded([r.position for r in rows], 0)
     doc = padded([np.zeros_like(r.ids) for r in rows], -1)  # padding is a document of its own
     copy, block = padded([r.copy for r in rows], 0), positions // rows[0].block_size
-    hidden = hidden_states(model, ids, positions, dense_mask(doc, copy, block))
+    windows = attention_windows(model.config)
+    mask = per_layer_kind(windows, lambda window: dense_mask(doc, copy, block, positions, window))
+    hidden = hidden_states(model, ids, positions, mask)
 
     row_of = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r.at) for r in rows])).to(device)
     at = torch.from_numpy(np.concatenate([r.at for r in rows])).to(device)

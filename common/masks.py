@@ -12,6 +12,7 @@ FlexAttention BlockMask on CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -24,39 +25,54 @@ def allowed(doc_q: Tensor, copy_q: Tensor, block_q: Tensor, doc_k: Tensor, copy_
     return (doc_q == doc_k) & (same_block | earlier)
 
 
-def dense_mask(doc: Tensor, copy: Tensor, block: Tensor) -> Tensor:
-    """Boolean mask [R, 1, N, N] for packed rows; `doc`, `copy`, `block` are integer [R, N]."""
-    q = (doc[:, None, :, None], copy[:, None, :, None], block[:, None, :, None])
-    k = (doc[:, None, None, :], copy[:, None, None, :], block[:, None, None, :])
-    return allowed(*q, *k)
+def within(window: int | None, position_q: Tensor, position_k: Tensor) -> Tensor | bool:
+    """Whether a key is close enough for a sliding-window layer: fewer than `window` positions before the query."""
+    return True if window is None else position_q - position_k < window
 
 
-def flex_mask(doc: Tensor, copy: Tensor, block: Tensor) -> Any:
-    """FlexAttention BlockMask of packed rows; `doc`, `copy`, `block` are integer [R, N] on CUDA."""
+def dense_mask(
+    doc: Tensor, copy: Tensor, block: Tensor, positions: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Boolean mask [R, 1, N, N] for packed rows, all integer [R, N]; a `window` needs `positions`."""
+    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
+    seen = allowed(doc[q], copy[q], block[q], doc[k], copy[k], block[k])
+    if positions is not None:
+        seen = seen & within(window, positions[q], positions[k])
+    return seen[:, None]
+
+
+def flex_mask(
+    doc: Tensor, copy: Tensor, block: Tensor, positions: Tensor | None = None, window: int | None = None
+) -> Any:
+    """FlexAttention BlockMask of packed rows, all integer [R, N] on CUDA; a `window` needs `positions`."""
+
+    def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = allowed(doc[b, q], copy[b, q], block[b, q], doc[b, k], copy[b, k], block[b, k])
+        return seen if positions is None else seen & within(window, positions[b, q], positions[b, k])
+
+    return _block_mask(rule, doc)
+
+
+def packed_mask(
+    doc: Tensor, copy: Tensor, block: Tensor, positions: Tensor, attention: str, window: int | None = None
+) -> Any:
+    """The mask in the form that the attention implementation takes (`flex_attention`, else dense); `window` is that of
+    a sliding-window layer."""
+    form = flex_mask if attention == "flex_attention" else dense_mask
+    return form(doc, copy, block, positions if window else None, window)
+
+
+def per_layer_kind(windows: dict[str, int | None], mask_of: Callable[[int | None], Any]) -> Any:
+    """The masks of a model whose kinds of layers have these windows: one mask, or one by kind where there are more."""
+    masks = {kind: mask_of(window) for kind, window in windows.items()}
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _block_mask(rule: Callable[[Tensor, Tensor, Tensor], Tensor], like: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return allowed(doc[b, q], copy[b, q], block[b, q], doc[b, k], copy[b, k], block[b, k])
+        return rule(b, q, k)
 
-    rows, length = doc.shape
-    return create_block_mask(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=doc.device.type)
-
-
-def causal_mask(doc: Tensor, copy: Tensor, positions: Tensor, attention: str) -> Any:
-    """Plain causal attention within each copy of each document, in the form that the attention takes; int [R, N]."""
-    if attention == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            same = (doc[b, q] == doc[b, k]) & (copy[b, q] == copy[b, k])
-            return same & (positions[b, k] <= positions[b, q])
-
-        rows, length = doc.shape
-        return create_block_mask(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=doc.device.type)
-    same = (doc[:, :, None] == doc[:, None, :]) & (copy[:, :, None] == copy[:, None, :])
-    return (same & (positions[:, None, :] <= positions[:, :, None]))[:, None]
-
-
-def packed_mask(doc: Tensor, copy: Tensor, block: Tensor, attention: str) -> Any:
-    """The mask in the form that the attention implementation takes (`flex_attention`, else dense)."""
-    return flex_mask(doc, copy, block) if attention == "flex_attention" else dense_mask(doc, copy, block)
+    rows, length = like.shape
+    return create_block_mask(mask_mod, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=like.device.type)

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# Full attention in every layer: the families whose block-causal student is exact with one prebuilt mask.
-SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+# families whose attention takes prebuilt masks, one for each kind of layer
+SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma3_text")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -42,18 +42,42 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
 
 
 def check_family(config: Any) -> None:
-    """Refuse a model whose attention one block-causal mask cannot describe, with the reason."""
+    """Refuse a model that block-causal masks alone do not make a student, with the reason."""
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, cap, None) is not None:
+            raise ValueError(
+                f"model_type {config.model_type!r} soft-caps its logits ({cap} {getattr(config, cap)}), which neither "
+                "the attention nor the loss here do: student and teacher would differ; choose a model without"
+            )
     if config.model_type not in SUPPORTED_FAMILIES:
         raise ValueError(
-            f"model_type {config.model_type!r} is not supported; its attention must take one prebuilt mask. "
+            f"model_type {config.model_type!r} is not supported; its attention must take prebuilt masks. "
             f"Supported: {', '.join(SUPPORTED_FAMILIES)}"
         )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    unknown = set(_layer_kinds(config)) - {"full_attention", "sliding_attention"}
+    if unknown:
         raise ValueError(
-            f"model has attention layers {sorted(kinds)}; only full_attention can be block-causal here: "
-            "set use_sliding_window to false in its config, or choose another model"
+            f"model has attention layers {sorted(unknown)}; only full_attention and sliding_attention can be "
+            "block-causal here: choose another model"
         )
+
+
+def attention_windows(config: Any) -> dict[str, int | None]:
+    """The window of each kind of attention layer in the model, in positions; None: full attention.
+
+    In a sliding-window layer a query of the student sees what block-causal attention allows and what lies fewer than
+    `window` positions before it; its own block it sees to the end.
+    """
+    return {kind: config.sliding_window if kind == "sliding_attention" else None for kind in _layer_kinds(config)}
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """The kinds of attention layers, each once."""
+    if getattr(config, "layer_types", None):
+        return sorted(set(config.layer_types))
+    # Mistral has one kind: sliding where a window is set
+    slides = config.model_type == "mistral" and config.sliding_window is not None
+    return ["sliding_attention" if slides else "full_attention"]
 
 
 def default_attention() -> str:
@@ -125,7 +149,7 @@ def hidden_states(
 
     Args:
         ids, positions: int64 [R, N].
-        mask: bool [R, 1, N, keys] or a BlockMask; used for every layer.
+        mask: bool [R, 1, N, keys] or a BlockMask for every layer, or one by kind of layer.
         attention: what the model's attention implementation takes beyond the mask.
     """
     output = model.model(

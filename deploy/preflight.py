@@ -134,7 +134,7 @@ def check_models(config: RunConfig) -> tuple[Any, int]:
     """The student's tokenizer, and the number of positions that both models can read."""
     from transformers import AutoConfig
 
-    from common.student import convert, load_tokenizer, tokenizer_fingerprint
+    from common.student import check_family, convert, load_tokenizer, tokenizer_fingerprint
 
     try:
         model_config, tokenizer = convert(config.model.path, config.block_size, config.model.mask_token)
@@ -142,6 +142,11 @@ def check_models(config: RunConfig) -> tuple[Any, int]:
         teacher_tokenizer = load_tokenizer(config.teacher_path)
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.path {config.model.path!r}, teacher.path {config.teacher_path!r}: {error}") from error
+    if config.target_kind == "hidden":  # the LM head is applied here; other targets come from the engine
+        try:
+            check_family(teacher_config)
+        except ValueError as error:
+            raise ConfigError(f"teacher.path {config.teacher_path!r}: {error}") from error
     if tokenizer_fingerprint(teacher_tokenizer) != tokenizer_fingerprint(tokenizer):
         raise ConfigError(
             f"teacher.path {config.teacher_path!r} and model.path {config.model.path!r} have different tokenizers; "

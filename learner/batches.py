@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.masks import causal_mask, packed_mask
+from common.masks import packed_mask, per_layer_kind
 from common.objective_config import ObjectiveConfig
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
@@ -17,6 +17,7 @@ from learner.packing import (
     Document,
     MicroBatch,
     assign_ranks,
+    causal_document,
     coefficients,
     document,
     microbatch,
@@ -27,11 +28,10 @@ from learner.terms import LogitTerms, Pairs
 
 
 @dataclass(frozen=True)
-class CausalPass:
-    """The autoregressive reading of the same tokens: its mask, `index` int64 [A] into the R*W tokens, the tokens
-    `label` int64 [A] that follow, and `coefficient` float32 [A]."""
+class NextTokens:
+    """The autoregressive reading: `index` int64 [A] into the R*W tokens, the tokens `label` int64 [A] that follow,
+    and `coefficient` float32 [A]."""
 
-    mask: Any
     index: Tensor
     label: Tensor
     coefficient: Tensor
@@ -50,13 +50,14 @@ class TrainingBatch:
     target: Target
     tokens: int
     terms: LogitTerms | None = None
-    causal: CausalPass | None = None
+    next_tokens: NextTokens | None = None
 
 
 @dataclass(frozen=True)
 class BatchBuilder:
     """Packs updates for one rank. `teacher_head` [V, d] is needed for the target kind `hidden`, which the objective
-    reshapes; the kind `none` takes the tokens of x0 as hard labels."""
+    reshapes; the kind `none` takes the tokens of x0 as hard labels. `windows` is what attention_windows says of the
+    student."""
 
     meta: TrajectoryMeta
     normalization: str
@@ -67,6 +68,7 @@ class BatchBuilder:
     teacher_head: Tensor | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     want_entropy: bool = False
+    windows: dict[str, int | None] = field(default_factory=lambda: {"full_attention": None})
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
@@ -76,7 +78,13 @@ class BatchBuilder:
         """
         documents = {i: document(t, self.meta.block_size, self.meta.mask_token_id) for i, t in enumerate(trajectories)}
         coefficient = dict(enumerate(coefficients(list(documents.values()), self.normalization)))
-        trained = [i for i, d in documents.items() if len(d.loss_index)]
+        positions = sum(len(d.loss_index) for d in documents.values())
+        if self.objective.terms.autoregressive:
+            causal = [causal_document(t) for t in trajectories]
+            scale = scales([len(d.next_index) for d in causal], self.normalization)
+            for i, (d, s) in enumerate(zip(causal, scale, strict=True), start=len(trajectories)):
+                documents[i], coefficient[i] = d, np.full(len(d.next_index), s, np.float32)
+        trained = [i for i, d in documents.items() if len(d.loss_index) or len(d.next_index)]
         shares = assign_ranks([len(documents[i]) for i in trained], ranks)
         plans = [
             plan_microbatches(
@@ -90,7 +98,7 @@ class BatchBuilder:
         batches = [microbatch(rows, documents, coefficient) for rows in plans[rank]]
         dummy = _dummy(self.meta.block_size)
         batches += [microbatch([[0]], {0: dummy}, {0: dummy.loss_weight})] * (count - len(batches))
-        return batches, sum(len(d.loss_index) for d in documents.values())
+        return batches, positions
 
     def tensors(self, batch: MicroBatch, trajectories: list[Trajectory]) -> TrainingBatch:
         """Move one micro-batch to the device, with its mask and targets."""
@@ -98,28 +106,25 @@ class BatchBuilder:
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
-        doc, copy, positions = move(batch.doc), move(batch.copy), move(batch.positions)
-        terms = causal = None
+        doc, copy, block, positions = (move(a) for a in (batch.doc, batch.copy, batch.block, batch.positions))
+        terms = next_tokens = None
         if self.objective.changes_positions or self.want_entropy:
             pairs = self._pairs(batch) if self.objective.terms.rank else None
             terms = LogitTerms(self.objective, move(batch.loss_label), pairs, self.want_entropy)
         if self.objective.terms.autoregressive:
-            causal = CausalPass(
-                mask=causal_mask(doc, copy, positions, self.attention),
-                index=move(batch.next_index),
-                label=move(batch.next_label),
-                coefficient=move(self._next_coefficient(batch, trajectories)),
-            )
+            next_tokens = NextTokens(move(batch.next_index), move(batch.next_label), move(batch.next_coefficient))
         return TrainingBatch(
             ids=move(batch.ids),
             positions=positions,
-            mask=packed_mask(doc, copy, move(batch.block), self.attention),
+            mask=per_layer_kind(
+                self.windows, lambda window: packed_mask(doc, copy, block, positions, self.attention, window)
+            ),
             loss_index=move(batch.loss_index),
             coefficient=move(batch.loss_coefficient),
             target=self._target(batch, trajectories),
             tokens=batch.tokens,
             terms=terms,
-            causal=causal,
+            next_tokens=next_tokens,
         )
 
     def _pairs(self, batch: MicroBatch) -> Pairs:
@@ -145,12 +150,6 @@ class BatchBuilder:
             group_ends=ends.tolist(),
             pair_ends=pair_ends,
         )
-
-    def _next_coefficient(self, batch: MicroBatch, trajectories: list[Trajectory]) -> np.ndarray:
-        """float32 [A]: the normalisation over the update's rows, by their causally read positions."""
-        documents = [document(t, self.meta.block_size, self.meta.mask_token_id) for t in trajectories]
-        scale = np.array(scales([len(d.next_index) for d in documents], self.normalization), np.float32)
-        return scale[batch.next_doc]
 
     def _target(self, batch: MicroBatch, trajectories: list[Trajectory]) -> Target:
         width = self.meta.target_width

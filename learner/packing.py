@@ -25,8 +25,8 @@ class Document:
 
     loss_index [L] points at masked trainable tokens; loss_target [L] at rows of the trajectory's targets;
     loss_weight [L] holds w (not normalised); loss_label [L] the tokens of x0; loss_round [L] the rounds in which they
-    were revealed; loss_group [L] numbers the (state, block) that each is in. next_index [A] points at the clean tokens
-    that precede a response token, next_label [A] holds that token.
+    were revealed; loss_group [L] numbers the (state, block) that each is in. In a causal document
+    next_index [A] points at the tokens before each response token, which next_label [A] holds; it has no loss part.
     """
 
     ids: np.ndarray
@@ -52,8 +52,8 @@ class MicroBatch:
 
     loss_index [L] points into the flattened R*W tokens; loss_doc [L] and loss_target [L] name the document of the
     update (its index there) and the row of its targets; loss_coefficient float32 [L] includes the normalisation;
-    loss_label, loss_round and loss_group as in Document, groups numbered through. next_index [A], next_label [A] and
-    next_doc [A] are of all documents.
+    loss_label, loss_round and loss_group as in Document, groups numbered through. next_index [A] and
+    next_label [A] are of all causal documents, with next_coefficient float32 [A].
     """
 
     ids: np.ndarray
@@ -70,7 +70,7 @@ class MicroBatch:
     loss_group: np.ndarray
     next_index: np.ndarray
     next_label: np.ndarray
-    next_doc: np.ndarray
+    next_coefficient: np.ndarray
 
     @property
     def tokens(self) -> int:
@@ -110,7 +110,6 @@ def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Doc
         length += len(where)
     all_positions = np.concatenate(positions)
     offsets = np.concatenate([np.empty(0, np.int64), *loss_offset])
-    following = np.arange(max(prompt, 1), min(clean + 1, prompt + len(trajectory.response_ids)))
     return Document(
         ids=np.concatenate(ids),
         positions=all_positions,
@@ -122,8 +121,29 @@ def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Doc
         loss_label=x0[prompt + offsets],
         loss_round=trajectory.reveal_round[offsets],
         loss_group=np.concatenate([np.empty(0, np.int64), *loss_group]),
+        next_index=np.empty(0, np.int64),
+        next_label=np.empty(0, np.int64),
+    )
+
+
+def causal_document(trajectory: Trajectory) -> Document:
+    """Prompt and response read autoregressively: blocks of one token make the attention rule causal."""
+    ids = trajectory.causal_ids.astype(np.int64)
+    positions, none = np.arange(len(ids) - 1), np.empty(0, np.int64)
+    following = np.arange(max(len(trajectory.prompt_ids), 1), len(ids))
+    return Document(
+        ids=ids[:-1],
+        positions=positions,
+        copy=np.zeros(len(positions), np.int64),
+        block=positions,
+        loss_index=none,
+        loss_target=none,
+        loss_weight=np.empty(0, np.float32),
+        loss_label=none,
+        loss_round=none,
+        loss_group=none,
         next_index=following - 1,
-        next_label=x0[following],
+        next_label=ids[following],
     )
 
 
@@ -195,14 +215,14 @@ def microbatch(
     coefficient: dict[int, np.ndarray],
     multiple: int = 8,
 ) -> MicroBatch:
-    """Lay out rows of documents; the width is rounded up to `multiple`."""
+    """Lay out rows of documents; the width is rounded up to `multiple`. `coefficient` [L + A] is by document."""
     width = max(sum(len(documents[i]) for i in row) for row in rows)
     width = -(-width // multiple) * multiple
     shape = (len(rows), width)
     ids, positions, copy = (np.zeros(shape, np.int64) for _ in range(3))
     block, doc = np.zeros(shape, np.int64), np.full(shape, PAD_DOCUMENT, np.int64)
     loss_index, loss_doc, loss_target, loss_coefficient, loss_group = [], [], [], [], []
-    next_index, next_doc, groups = [], [], 0
+    next_index, next_coefficient, groups = [], [], 0
     for r, row in enumerate(rows):
         start = 0
         for index in row:
@@ -218,11 +238,11 @@ def microbatch(
             loss_index.append(r * width + start + d.loss_index)
             loss_doc.append(np.full(len(d.loss_index), index))
             loss_target.append(d.loss_target)
-            loss_coefficient.append(coefficient[index])
+            loss_coefficient.append(coefficient[index][: len(d.loss_index)])
             loss_group.append(groups + d.loss_group)
             groups += int(d.loss_group.max(initial=-1)) + 1
             next_index.append(r * width + start + d.next_index)
-            next_doc.append(np.full(len(d.next_index), index))
+            next_coefficient.append(coefficient[index][len(d.loss_index) :])
             start += len(d)
     return MicroBatch(
         ids=ids,
@@ -239,5 +259,5 @@ def microbatch(
         loss_group=np.concatenate(loss_group),
         next_index=np.concatenate(next_index),
         next_label=np.concatenate([documents[i].next_label for row in rows for i in row]),
-        next_doc=np.concatenate(next_doc),
+        next_coefficient=np.concatenate(next_coefficient),
     )

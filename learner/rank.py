@@ -22,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from common.config import RunConfig
 from common.objective_config import ForwardKL
 from common.student import (
+    attention_windows,
     convert,
     default_attention,
     head_of_folder,
@@ -60,21 +61,20 @@ class TrainingModule(nn.Module):
         loss = ChunkedDivergence.apply(
             rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums, batch.terms
         )
-        for term in self._added(batch, rows, head):
+        for term in self._added(batch, hidden, rows, head):
             loss = loss + term
             sums.loss += term.detach().double()
         return loss
 
-    def _added(self, batch: TrainingBatch, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
+    def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
         """The terms that are no function of the logits at the masked positions."""
         if isinstance(batch.target, HiddenTarget) and self.terms.alignment:
             yield self.terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
-        if batch.causal:
-            hidden = hidden_states(self.student, batch.ids, batch.positions, batch.causal.mask)
-            before = hidden.reshape(-1, hidden.shape[-1])[batch.causal.index]
-            labels, unseen = LabelTarget(batch.causal.label), empty_sums(hidden.device)
+        if batch.next_tokens:
+            before = hidden.reshape(-1, hidden.shape[-1])[batch.next_tokens.index]
+            labels, unseen = LabelTarget(batch.next_tokens.label), empty_sums(hidden.device)
             yield self.terms.autoregressive * ChunkedDivergence.apply(
-                before, head, labels, batch.causal.coefficient, ForwardKL(), self.chunk, unseen
+                before, head, labels, batch.next_tokens.coefficient, ForwardKL(), self.chunk, unseen
             )
 
 
@@ -173,6 +173,7 @@ class LearnerRank:
             device=self.device,
             teacher_head=self.teacher_head,
             objective=self.config.objective,
+            windows=attention_windows(self.model_config),
             want_entropy=self.config.curriculum.schedule == "entropy_gated",
         )
         rows = self.config.learner.batch_rows

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from deploy.tiny_arlm import build_tokenizer
 
@@ -50,6 +51,50 @@ def tiny_qwen3(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config).to(dtype)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+# what each family needs beyond the shared sizes; three layers, so that sliding and full attention take turns
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-sliding": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "llama": {"model_type": "llama"},
+    "mistral-sliding": {"model_type": "mistral", "sliding_window": 6},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 32,
+    },
+}
+
+
+def tiny_family(path: Path, family: str, seed: int = 0, **changes: Any) -> str:
+    """Saves a tiny random model of a family with the shipped tokenizer in `path`; returns the folder as a string."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    options = {
+        "vocab_size": 288,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **FAMILIES.get(family, {"model_type": family}),
+        **changes,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

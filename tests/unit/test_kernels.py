@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from actors.attention import slot_attention
+from actors.attention import EVERYTHING, slot_attention
 from actors.drawing import Decoding, draw
 
 pytest.importorskip("triton")
 
 
-def naive_attention(query, keys, values, slots, positions, block_size, scale):
+def naive_attention(query, keys, values, slots, positions, block_size, scale, window):
     """One query at a time over the cache as it stands after the writes."""
     n, heads, queries, _ = query.shape
     group = heads // keys.shape[1]
@@ -17,8 +17,9 @@ def naive_attention(query, keys, values, slots, positions, block_size, scale):
     for i in range(n):
         for q in range(queries):
             end = (int(positions[i, q]) // block_size + 1) * block_size
+            first = max(int(positions[i, q]) - window + 1, 0)
             for h in range(heads if end else 0):
-                k, v = keys[slots[i], h // group, :end], values[slots[i], h // group, :end]
+                k, v = keys[slots[i], h // group, first:end], values[slots[i], h // group, first:end]
                 out[i, q, h] = torch.softmax(k @ query[i, h, q] * scale, 0) @ v
     return out
 
@@ -26,7 +27,8 @@ def naive_attention(query, keys, values, slots, positions, block_size, scale):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (2, 1, 16, 40), (1, 1, 8, 1)]
 )
-def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads, width, queries):
+@pytest.mark.parametrize("window", [EVERYTHING, 6])
+def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads, width, queries, window):
     from actors.attention_kernels import slot_attention_triton
 
     torch.manual_seed(0)
@@ -48,11 +50,11 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
             if positions[i, q] >= 0:
                 expected_keys[slots[i], :, positions[i, q]] = key[i, :, q]
                 expected_values[slots[i], :, positions[i, q]] = value[i, :, q]
-    expected = naive_attention(query, expected_keys, expected_values, slots, positions, block_size, 0.3)
+    expected = naive_attention(query, expected_keys, expected_values, slots, positions, block_size, 0.3, window)
 
     for attend in (slot_attention, slot_attention_triton):
         keys, values = empty.clone()
-        out = attend(query, key, value, keys, values, slots, positions, block_size, 0.3)
+        out = attend(query, key, value, keys, values, slots, positions, block_size, 0.3, window)
         torch.testing.assert_close(keys, expected_keys)
         torch.testing.assert_close(values, expected_values)
         torch.testing.assert_close(out, expected)

@@ -58,7 +58,7 @@ def test_a_folder_that_is_no_causal_lm(tmp_path, copy):
     edit(copy, architectures=["BertModel"])
     assert "is BertModel, not a causal LM" in refused(config(tmp_path, *path))
     edit(copy, architectures=["Gemma2ForCausalLM"], model_type="gemma2")
-    assert "model_type 'gemma2' is not supported" in refused(config(tmp_path, *path))
+    assert "model_type 'gemma2' soft-caps its logits (attn_logit_softcapping 50.0)" in refused(config(tmp_path, *path))
     (copy / "model.safetensors").unlink()
     assert "holds no .safetensors file" in refused(config(tmp_path, *path))
     (copy / "config.json").write_text("{")

@@ -162,31 +162,41 @@ def test_pairs_are_those_of_the_rounds(model_and_rows):
     assert sorted(found) == sorted(expected)
 
 
-def test_causal_pass_is_the_autoregressive_cross_entropy(model_and_rows):
-    """The packed causal reading gives the log-probabilities of a plain causal forward of each row."""
+def test_next_tokens_are_read_autoregressively(model_and_rows):
+    """The causal documents in the packed rows give the log-probabilities of a plain causal forward of each row."""
     model, tokenizer, rows = model_and_rows
-    losses, read = [], 0
-    for micro, x in packed(model, tokenizer, rows, terms={"autoregressive": 1.0}):
+    loss = 0.0
+    for _, x in packed(model, tokenizer, rows, terms={"autoregressive": 1.0}):
         with torch.no_grad():
-            hidden = hidden_states(model, x.ids, x.positions, x.causal.mask)
-            logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[x.causal.index])
-        losses.append(
-            (x.causal.coefficient * torch.nn.functional.cross_entropy(logits, x.causal.label, reduction="none")).sum()
-        )
-        read += len(micro.next_index)
+            hidden = hidden_states(model, x.ids, x.positions, x.mask)
+            logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[x.next_tokens.index])
+        entropy = torch.nn.functional.cross_entropy(logits, x.next_tokens.label, reduction="none")
+        loss += (x.next_tokens.coefficient * entropy).sum().item()
     direct = []
     for t in rows:
-        absolute = len(t.prompt_ids) + t.masked_offsets
-        clean = absolute.max() // BLOCK * BLOCK
         ids = torch.from_numpy(t.causal_ids.astype(np.int64))
         with torch.no_grad():
             log_p = model(ids[None]).logits[0].log_softmax(-1)
-        positions = range(len(t.prompt_ids), min(clean + 1, len(ids)))
-        terms = [-log_p[i - 1, ids[i]] for i in positions]
-        if terms:
-            direct.append(torch.stack(terms).mean())
-    assert read > 50
-    assert sum(losses).item() == pytest.approx(torch.stack(direct).mean().item(), abs=1e-5)
+        direct.append(torch.stack([-log_p[i - 1, ids[i]] for i in range(len(t.prompt_ids), len(ids))]).mean())
+    assert loss == pytest.approx(torch.stack(direct).mean().item(), abs=1e-5)
+
+
+def test_the_divergence_is_the_same_with_causal_documents_beside(model_and_rows):
+    model, tokenizer, rows = model_and_rows
+
+    def loss(**objective) -> float:
+        total = 0.0
+        for _, x in packed(model, tokenizer, rows, **objective):
+            with torch.no_grad():
+                hidden = hidden_states(model, x.ids, x.positions, x.mask)
+                masked = hidden.reshape(-1, hidden.shape[-1])[x.loss_index]
+                head, sums = model.lm_head.weight, empty_sums(CPU)
+                total += ChunkedDivergence.apply(
+                    masked, head, x.target, x.coefficient, ForwardKL(), 64, sums, x.terms
+                ).item()
+        return total
+
+    assert loss(terms={"autoregressive": 1.0}) == pytest.approx(loss(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
