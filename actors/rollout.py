@@ -53,6 +53,8 @@ class RolloutActor:
             eos_token_id=self.tokenizer.eos_token_id,
             slots=config.rollout.slots,
             seed=config.seed,
+            cuda_graphs=config.rollout.cuda_graphs,
+            compiled=config.rollout.compile,
         )
         self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
         self.busy_seconds = 0.0

@@ -191,6 +191,9 @@ class LearnerConfig(Section):
     dtype: Dtype = Field("bfloat16", description="of the forward; bfloat16 keeps float32 master weights")
     logits_chunk_rows: int = Field(1024, ge=1, description="masked positions per chunk of the LM head and the loss")
     gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, a third more work")
+    liger_kernels: bool = Field(
+        False, description="Liger's fused RMSNorm, RoPE and SwiGLU, on GPUs: a quarter less time and activation memory"
+    )
     deepspeed: dict[str, Any] = Field(
         {},
         description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer",
@@ -206,6 +209,8 @@ class LearnerConfig(Section):
             )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr}); lower min_lr")
+        if self.liger_kernels and not self.resources.gpus:
+            raise ValueError("liger_kernels need a GPU; set learner.resources.gpus to 1 or liger_kernels to false")
         return self
 
 
