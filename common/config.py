@@ -115,6 +115,8 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0, description="sample from the K most likely tokens only; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off")
     dtype: Dtype = Field("bfloat16", description="of weights and activations")
+    compile: bool = Field(True, description="on GPUs, compile the decoder layer: half a minute at the first batch")
+    cuda_graphs: bool = Field(True, description="on GPUs, replay passes as CUDA graphs")
     resources: Resources = Resources()
 
     @model_validator(mode="after")
