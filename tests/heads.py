@@ -68,10 +68,15 @@ class Head:
             self._headers = {"Authorization": f"Bearer {secret}"}
 
     def __enter__(self) -> Head:
-        self._start(self.num_cpus, self._head_options, nodes=1)
-        if self.worker_cpus is not None:
-            # in one folder the two nodes would unpack a job's files over each other
-            self._start(self.worker_cpus, ["--address", self.gcs, "--temp-dir", str(self.folder / "worker")], nodes=2)
+        try:
+            self._start(self.num_cpus, self._head_options, nodes=1)
+            if self.worker_cpus is not None:
+                # in one folder the two nodes would unpack a job's files over each other
+                worker = ["--address", self.gcs, "--temp-dir", str(self.folder / "worker")]
+                self._start(self.worker_cpus, worker, nodes=2)
+        except BaseException:  # an interrupted start leaves nothing behind
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
