@@ -53,6 +53,8 @@ class RolloutActor:
             eos_token_id=self.tokenizer.eos_token_id,
             slots=config.rollout.slots,
             seed=config.seed,
+            cuda_graphs=config.rollout.cuda_graphs,
+            compiled=config.rollout.compile,
         )
         self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
         self.busy_seconds = 0.0
@@ -138,8 +140,11 @@ class RolloutActor:
             "weights_version": self.sampler.weights_version,
         }
 
-    def evaluate(self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int) -> Evaluation:
+    def evaluate(
+        self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int, block_size: int
+    ) -> Evaluation:
         """Greedy decoding of this actor's share of the held-out problems with its current weights."""
+        self.set_block_size(block_size)
         decoding = Decoding(unmasking, 0.0)
         answer_format = self.config.evaluation.answer_format
         return evaluate_shard(self.sampler, self.tokenizer, problems, decoding, max_new_tokens, answer_format)

@@ -115,6 +115,8 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0, description="sample from the K most likely tokens only; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off")
     dtype: Dtype = Field("bfloat16", description="of weights and activations")
+    compile: bool = Field(True, description="on GPUs, compile the decoder layer: half a minute at the first batch")
+    cuda_graphs: bool = Field(True, description="on GPUs, replay passes as CUDA graphs")
     resources: Resources = Resources()
 
     @model_validator(mode="after")
@@ -191,6 +193,9 @@ class LearnerConfig(Section):
     dtype: Dtype = Field("bfloat16", description="of the forward; bfloat16 keeps float32 master weights")
     logits_chunk_rows: int = Field(1024, ge=1, description="masked positions per chunk of the LM head and the loss")
     gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, a third more work")
+    liger_kernels: bool = Field(
+        False, description="Liger's fused RMSNorm, RoPE and SwiGLU, on GPUs: a quarter less time and activation memory"
+    )
     deepspeed: dict[str, Any] = Field(
         {},
         description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer",
@@ -206,6 +211,8 @@ class LearnerConfig(Section):
             )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr}); lower min_lr")
+        if self.liger_kernels and not self.resources.gpus:
+            raise ValueError("liger_kernels need a GPU; set learner.resources.gpus to 1 or liger_kernels to false")
         return self
 
 

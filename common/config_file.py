@@ -46,7 +46,8 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 def preset_names() -> list[str]:
-    return sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    """Presets of runs; an ablation among them is none."""
+    return sorted(p.stem for p in PRESETS.glob("*.yaml") if not p.stem.startswith("ablation"))
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[list[str], Any]]:

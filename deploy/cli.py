@@ -1,4 +1,4 @@
-"""The command line: `opdlm train | eval | generate | respond | convert | dashboard | make-tiny-arlm | fields`.
+"""The command line: `opdlm train | eval | generate | lm_eval | respond | ablate | convert | dashboard | ...`.
 
 Heavy libraries are imported inside the commands, so that `--help` and `--dry-run` answer at once.
 """
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.config_file import ConfigError, load_config, preset_names
-from deploy import eval_command, generate_command, job_commands, respond_command
+from deploy import ablate_command, eval_command, generate_command, job_commands, respond_command
 from deploy.dashboard.command import dashboard
 from deploy.decoding_options import DtypeName
 from deploy.errors import RunError, Stopped
@@ -179,6 +179,7 @@ def lm_eval(context: typer.Context) -> None:
 
 job_commands.register(app)
 app.command()(dashboard)
+app.command()(ablate_command.ablate)
 respond_command.register(app)
 
 

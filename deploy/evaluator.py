@@ -29,34 +29,34 @@ class Evaluator:
         if self.config.evaluation.teacher:
             limit = self.config.evaluation.max_new_tokens
             summary["teacher"] = self._over_actors("evaluate_teacher", "evaluating the teacher", limit)
-        summary["student_init"] = self.student(StaticUnmasking())
+        summary["student_init"] = self.student(StaticUnmasking(), self.config.block_size)
         return summary
 
-    def after(self) -> dict[str, Any]:
+    def after(self, block_size: int) -> dict[str, Any]:
         """The student under static and under dynamic decoding; empty where there are no problems."""
-        return (
-            {"student": {"static": self.student(StaticUnmasking()), "dynamic": self.dynamic()}} if self.problems else {}
-        )
+        if not self.problems:
+            return {}
+        return {"student": {"static": self.student(StaticUnmasking(), block_size), "dynamic": self.dynamic(block_size)}}
 
-    def dynamic(self, idle: Callable[[], Any] | None = None) -> dict[str, float]:
-        return self.student(DynamicUnmasking(threshold=self.config.evaluation.threshold), idle)
+    def dynamic(self, block_size: int, idle: Callable[[], Any] | None = None) -> dict[str, float]:
+        return self.student(DynamicUnmasking(threshold=self.config.evaluation.threshold), block_size, idle)
 
-    def student(self, unmasking: Unmasking, idle: Callable[[], Any] | None = None) -> dict[str, float]:
+    def student(self, unmasking: Unmasking, block_size: int, idle: Callable[[], Any] | None = None) -> dict[str, float]:
         limit = self.config.evaluation.max_new_tokens
-        return self._over_actors("evaluate", "evaluating the student", unmasking, limit, idle=idle)
+        return self._over_actors("evaluate", "evaluating the student", unmasking, limit, block_size, idle=idle)
 
     def due(self, done: int, last: bool) -> bool:
         """Whether the held-out problems are evaluated after `done` rollout batches."""
         every = self.config.evaluation.every_batches
         return bool(self.problems and every and (done % every == 0 or last))
 
-    def metrics(self, idle: Callable[[], Any]) -> dict[str, float]:
-        """The optional rows of the run's metrics: greedy dynamic decoding with the weights published last.
+    def metrics(self, block_size: int, idle: Callable[[], Any]) -> dict[str, float]:
+        """The optional figures of the run's metrics: greedy dynamic decoding with the weights published last.
 
         `idle` is called meanwhile, so that rollout batches in flight go on.
         """
         start = time.perf_counter()
-        figures = self.dynamic(idle)
+        figures = self.dynamic(block_size, idle)
         return {
             "eval/exact_match": figures["exact_match"],
             "eval/tokens_per_step": figures["tokens_per_step"],

@@ -8,6 +8,7 @@ deadline.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import time
@@ -29,6 +30,7 @@ _CALL_TIMEOUT_S = 60.0
 _FINAL = {"SUCCEEDED", "FAILED", "STOPPED"}
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # of the job: seconds between SIGTERM and SIGKILL, for the last checkpoint
 _STOP_WAIT_S = 120
+_POLL_S = 0.5
 _PENDING_S = 15.0  # a job that waits longer than this for CPUs is left to its end
 _T = TypeVar("_T")
 
@@ -69,12 +71,12 @@ def submit(
         console.print(f"follow it with: ray job logs --follow {job} --address {address}", highlight=False)
         return
     try:
-        asyncio.run(_follow(client, job))
+        info = _follow(client, job, address)
     except KeyboardInterrupt:
         if typer.confirm("\nstop the job? (no: it goes on, only following ends)", default=False):
             stop(job, address)
         raise typer.Exit(130) from None
-    raise typer.Exit(_exit_status(client, job))
+    raise typer.Exit(_exit_status(info, job))
 
 
 def jobs(address: Address = DEFAULT_ADDRESS) -> None:
@@ -115,7 +117,7 @@ def stop(
             )
         if waited > timeout_s:
             raise StuckError(f"{job} is still {status} after {timeout_s:.0f} s; see `ray job logs {job}`")
-        time.sleep(0.5)
+        time.sleep(_POLL_S)
         status = _within(lambda: client.get_job_status(job), f"asking {address}").value
     console.print(f"{job}: {status}")
 
@@ -128,29 +130,62 @@ def register(app: typer.Typer) -> None:
     app.command()(stop)
 
 
-async def _follow(client: Any, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+def _follow(client: Any, job: str, address: str) -> Any:
+    """Print the job's log until its end; returns Ray's JobDetails.
+
+    Raises:
+        StuckError: the cluster no longer answers.
+    """
+    from aiohttp import ClientError
+
+    log = _Log(client, job)
+    while True:
+        try:
+            asyncio.run(log.print_on())
+        except (RuntimeError, ClientError) as error:
+            console.print(f"the connection to the job's log broke ({error}); trying again", highlight=False)
+        time.sleep(_POLL_S)  # the log ends a moment before the status is final
+        try:
+            info = _within(lambda: client.get_job_info(job), f"asking for {job}")
+        except (RuntimeError, OSError) as error:
+            raise StuckError(
+                f"{address} no longer answers, so nothing is known of {job}: its head has died, or the network is cut. "
+                "A job ends with its head; go on with --resume auto"
+            ) from error
+        if info.status.value in _FINAL:
+            return info
 
 
-def _exit_status(client: Any, job: str) -> int:
-    """The driver's exit status; 1 where the job failed before it had a driver."""
-    deadline = time.monotonic() + _CALL_TIMEOUT_S
-    while True:  # the log ends a moment before the status is final
-        info = _within(lambda: client.get_job_info(job), f"asking for {job}")
-        if info.status.value in _FINAL or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
+class _Log:
+    """A job's log on this terminal: `print_on` prints what was not printed yet, until the connection ends."""
+
+    def __init__(self, client: Any, job: str) -> None:
+        self._client, self._job = client, job
+        self._printed = 0
+
+    async def print_on(self) -> None:
+        seen = 0  # characters: Ray sends the whole log on every connection
+        async for text in self._client.tail_job_logs(self._job):
+            print(text[max(self._printed - seen, 0) :], end="", flush=True)
+            seen += len(text)
+            self._printed = max(self._printed, seen)
+
+
+def _exit_status(info: Any, job: str) -> int:
+    """The driver's exit status, 128 + the signal where one ended it; 1 where the job was stopped or had no driver."""
     if info.status.value == "SUCCEEDED":
         return 0
-    console.print(f"job {job}: {info.status.value}: {info.message}", highlight=False)
-    return int(info.driver_exit_code or 1) if (info.driver_exit_code or 1) > 0 else 128 - int(info.driver_exit_code)
+    reason = info.message.partition(", last available logs")[0]  # they have just been printed
+    console.print(f"job {job}: {info.status.value}: {reason}", highlight=False, soft_wrap=True)
+    status = int(info.driver_exit_code or 1)
+    return status if status > 0 else 128 - status
 
 
 def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # its import sets INFO
     try:
         return _within(lambda: JobSubmissionClient(address), f"connecting to {address}")
     except AuthenticationError as error:
@@ -158,7 +193,7 @@ def _client(address: str) -> Any:
             f"--address {address!r}: the cluster asks for a token, and this one is missing or wrong; set "
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the cluster's"
         ) from error
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"--address {address!r}: no cluster answers ({error}); is `ray start --head` running there?"
         ) from error

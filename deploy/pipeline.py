@@ -135,7 +135,7 @@ class Pipeline:
             }
             self._save("final")
             self._note("evaluating the trained student", "evaluating")
-            self.state.summary |= self.evaluator.after()
+            self.state.summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
         (config.run_dir / "summary.json").write_text(json.dumps(self.state.summary, indent=2) + "\n")
         return self.state.summary
 
@@ -270,7 +270,7 @@ class Pipeline:
         if self.stop.requested or not self.evaluator.due(done, last=done == len(self.batches)):
             return {}
         self.status.state("evaluating", f"evaluating after {done} batches")
-        metrics = self.evaluator.metrics(lambda: advance(in_flight))
+        metrics = self.evaluator.metrics(self.state.block_size, lambda: advance(in_flight))
         self.progress.note(
             f"after {done} batches: exact match {metrics['eval/exact_match']:.1%}, "
             f"{metrics['eval/tokens_per_step']:.2f} tokens per step"

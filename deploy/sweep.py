@@ -125,11 +125,10 @@ class Sweep:
     def student_rows(self, path: str, settings: list[Setting]) -> Iterator[Row]:
         """One row per setting as it is done; the model is loaded once."""
         model, tokenizer = load_student(path, self.dtype)
-        sampler: Sampler | None = None
+        sampler = sampler_of(model, tokenizer, block_size=None, slots=self.slots)
         for setting in settings:
-            assert setting.unmasking is not None
-            if sampler is None or sampler.block_size != setting.block_size:
-                sampler = sampler_of(model, tokenizer, block_size=setting.block_size, slots=self.slots)
+            assert setting.unmasking and setting.block_size
+            sampler.set_block_size(setting.block_size)
             decoding = Decoding(setting.unmasking, self.temperature)
             if sampler.on_cuda:  # capture the graphs before anything is timed
                 self._decode(sampler, tokenizer, self.problems[: self.slots], decoding)

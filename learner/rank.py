@@ -36,6 +36,7 @@ from common.trajectory import Trajectory, TrajectoryMeta, from_batch, write_spoo
 from common.weights import ObjectStoreTransport, WeightsHandle
 from learner.batches import BatchBuilder, TrainingBatch
 from learner.deepspeed_config import deepspeed_config
+from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
 from learner.packing import MicroBatch
 from learner.publish import gathered_parameters
@@ -124,6 +125,8 @@ class LearnerRank:
         self.model_config, self.tokenizer = convert(path, self.config.block_size, self.config.model.mask_token)
         student = load_model(path, getattr(torch, learner.dtype), attention)
         student.train()
+        if learner.liger_kernels:
+            use_liger_kernels(student)
         if learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         module = TrainingModule(student, self.config)

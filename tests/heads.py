@@ -70,7 +70,8 @@ class Head:
     def __enter__(self) -> Head:
         self._start(self.num_cpus, self._head_options, nodes=1)
         if self.worker_cpus is not None:
-            self._start(self.worker_cpus, ["--address", self.gcs], nodes=2)
+            # in one folder the two nodes would unpack a job's files over each other
+            self._start(self.worker_cpus, ["--address", self.gcs, "--temp-dir", str(self.folder / "worker")], nodes=2)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,6 +14,7 @@ from common.states import select_states
 from common.student import hidden_states
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.batches import BatchBuilder
+from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, divergence, empty_sums
 from tests.benchmarks.models import matmul_rate, random_model
 
@@ -59,9 +60,7 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
     variant("chunked, recomputed", _chunked_loss)
     variant("dense, recomputed", _dense_loss)
     model.gradient_checkpointing_disable()
-    from liger_kernel.transformers import apply_liger_kernel_to_qwen3
-
-    apply_liger_kernel_to_qwen3(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+    use_liger_kernels(model)
     variant("chunked, all activations kept, Liger", _chunked_loss)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     variant("chunked, recomputed, Liger", _chunked_loss)

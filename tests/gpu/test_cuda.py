@@ -18,6 +18,7 @@ from common.states import select_states
 from common.student import hidden_states, load_model
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
+from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, empty_sums
 from tests.models import tiny_qwen3
 
@@ -132,3 +133,19 @@ def test_chunked_gradients_on_cuda():
     hidden.grad = weight.grad = None
     (coefficient * divergence(ForwardKL(), *HiddenTarget(teacher, head).classes(hidden @ weight.T))).sum().backward()
     torch.testing.assert_close(fast, (hidden.grad, weight.grad))
+
+
+def test_liger_kernels_change_nothing_but_the_time(path):
+    pytest.importorskip("liger_kernel")
+    model = load_model(path, torch.float32, "sdpa").cuda()
+    ids = torch.randint(8, 250, (2, 64), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def states_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        hidden = model.model(ids).last_hidden_state
+        hidden.square().sum().backward()
+        return hidden.detach(), model.model.layers[0].mlp.gate_proj.weight.grad.clone()
+
+    plain = states_and_gradient()
+    use_liger_kernels(model)
+    torch.testing.assert_close(states_and_gradient(), plain, atol=1e-4, rtol=1e-3)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,10 +82,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 300) -> None:
+def wait_for_first_batch(head: Head, job: str, folder: Path, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come"
+    while not metrics(folder):
+        if time.monotonic() > deadline:
+            pytest.fail(head.command(RAY, "job", "logs", "--address", head.address, job).stdout)
         time.sleep(0.1)
 
 
@@ -130,7 +131,7 @@ def test_every_query_of_the_grafana_dashboard_has_data(
 def test_stopped_job_goes_on_to_the_same_losses(head: Head, runs: Path, whole: list[dict[str, float]]) -> None:
     run = [*TINY, "--name", "stopped", "--output_dir", str(runs)]
     job = job_of(opdlm(head, "submit", *run, "--no-wait"))
-    wait_for(lambda: metrics(runs / "stopped"), "the first batch")
+    wait_for_first_batch(head, job, runs / "stopped")
     assert f"{job}: STOPPED" in opdlm(head, "stop", job)
     assert f"{job} │ STOPPED │" in opdlm(head, "jobs")
     saved = checkpoint_of(runs / "stopped")
@@ -200,7 +201,7 @@ def test_token_and_a_head_without_cpus(runs: Path, whole: list[dict[str, float]]
             "python", "-m", "deploy", "train", *run,
         )  # fmt: skip
         job = job_of(submitted.stdout)
-        wait_for(lambda: metrics(runs / "token"), "the first batch")
+        wait_for_first_batch(head, job, runs / "token")
         stopped = head.command(RAY, "job", "stop", "--address", head.address, job)
         assert "was stopped" in stopped.stdout, stopped.stdout + stopped.stderr
         saved = checkpoint_of(runs / "token")

@@ -41,7 +41,7 @@ def test_figures_are_the_optional_metrics_of_the_registry(monkeypatch):
 
     monkeypatch.setattr(evaluator_module, "wait_all", answers)
     advance = list
-    metrics = evaluator(1).metrics(advance)
+    metrics = evaluator(1).metrics(4, advance)
     assert metrics.keys() == {name for name, spec in METRICS.items() if spec.optional}
     assert waited == [advance]  # rollouts in flight go on meanwhile
     assert metrics["eval/exact_match"] == 0.75

@@ -1,0 +1,51 @@
+"""An ablation: arms that differ in a few fields, trained on the same prompts for the same number of updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from common.section import Section
+
+
+class RespondConfig(Section):
+    """The stored responses that off-policy arms train on: what `opdlm respond` is told."""
+
+    temperature: float = Field(1.0, ge=0, description="of the teacher's sampling softmax; 0: greedy")
+    samples: int = Field(1, ge=1, description="responses per prompt")
+
+
+class Claim(Section):
+    """One of the paper's claims as a difference of two arms that can be measured."""
+
+    text: str = Field(description="the claim, in words")
+    better: str = Field(description="name of the arm that should score higher")
+    worse: str = Field(description="name of the arm that should score lower")
+    figure: str = Field(
+        description="static, dynamic (exact match), or loss (static minus dynamic, where lower is better)",
+        pattern="^(static|dynamic|loss)$",
+    )
+
+
+class AblationConfig(Section):
+    """Every arm is trained once per seed, seed by seed, so that an interrupted ablation has all arms so far."""
+
+    name: str = Field(description="the runs are in output_dir/name/ARM-seedN")
+    base: str = Field(description="preset or YAML file of a run, the same for all arms")
+    output_dir: Path = Field(Path("runs"), description="folder of all runs")
+    report: Path = Field(Path("docs/evidence.md"), description="the report; its plots go into images/ beside it")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of prompts' order and sampling")
+    overrides: dict[str, Any] = Field({}, description="field: value, over the base, for all arms")
+    respond: RespondConfig = RespondConfig()
+    arms: dict[str, dict[str, Any]] = Field(min_length=1, description="name of the arm: its own field: value")
+    claims: tuple[Claim, ...] = Field((), description="what the report says a verdict on")
+
+    @model_validator(mode="after")
+    def _claims_name_arms(self) -> AblationConfig:
+        for claim in self.claims:
+            for arm in (claim.better, claim.worse):
+                if arm not in self.arms:
+                    raise ValueError(f"claim {claim.text!r} names arm {arm!r}; arms are {', '.join(self.arms)}")
+        return self

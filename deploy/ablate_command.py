@@ -1,0 +1,57 @@
+"""The command line of `opdlm ablate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console()
+
+
+def ablate(
+    ablation: Annotated[str, typer.Argument(help="YAML file of an ablation", metavar="ABLATION")],
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="write the report of the runs that are finished; train nothing")
+    ] = False,
+) -> None:
+    """Train the arms of an ablation with every seed, one run at a time, and write tables, curves and verdicts.
+
+    An interrupted ablation goes on where it stood when the command is repeated; the report is written after every run.
+
+    [bold]Example[/bold]
+
+        opdlm ablate deploy/presets/ablation.yaml
+    """
+    from deploy.ablation import arms_of, load_ablation, run_all
+
+    settings = load_ablation(ablation)
+    runs = arms_of(settings)
+    from deploy.ablation_report import write_report
+
+    finished = sum(arm.done for arm in runs)
+    if report_only:
+        if finished:
+            write_report(settings, runs, ablation)
+        console.print(f"{finished} of {len(runs)} runs are finished; report: {settings.report if finished else 'none'}")
+        return
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=console,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("runs", total=len(runs))
+
+        def note(text: str) -> None:
+            bar.update(task, description=text)
+            if not console.is_terminal:
+                console.print(text, highlight=False)
+
+        def done() -> None:
+            bar.advance(task)
+            write_report(settings, runs, ablation)
+
+        run_all(settings, runs, note, done)
+    console.print(f"all {len(runs)} runs are finished; the report is {settings.report}", highlight=False)
