@@ -100,7 +100,7 @@ def verdict(results: list[Result], claim: Claim) -> tuple[float, float, float, i
     seeds = sorted(better.keys() & worse.keys())
     differences = np.array([sign * (better[s] - worse[s]) for s in seeds])
     if len(seeds) < 2:
-        return float(differences.mean()) if len(seeds) else float("nan"), float("nan"), float("nan"), len(seeds), "open"
+        return float("nan"), float("nan"), float("nan"), len(seeds), "open"
     mean, std = float(differences.mean()), float(differences.std(ddof=1))
     p = float(stats.ttest_1samp(differences, 0).pvalue) if std > 0 else (0.0 if mean else 1.0)
     if p >= _SIGNIFICANT:
@@ -147,7 +147,8 @@ def _claims(results: list[Result], claims: tuple[Claim, ...]) -> list[str]:
         measure = {"loss": "less lost from static to dynamic"}.get(claim.figure, f"{claim.figure} exact match")
         lines.append(
             f"| {claim.text} | {measure}: {claim.better} against {claim.worse} "
-            f"| {100 * mean:+.1f} ± {100 * std:.1f} | {p:.3f} | {seeds} | **{word}** |"
+            + (f"| {100 * mean:+.1f} ± {100 * std:.1f} | {p:.3f} " if seeds > 1 else "| - | - ")
+            + f"| {seeds} | **{word}** |"
         )
     return lines
 

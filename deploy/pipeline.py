@@ -325,7 +325,7 @@ class Pipeline:
         self.state.seconds += seconds
         rollout_busy = self._busy(batch.actor_stats)
         teacher_stats = {actor.stats.remote(): name for actor, name in self._named(self.pools.teachers)}
-        teacher_busy = self._busy(teacher_stats)
+        teacher_busy = self._busy(teacher_stats) or [0.0]  # hard labels have no teacher
         rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
         for _, name in self._named(self.pools.ranks):
             self.status.heard(name, rate=learner["packed_tokens"] / learner["seconds"] / len(self.pools.ranks))
