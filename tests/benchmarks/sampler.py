@@ -20,48 +20,73 @@ BLOCK = 4
 def measure(size: str, device: str, sequences: int, prompt: int, new_tokens: int) -> list[dict[str, Any]]:
     """Rows for static decoding (one token a step) and two tokens a step; end tokens are ignored."""
     model = random_model(size, device)
-    rows = []
-    for tokens_per_step in (1, 2):
-        decoding = Decoding(StaticUnmasking(steps_per_block=BLOCK // tokens_per_step), 1.0)
-        speeds = {}
-        for graphs in (False, True) if device == "cuda" else (False,):  # eager first: compiling stays
-            if graphs or device == "cpu" or tokens_per_step == 1:
-                speeds[graphs] = _speed(model, decoding, sequences, prompt, new_tokens, graphs)
-        fast = speeds[device == "cuda"]
-        row = {"size": size, "sequences": sequences, "tokens_per_step": tokens_per_step, **fast}
-        if False in speeds and device == "cuda":
-            row["eager_tokens_per_second"] = speeds[False]["tokens_per_second"]
-            row["ratio"] = fast["tokens_per_second"] / speeds[False]["tokens_per_second"]
-        if device == "cuda":
-            floor = pass_floor_seconds(model, sequences, prompt + new_tokens // 2)
-            # at the floor a block costs its denoising passes and one commit, each at the speed of the memory
-            at_floor = sequences * BLOCK / ((BLOCK // tokens_per_step + 1) * floor)
-            row["floor_tokens_per_second"] = at_floor
-            row["of_floor"] = fast["tokens_per_second"] / at_floor
-        rows.append(row)
-    return rows
+    measure_on = _on_cuda if device == "cuda" else _on_cpu
+    return [
+        {
+            "size": size,
+            "sequences": sequences,
+            "tokens_per_step": n,
+            **measure_on(model, n, sequences, prompt, new_tokens),
+        }
+        for n in (1, 2)
+    ]
 
 
-def _speed(
-    model: Any, decoding: Decoding, sequences: int, prompt: int, new_tokens: int, graphs: bool
-) -> dict[str, float]:
-    sampler = _sampler(model, sequences, graphs)
+def _on_cpu(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+    """All sequences together with fused commits; against commits of their own; against one sequence at a time."""
+    decoding = Decoding(StaticUnmasking(steps_per_block=BLOCK // tokens_per_step), 1.0)
     requests = _requests(sequences, prompt, new_tokens)
-    start = time.perf_counter()
-    for _ in range(2 if graphs else 0):  # first uses, then captures
-        for _ in sampler.generate(requests, decoding):
+    row: dict[str, Any] = _speed(_sampler(model, sequences, False), requests, decoding)
+    separate = _speed(_sampler(model, sequences, False, SeparateCommits), requests, decoding)
+    alone = _speed(_sampler(model, 1, False), requests[: max(sequences // 8, 1)], decoding)
+    row["over_separate_commits"] = row["tokens_per_second"] / separate["tokens_per_second"]
+    row["over_one_sequence_at_a_time"] = row["tokens_per_second"] / alone["tokens_per_second"]
+    return row
+
+
+def _on_cuda(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_tokens: int) -> dict[str, Any]:
+    """Compiled layers and graphs; against the eager sampler (static only); against the floor."""
+    decoding = Decoding(StaticUnmasking(steps_per_block=BLOCK // tokens_per_step), 1.0)
+    requests = _requests(sequences, prompt, new_tokens)
+    eager = None
+    if tokens_per_step == 1:  # first: layers stay compiled
+        eager = _speed(_sampler(model, sequences, False), requests, decoding)
+    fast = _sampler(model, sequences, True)
+    for _ in range(2):  # first uses, then captures
+        for _ in fast.generate(requests, decoding):
             pass
-    _synchronise(model)
-    print(f"  warm-up {time.perf_counter() - start:.1f} s", flush=True)
+    row: dict[str, Any] = _speed(fast, requests, decoding)
+    if eager:
+        row["over_eager"] = row["tokens_per_second"] / eager["tokens_per_second"]
+    # at the floor a block costs its denoising passes and one commit, each at the speed of the memory
+    floor = pass_floor_seconds(model, sequences, prompt + new_tokens // 2)
+    row["floor_tokens_per_second"] = sequences * BLOCK / ((BLOCK // tokens_per_step + 1) * floor)
+    row["of_floor"] = row["tokens_per_second"] / row["floor_tokens_per_second"]
+    return row
+
+
+class SeparateCommits(Sampler):
+    """What the fused commit replaces: a forward of its own for the blocks that are done."""
+
+    def _on_device(self, state: Any, decoding: Decoding, slots: torch.Tensor, commits: int) -> torch.Tensor:
+        if commits:
+            rows = slots[state.uncommitted[slots]]
+            positions = (state.block[rows, None] - 1) * self.block_size + torch.arange(self.block_size)
+            self._forward(state.ids[rows[:, None], positions], positions, rows)
+        return super()._on_device(state, decoding, slots, 0)
+
+
+def _speed(sampler: Sampler, requests: list[Request], decoding: Decoding) -> dict[str, float]:
+    _synchronise(sampler.model)
     before, start = sampler.forwards, time.perf_counter()
     tokens = sum(len(t.response_ids) for t in sampler.generate(requests, decoding))
-    _synchronise(model)
+    _synchronise(sampler.model)
     seconds, passes = time.perf_counter() - start, sampler.forwards - before
     return {"tokens_per_second": tokens / seconds, "ms_per_pass": 1e3 * seconds / passes, "passes": passes}
 
 
-def _sampler(model: Any, sequences: int, fast: bool) -> Sampler:
-    return Sampler(
+def _sampler(model: Any, sequences: int, fast: bool, kind: type[Sampler] = Sampler) -> Sampler:
+    return kind(
         model, block_size=BLOCK, mask_token_id=model.config.vocab_size - 1, eos_token_id=-1,
         slots=sequences, seed=0, cuda_graphs=fast, compiled=fast,
     )  # fmt: skip
