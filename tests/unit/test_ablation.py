@@ -1,0 +1,122 @@
+"""Ablations: all configs are checked before the first run, finished runs are not repeated, verdicts follow figures."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from common.ablation_config import AblationConfig, Claim
+from common.config_file import ConfigError
+from deploy.ablation import arms_of, load_ablation, responses_file, run_all
+from deploy.ablation_report import Result, verdict, write_report
+
+
+def ablation(tmp_path, **changes) -> AblationConfig:
+    fields = {
+        "name": "small",
+        "base": "tiny",
+        "output_dir": tmp_path / "runs",
+        "report": tmp_path / "evidence.md",
+        "seeds": [0, 1, 2],
+        "arms": {"OPDLM": {"objective.method": "opdlm"}, "SFT": {"objective.method": "sft"}},
+        "claims": [{"text": "on-policy wins", "better": "OPDLM", "worse": "SFT", "figure": "dynamic"}],
+    }
+    return AblationConfig.model_validate({**fields, **changes})
+
+
+def finish(arm, static: float, dynamic: float) -> None:
+    folder = arm.config.run_dir
+    folder.mkdir(parents=True)
+    student = {name: {"exact_match": value, "tokens_per_step": 2.0, "problems": 200}
+               for name, value in (("static", static), ("dynamic", dynamic))}  # fmt: skip
+    train = {"response_tokens": 1000, "updates": 8, "seconds": 60.0}
+    (folder / "summary.json").write_text(json.dumps({"student": student, "train": train}))
+    rows = [{"response_tokens": 500 * (i + 1), "eval/exact_match": dynamic * (i + 1) / 2} for i in range(2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"response_tokens": 1200}]))
+
+
+def test_the_shipped_ablation_has_all_arms_on_the_same_prompts():
+    shipped = load_ablation("ablation")
+    runs = arms_of(shipped)
+    assert len(runs) == len(shipped.arms) * 3 == 24
+    assert [arm.seed for arm in runs[:8]] == [0] * 8  # seed by seed
+    for arm in runs:
+        base = next(r for r in runs if r.seed == arm.seed).config
+        assert arm.config.data == base.data
+        assert arm.config.pipeline == base.pipeline
+        assert arm.config.learner == base.learner
+        assert arm.config.seed == arm.seed
+
+
+def test_bad_arms_are_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"learner\.lrr"):
+        arms_of(ablation(tmp_path, arms={"OPDLM": {"learner.lrr": 1}, "SFT": {}}))
+    with pytest.raises(ValueError, match="names arm 'SFT'"):
+        ablation(tmp_path, arms={"OPDLM": {}})
+    with pytest.raises(ConfigError, match="same folder"):
+        arms_of(ablation(tmp_path, arms={"OPDLM": {}, "SFT": {}, "SFT!": {}}))
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"name": "x", "base": "tiny", "armz": {}}))
+    with pytest.raises(ConfigError, match="armz"):
+        load_ablation(str(tmp_path / "bad.yaml"))
+
+
+def test_finished_runs_are_not_made_again(tmp_path):
+    settings = ablation(tmp_path)
+    runs = arms_of(settings)
+    for arm in runs:
+        finish(arm, 0.9, 0.8)
+    calls = []
+    run_all(settings, runs, calls.append, lambda: calls.append("done"))
+    assert calls == ["done"] * len(runs)
+    assert not responses_file(settings).exists()
+
+
+def results(better: list[float], worse: list[float]) -> list[Result]:
+    def result(arm: str, seed: int, value: float) -> Result:
+        figures = {"exact_match": value}
+        return Result(arm, seed, {"exact_match": 0.9}, figures, {}, [])
+
+    return [result("a", i, v) for i, v in enumerate(better)] + [result("b", i, v) for i, v in enumerate(worse)]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "figure", "expected"),
+    [
+        ([0.80, 0.82, 0.81], [0.60, 0.61, 0.62], "dynamic", "reproduces"),
+        ([0.60, 0.61, 0.62], [0.80, 0.82, 0.81], "dynamic", "contradicted"),
+        ([0.80, 0.60, 0.70], [0.60, 0.75, 0.60], "dynamic", "in its direction, not significant"),
+        ([0.60, 0.75, 0.60], [0.80, 0.60, 0.70], "dynamic", "not seen"),
+        ([0.88, 0.89, 0.88], [0.70, 0.72, 0.71], "loss", "reproduces"),
+        ([0.80], [0.60], "dynamic", "open"),
+    ],
+)
+def test_verdicts(better, worse, figure, expected):
+    claim = Claim(text="", better="a", worse="b", figure=figure)
+    mean, std, p, seeds, word = verdict(results(better, worse), claim)
+    assert word == expected
+    assert seeds == len(better)
+    if seeds > 1:  # the paired t statistic, written out
+        sign = 1 if figure == "dynamic" else -1
+        values = np.array(better) if figure == "dynamic" else 0.9 - np.array(better)
+        others = np.array(worse) if figure == "dynamic" else 0.9 - np.array(worse)
+        difference = sign * (values - others)
+        assert mean == pytest.approx(difference.mean())
+        assert std == pytest.approx(difference.std(ddof=1))
+        t = mean / (std / np.sqrt(3))
+        # Student's t with two degrees of freedom has a closed form
+        assert p == pytest.approx(1 - abs(t) / np.sqrt(2 + t**2), abs=1e-9)
+
+
+def test_the_report_of_an_unfinished_ablation(tmp_path):
+    settings = ablation(tmp_path)
+    runs = arms_of(settings)
+    for arm in runs[:5]:
+        finish(arm, 0.9, 0.8 if arm.name == "OPDLM" else 0.5)
+    write_report(settings, runs, "small.yaml")
+    text = settings.report.read_text()
+    assert "5 of 6 runs" in text
+    assert "| OPDLM | 3 | 90.0 | 80.0 | 10.0 |" in text
+    assert "| on-policy wins |" in text
+    assert (tmp_path / "images" / "small-curves.png").stat().st_size > 10_000
+    assert (tmp_path / "images" / "small-final.png").stat().st_size > 5_000
