@@ -11,18 +11,18 @@ import json
 import time
 from collections import deque
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NoReturn
 
 import ray
 import yaml
 
-from common.config import DynamicUnmasking, RunConfig
+from common.config import RunConfig
 from common.curriculum import block_size_at, response_limit, unmasking_at
 from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
 from common.responses import stored_share, with_responses
 from deploy import preflight
+from deploy.batch_figures import BatchFigures
 from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
 from deploy.cluster import Pools, connect, start_pools
 from deploy.dashboard.process import DashboardProcess
@@ -93,7 +93,6 @@ class Pipeline:
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}
         self.queued_version = 0
-        self.previous_stats: dict[str, dict[str, float]] = {}
         self.health = Health()
 
     def run(self, resume: bool) -> dict[str, Any]:
@@ -157,6 +156,7 @@ class Pipeline:
         self._collect_acknowledgements()
 
     def _train(self, logs: list[RunLog | RayMetrics | WandbLog]) -> None:
+        figures = BatchFigures(self.config, self.pools, self.status, self.epoch_prompts)
         in_flight: deque[RolloutBatch] = deque()
         started = self.state.batches
         for index in range(self.state.batches, len(self.batches)):
@@ -175,7 +175,7 @@ class Pipeline:
             learner = self._learn(current, list(in_flight))
             published = self._publish(index + 1, list(in_flight))
             window = Window(begin, time.perf_counter())
-            metrics = self._metrics(list(in_flight), learner, published, window, complete - begin)
+            metrics = figures.row(list(in_flight), learner, published, window, complete - begin, self.state)
             in_flight.popleft()
             self.state.batches = index + 1
             self.state.block_size = current.block_size
@@ -306,82 +306,3 @@ class Pipeline:
             "save", "saving a checkpoint", [], partial, None if name == "final" else partial / "resume", block_size
         )
         self.checkpoints.finish(name, self.state)
-
-    def _metrics(
-        self,
-        in_flight: list[RolloutBatch],
-        learner: dict[str, float],
-        published: dict[str, float],
-        window: Window,
-        waited: float,
-    ) -> dict[str, float]:
-        """The figures of the oldest batch in flight; the learner `waited` so many seconds for it."""
-        batch, seconds = in_flight[0], window.seconds
-        infos = batch.infos
-        tokens = sum(info.response_tokens for info in infos)
-        generated = sum(info.rollout_tokens for info in infos)
-        rows = max(batch.finished_rows, 1)
-        self.state.response_tokens += tokens
-        self.state.seconds += seconds
-        rollout_busy = self._busy(batch.actor_stats)
-        teacher_stats = {actor.stats.remote(): name for actor, name in self._named(self.pools.teachers)}
-        teacher_busy = self._busy(teacher_stats) or [0.0]  # hard labels have no teacher
-        rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
-        for _, name in self._named(self.pools.ranks):
-            self.status.heard(name, rate=learner["packed_tokens"] / learner["seconds"] / len(self.pools.ranks))
-        rollouts = window.covered((b.started, b.rollouts_done or window.end) for b in in_flight)
-        targets = window.covered((b.started, b.targets_done or window.end) for b in in_flight)
-        return {
-            "batch": batch.index,
-            "epoch": (batch.index * self.config.rollout.prompts_per_batch + len(self.batches[batch.index]))
-            / self.epoch_prompts,
-            "loss": learner["loss"],
-            "kl": learner["kl"],
-            "teacher_agreement": learner["teacher_agreement"],
-            "grad_norm": learner["grad_norm"],
-            "lr": learner["lr"],
-            "tokens_per_step": generated / max(sum(info.denoise_forwards for info in infos), 1),
-            "stored_share": sum(info.stored_rows for info in infos) / rows,
-            "share_eos": sum(info.ended for info in infos) / rows,
-            "response_length": tokens / rows,
-            "response_limit": batch.max_new_tokens,
-            "block_size": batch.block_size,
-            "confidence_threshold": batch.unmasking.threshold if isinstance(batch.unmasking, DynamicUnmasking) else 0.0,
-            "response_tokens": self.state.response_tokens,
-            "trained_positions": learner["trained_positions"],
-            "updates": self.state.updates,
-            "weights_version": self.version,
-            "staleness": 0 if batch.oldest_version is None else self.version - 1 - batch.oldest_version,
-            "rollout/tokens_per_second": generated / max(rollout_seconds, 1e-9),
-            "teacher/tokens_per_second": sum(info.teacher_tokens for info in infos) / teacher_seconds
-            if teacher_seconds
-            else 0.0,
-            "learner/tokens_per_second": learner["packed_tokens"] / max(learner["seconds"], 1e-9),
-            "queue/rollout": len(batch.expected),
-            "queue/teacher": batch.peak_teacher_queue,
-            "queue/learner": len(batch.refs),
-            "seconds/rollout": rollout_seconds,
-            "seconds/teacher": teacher_seconds,
-            "seconds/learner": learner["seconds"],
-            "seconds/publish": published["seconds"],
-            "seconds/batch": seconds,
-            "bytes/trajectories": sum(info.nbytes for info in infos),
-            "bytes/weights": published["bytes"],
-            **window.shares("rollout", fmean(rollout_busy), rollouts),
-            **window.shares("teacher", fmean(teacher_busy), targets),
-            **window.shares("learner", learner["seconds"], learner["seconds"] + waited),
-        }
-
-    def _busy(self, stats: dict[ray.ObjectRef, str]) -> list[float]:
-        """Busy seconds of each of a role's actors since the last batch."""
-        figures = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
-        busy = []
-        for name, figure in zip(stats.values(), figures, strict=True):
-            before = self.previous_stats.get(name, {"busy_seconds": 0.0, "tokens": 0.0})
-            if figure["busy_seconds"] < before["busy_seconds"]:  # a restarted actor counts from zero
-                before = dict.fromkeys(before, 0.0)
-            busy.append(figure["busy_seconds"] - before["busy_seconds"])
-            rate = (figure["tokens"] - before["tokens"]) / max(busy[-1], 1e-9)
-            self.status.heard(name, rate=rate, pid=figure["pid"])
-            self.previous_stats[name] = figure
-        return busy

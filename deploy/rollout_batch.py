@@ -42,6 +42,7 @@ class RolloutBatch:
         self.max_new_tokens = max_new_tokens
         self.block_size = block_size
         self.unmasking = unmasking
+        self.prompts = len(prompts)
         self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
         self.refs: list[ray.ObjectRef] = []
         self.infos: list[BatchInfo] = []
