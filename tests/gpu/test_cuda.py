@@ -99,8 +99,9 @@ def test_parity_of_sampler_and_flex_learner(dtype):
     assert len(size) == sum(len(t.response_ids) for t in rows)
     if dtype == torch.float32:
         assert size.max() <= 1e-4
-    else:  # two kernels round differently; single tokens may be further off than the rest
-        assert tail <= 3e-2
+    else:  # as far as bfloat16 is from float32 in one of them: mean 4e-3, 4e-2 at the 99th percentile, on an H200
+        assert size.mean() <= 1.5e-2
+        assert tail <= 1e-1
 
 
 def test_flex_mask_is_the_dense_mask(path):
