@@ -256,7 +256,9 @@ class LearnerRank:
         if batches:
             self.engine.step()
         if sums.per_position:
-            self._sample(trajectories, batches, torch.cat(sums.per_position).cpu().numpy(), wanted)
+            self._sample(
+                trajectories, batches, torch.cat(sums.per_position).cpu().numpy(), wanted, builder.meta.block_size
+            )
         norm = self.engine.get_global_grad_norm() if batches else 0.0
         return {
             "loss": loss_sum,
@@ -268,12 +270,14 @@ class LearnerRank:
             "packed_tokens": packed,
         }
 
-    def _sample(self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int) -> None:
+    def _sample(
+        self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int, block_size: int
+    ) -> None:
         """Keep the first trajectories of an update; `kl` [L] runs over the trained positions of all its batches."""
         docs = np.concatenate([batch.loss_doc for batch in batches])
         rows = np.concatenate([batch.loss_target for batch in batches])
         self.samples = [
-            rollout_sample(trajectories[d], rows[docs == d], kl[docs == d], self.tokenizer, self.config.block_size)
+            rollout_sample(trajectories[d], rows[docs == d], kl[docs == d], self.tokenizer, block_size)
             for d in np.unique(docs)[:wanted]
         ]
 

@@ -26,12 +26,15 @@ def rollout_sample(
         kl: float [n], the divergence there, nats.
 
     Returns:
-        keys: ordinal, sample, domain, weights_version, finish_reason, forwards, block_size, prompt (text),
-        prompt_tokens, cut (tokens left out), tail (how many tokens at the end stand behind the end token), tokens
-        (texts), rounds (within the block, from 0), confidence (probability when revealed), kl (nats, mean over
-        states; None where the token was in no trained state).
+        keys: ordinal, sample, domain, weights_version, finish_reason, stored (no student made it: all rounds are 0 and
+        nothing stands behind the end token), forwards, block_size, prompt (text), prompt_tokens, cut (tokens left out),
+        tail (how many tokens at the end stand behind the end token), tokens (texts), rounds (within the block, from 0),
+        confidence (probability when revealed), kl (nats, mean over states; None where the token was in no trained
+        state).
     """
-    ids = np.concatenate([trajectory.response_ids, trajectory.tail_ids])
+    stored = trajectory.is_stored
+    tail = trajectory.tail_ids[: 0 if stored else None]
+    ids = np.concatenate([trajectory.response_ids, tail])
     length = min(len(ids), MAX_TOKENS)
     offsets = trajectory.target_offsets[target_rows]
     sums, counts = np.zeros(length), np.zeros(length)
@@ -45,6 +48,7 @@ def rollout_sample(
         "domain": trajectory.domain,
         "weights_version": trajectory.weights_version,
         "finish_reason": trajectory.finish_reason,
+        "stored": stored,
         "forwards": trajectory.denoise_forwards,
         "block_size": block_size,
         "prompt": prompt[:MAX_PROMPT_CHARACTERS],
@@ -52,7 +56,7 @@ def rollout_sample(
         "cut": len(ids) - length,
         "tail": max(length - len(trajectory.response_ids), 0),
         "tokens": token_texts(ids[:length], tokenizer),
-        "rounds": trajectory.reveal_round[:length].tolist(),
+        "rounds": np.maximum(trajectory.reveal_round[:length], 0).tolist(),
         "confidence": [round(float(c), 4) for c in trajectory.confidence[:length]],
         "kl": [round(s / n, 5) if n else None for s, n in zip(sums, counts, strict=True)],
     }

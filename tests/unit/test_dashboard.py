@@ -24,7 +24,7 @@ from deploy.dashboard.server import create_app
 
 ROLLOUT = {
     "batch": 3, "ordinal": 7, "sample": 0, "domain": "math", "weights_version": 3, "finish_reason": "eos",
-    "forwards": 2, "block_size": 4, "prompt": "2+2?", "prompt_tokens": 4, "cut": 0, "tail": 1,
+    "stored": False, "forwards": 2, "block_size": 4, "prompt": "2+2?", "prompt_tokens": 4, "cut": 0, "tail": 1,
     "tokens": ["4", "<script>", "\n", "x"], "rounds": [0, 1, 0, 1], "confidence": [0.9, 0.5, 0.8, 0.7],
     "kl": [0.1, None, 0.2, None],
 }  # fmt: skip
@@ -201,7 +201,7 @@ def test_endpoints(run_dir):
         assert run["run"]["name"] == "r"
         assert run["events"][0]["text"] == "KL rose"
         listed = http.get("/api/rollouts").json()
-        assert listed == [{"batch": 3, "ordinal": 7, "sample": 0, "forwards": 2, "tokens": 3}]
+        assert listed == [{"batch": 3, "ordinal": 7, "sample": 0, "stored": False, "forwards": 2, "tokens": 3}]
         assert http.get("/api/rollouts/3/7/0").json() == ROLLOUT
         assert http.get("/api/rollouts/3/8/0").status_code == 404
         assert http.get("/api/series?x=nonsense").status_code == 422
