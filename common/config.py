@@ -332,9 +332,10 @@ class RunConfig(Section):
             tokens = getattr(self.curriculum, field)
             if tokens % self.block_size:
                 below = tokens // self.block_size * self.block_size
+                multiples = [str(m) for m in (below, below + self.block_size) if m]
                 raise ValueError(
                     f"block_size ({self.block_size}) does not divide curriculum.{field} ({tokens}); "
-                    f"use {max(below, self.block_size)} or {below + self.block_size}"
+                    f"use {' or '.join(multiples)}"
                 )
         return self
 

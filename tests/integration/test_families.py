@@ -9,7 +9,7 @@ from common.student import load_tokenizer
 from deploy.pipeline import run
 from tests.models import tiny_family
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 SMALL = [
     "--teacher.backend", "transformers", "--rollout.prompts_per_batch", "16", "--pipeline.max_batches", "3",

@@ -11,7 +11,7 @@ from common.student import load_model
 from common.trajectory import from_batch, read_spool
 from deploy.pipeline import run
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 BATCHES = 6
 SMALL = [
