@@ -159,7 +159,7 @@ def test_bottleneck_is_the_stage_that_takes_longest(run_dir):
         ({}, False, "good", "all well"),
         ({}, True, "warning", "KL rose"),
         ({"heartbeat": 100.0}, False, "bad", "no sign of life"),
-        ({"progressed": time.time() - 300}, False, "warning", "nothing has moved for 5 min"),
+        ({"still_s": 300}, False, "warning", "nothing has moved for 5 min"),
         ({"state": "evaluating", "detail": "evaluating the teacher"}, False, "busy", "evaluating the teacher"),
         ({"state": "finished", "heartbeat": 100.0}, True, "done", "finished"),
         ({"state": "failed", "detail": "teacher-0 died"}, False, "bad", "teacher-0 died"),
@@ -168,6 +168,8 @@ def test_bottleneck_is_the_stage_that_takes_longest(run_dir):
 )
 def test_health_in_one_sentence(changed, warned, level, words):
     events = [{"time": time.time(), "level": "warning", "text": "KL rose"}] if warned else []
+    if "still_s" in changed:
+        changed = {"progressed": time.time() - changed["still_s"]}
     verdict = health(status(**changed), events, time.time())
     assert verdict["level"] == level
     assert words in verdict["text"]
