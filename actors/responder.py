@@ -51,9 +51,11 @@ class VllmEngine(ResponseEngine):
     """Continuous batching; every response has a seed of its own."""
 
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
-        from actors.teacher_vllm import build_llm
+        from actors.teacher_vllm import build_llm, whole_prompts
 
-        self.llm = build_llm(config, model_path, skip_tokenizer_init=True)
+        # a seeded request whose prompt is read in pieces rewinds its generator, which CPU generators cannot
+        pieces = {} if config.resources.gpus else whole_prompts(config, model_path)
+        self.llm = build_llm(config, model_path, skip_tokenizer_init=True, **pieces)
 
     def respond(self, requests: Sequence[ResponseRequest], sampling: Sampling, seed: int) -> list[np.ndarray]:
         from vllm import SamplingParams, TokensPrompt

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch._dynamo
+from transformers import AutoConfig
 
 from actors.teacher import (
     HiddenTargets,
@@ -94,11 +95,11 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
     if on_cpu:
         # vLLM compiles a few helpers even in eager mode: 15 s of C++ compiler at the first request
         torch._dynamo.config.disable = True
+    arguments.setdefault("max_model_len", -1)  # the model's own, or what the KV cache can hold
     return LLM(
         model_path,
         dtype=config.dtype,
         enforce_eager=on_cpu,
-        max_model_len=-1,  # the model's own, or what the KV cache can hold
         max_num_batched_tokens=config.max_batched_tokens,
         max_num_seqs=min(MOST_SLOTS, max(1, config.max_batched_tokens // TOKENS_PER_SLOT)),
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -108,6 +109,12 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
         generation_config="vllm",
         **arguments,
     )
+
+
+def whole_prompts(config: TeacherConfig, model_path: str) -> dict[str, Any]:
+    """Arguments with which no prompt is read in pieces: sequences then end at `max_batched_tokens`."""
+    positions = AutoConfig.from_pretrained(model_path).max_position_embeddings
+    return {"enable_chunked_prefill": False, "max_model_len": min(positions, config.max_batched_tokens)}
 
 
 def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
