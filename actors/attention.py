@@ -50,7 +50,7 @@ def attention(
     memory = (module.slot_keys, module.slot_values)
     rows = (cache_rows.slots, cache_rows.positions, cache_rows.block_size)
     window = sliding_window or EVERYTHING
-    return torch.ops.opdlm.slot_attention(query, key, value, *memory, *rows, scale, window), None
+    return torch.ops.opdlm.slot_attention(query, key, value, *memory, *rows, scale, window, cache_rows.partner), None
 
 
 @torch.library.custom_op("opdlm::slot_attention", mutates_args=("keys", "values"), device_types="cpu")
@@ -65,6 +65,7 @@ def slot_attention(
     block_size: int,
     scale: float,
     window: int = EVERYTHING,
+    partner: Tensor | None = None,
 ) -> Tensor:
     """The reference kernel: gathers the context of every row and masks it densely.
 
@@ -72,9 +73,10 @@ def slot_attention(
         query: [N, H, Q, D]; key, value: [N, H_kv, Q, D]; keys, values: the cache [slots, H_kv, length, D].
         slots: int64 [N]; positions: int64 [N, Q], -1: padding.
         window: keys so many positions before the query, or more, are not seen.
+        partner: see CacheRows; not needed here.
 
     Returns:
-        [N, Q, H, D], zeros at padding.
+        [N, Q, H, D]; zeros at padding, without `partner`.
     """
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
@@ -107,10 +109,12 @@ def _(
     block_size: int,
     scale: float,
     window: int = EVERYTHING,
+    partner: Tensor | None = None,
 ) -> Tensor:
     from actors.attention_kernels import slot_attention_triton
 
-    return slot_attention_triton(query, key, value, keys, values, slots, positions, block_size, scale, window)
+    rows = (slots, positions, block_size)
+    return slot_attention_triton(query, key, value, keys, values, *rows, scale, window, partner)
 
 
 @slot_attention.register_fake
@@ -125,6 +129,7 @@ def _(
     block_size: int,
     scale: float,
     window: int = EVERYTHING,
+    partner: Tensor | None = None,
 ) -> Tensor:
     n, heads, queries, width = query.shape
     return query.new_empty(n, queries, heads, width)

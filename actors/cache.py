@@ -45,8 +45,13 @@ class CacheRows:
 
     Every row is written to the cache before any is read, so two rows may belong to one slot: a block being committed
     and the block behind it. A position of -1 is padding: not written, and sees nothing.
+
+    `partner` says where all rows of a slot are, so that a kernel may read its cache once for both: the first
+    len(partner) rows are of different slots, and partner[n] is the further row of the slot of row n, or -1. Rows that
+    are neither are padding, and what a kernel returns for them means nothing.
     """
 
     slots: Tensor  # int64 [N]
     positions: Tensor  # int64 [N, Q]
     block_size: int
+    partner: Tensor | None = None  # int64 [R], R <= N

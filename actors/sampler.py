@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from actors import attention
 from actors.cache import CacheRows, SlotCache
 from actors.drawing import Decoding, draw
 from actors.graphs import PassGraphs
+from actors.projections import pack_projections
 from actors.slots import Request, SlotState
 from actors.unmasking import choose
 from common.seeds import stream_key, uniform
@@ -61,7 +63,10 @@ class Sampler:
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # CacheRows say who sees what
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
+        self._all_slots = torch.arange(slots, device=self.device)
         model.set_attn_implementation(attention.register())
+        if self.on_cuda:
+            pack_projections(model)
         if self.on_cuda and compiled:
             for layer in model.model.layers:  # one compiled layer serves all
                 layer.compile(dynamic=True)
@@ -84,7 +89,7 @@ class Sampler:
             return
         state, cache = self._memory(max(self._end(r) for r in waiting))
         while waiting or state.active:
-            free = [s for s in range(self.slots) if s not in state.active]
+            free = np.flatnonzero(~state.running).tolist() if waiting else []
             admitted = {slot: waiting.popleft() for slot in free[: len(waiting)]}
             if admitted:
                 state.admit(admitted, self._keys(admitted), self.mask_token_id, self._end)
@@ -106,12 +111,12 @@ class Sampler:
             self._state = SlotState(self.slots, capacity, self.block_size, self.device)
             self._graphs = PassGraphs() if self._use_graphs else None
         self._cache.attach(self.model)  # another sampler of this model may have run since
-        self._state.active.clear()  # an earlier caller may have left before the end
+        self._state.clear()  # an earlier caller may have left before the end
         return self._state, self._cache
 
-    def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor, partner: Tensor | None = None) -> Tensor:
         """Hidden states [N, Q, d] of ids [N, Q] at `positions` [N, Q] of `slots` [N], over the cache."""
-        rows = CacheRows(slots, positions, self.block_size)
+        rows = CacheRows(slots, positions, self.block_size, partner)
         return hidden_states(self.model, ids, positions, self._no_mask, cache_rows=rows)
 
     def _keys(self, admitted: dict[int, Request]) -> Tensor:
@@ -126,7 +131,7 @@ class Sampler:
                 samples.setdefault(request.prompt_ids.tobytes(), []).append(slot)
         if not samples:
             return
-        lengths = {group[0]: state.block_host[group[0]] * self.block_size for group in samples.values()}
+        lengths = {group[0]: int(state.block_host[group[0]]) * self.block_size for group in samples.values()}
         longest = max(lengths.values())
         slots = torch.tensor(list(lengths), device=self.device)
         ends = torch.tensor(list(lengths.values()), device=self.device)
@@ -140,40 +145,54 @@ class Sampler:
 
     def _pass(self, state: SlotState, cache: SlotCache, decoding: Decoding) -> list[int]:
         """One forward and one reveal of all running sequences; returns the slots whose sequences ended."""
-        slots = list(range(self.slots)) if self.on_cuda else sorted(state.active)
-        commits = sum(state.uncommitted_host[s] for s in state.active)
+        commits = int(state.uncommitted_host[state.running].sum())
+        masked = int(state.masked_host[state.running].sum())
         self.forwards += 1
         self.commits += commits
-        step = -(-self.slots // 4) if self.on_cuda else 1  # few shapes, so that few graphs serve all passes
-        rows = min(-(-commits // step) * step, self.slots)
-        current = torch.tensor(slots, device=self.device)
+        if not self.on_cuda:
+            slots = np.flatnonzero(state.running)
+            return state.advance(slots, self._on_device(state, decoding, torch.from_numpy(slots), commits, masked))
+        # all slots, and few shapes, so that few graphs serve all passes
+        commits = _round_up(commits, -(-self.slots // 4), self.slots)
+        masked = _round_up(masked, -(-self.slots * self.block_size // 8), self.slots * self.block_size)
 
         def device_pass() -> Tensor:
-            return self._on_device(state, decoding, current, rows)
+            return self._on_device(state, decoding, self._all_slots, commits, masked)
 
-        flags = self._graphs.run((rows, decoding), device_pass) if self._graphs else device_pass()
-        return state.advance(slots, flags)
+        flags = self._graphs.run((commits, masked, decoding), device_pass) if self._graphs else device_pass()
+        return state.advance(np.arange(self.slots), flags)
 
-    def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int) -> Tensor:
-        """The device's part of a pass over `slots` [R], without synchronisation; returns bool [3, R].
+    def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int, draws: int) -> Tensor:
+        """The device's part of a pass over `slots` [R], without synchronisation; returns what `SlotState.reveal` does.
 
-        `commits` rows are added for blocks that are done; where fewer are, the rest is padding.
+        `commits` rows are added for blocks that are done, and `draws` positions get a token: at least as many as are
+        masked. Where fewer are, the rest is padding.
         """
         offsets = torch.arange(self.block_size, device=self.device)
         current = positions = state.block[slots, None] * self.block_size + offsets
-        rows = slots
+        rows, partner = slots, torch.full_like(slots, -1)
         if commits:
             order = torch.argsort(state.uncommitted[slots].int(), descending=True, stable=True)[:commits]
-            done = state.uncommitted[slots[order], None]
-            positions = torch.cat([current, torch.where(done, current[order] - self.block_size, -1)])
+            done = state.uncommitted[slots[order]]
+            positions = torch.cat([current, torch.where(done[:, None], current[order] - self.block_size, -1)])
             rows = torch.cat([slots, slots[order]])
+            partner[order] = torch.where(done, torch.arange(len(slots), len(rows), device=self.device), -1)
         ids = state.ids[rows[:, None], positions.clamp(min=0)]
-        hidden = self._forward(ids, positions, rows)[: len(slots)]
-        logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
+        hidden = self._forward(ids, positions, rows, partner)[: len(slots)]
 
         masked = state.masked[slots]
+        drawn = torch.argsort(masked.flatten().int(), descending=True, stable=True)[:draws]
+        logits = full_precision_logits(hidden.flatten(0, 1)[drawn], self.model.get_output_embeddings().weight)
         noise = uniform(state.key[slots, None], current, state.round[slots, None])
-        tokens, confidence, entropy = draw(logits, noise, decoding, self.mask_token_id)
+        token, confidence, entropy = (
+            torch.zeros(masked.numel(), dtype=x.dtype, device=self.device).scatter(0, drawn, x).view_as(masked)
+            for x in draw(logits, noise.flatten()[drawn], decoding, self.mask_token_id)
+        )
         confidence = torch.where(masked, confidence, 0.0)
         reveal = choose(decoding.unmasking, masked, confidence, entropy)
-        return state.reveal(slots, current, reveal, tokens, confidence, self.eos_token_id)
+        return state.reveal(slots, current, reveal, token, confidence, self.eos_token_id)
+
+
+def _round_up(count: int, step: int, most: int) -> int:
+    """The next multiple of `step`, or `most`."""
+    return min(-(-count // step) * step, most)

@@ -1,7 +1,7 @@
 """The slots of the sampler: what is known of every sequence in decoding.
 
 Tensors live on the device and are changed in place, so that a captured CUDA graph keeps working on them; the host
-keeps the few integers that it plans with. One read of three flags per slot is the only synchronisation of a pass.
+keeps the few integers that it plans with. One read of four integers per slot is the only synchronisation of a pass.
 """
 
 from __future__ import annotations
@@ -37,14 +37,17 @@ class SlotState:
         self.block_size = block_size
         self.device = device
         self.active: dict[int, Request] = {}
-        self.block_host = [0] * slots
-        self.uncommitted_host = [False] * slots
-        self.denoise_forwards = [0] * slots
-        self.commit_forwards = [0] * slots
+        self.running = np.zeros(slots, bool)  # has a request in `active`
+        self.block_host = np.zeros(slots, np.int64)
+        self.masked_host = np.zeros(slots, np.int64)  # masked positions of the block; 0 where nothing runs
+        self.uncommitted_host = np.zeros(slots, bool)
+        self.denoise_forwards = np.zeros(slots, np.int64)
+        self.commit_forwards = np.zeros(slots, np.int64)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        self.flags = torch.zeros(4, slots, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.ids = zeros(slots, length)
         self.reveal_round = zeros(slots, length, dtype=torch.int16)
         self.confidence = zeros(slots, length, dtype=torch.float32)
@@ -56,6 +59,14 @@ class SlotState:
         self.round = zeros(slots)
         self.key = zeros(slots)
 
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self.active.clear()
+        self.running[:] = self.uncommitted_host[:] = False
+        self.masked_host[:] = 0
+        self.masked.zero_()
+        self.uncommitted.zero_()
+
     def admit(
         self, admitted: dict[int, Request], keys: Tensor, mask_token_id: int, end_of: Callable[[Request], int]
     ) -> None:
@@ -66,8 +77,10 @@ class SlotState:
             self.ids[slot, : len(prompt)] = prompt
             self.ids[slot, len(prompt) :] = mask_token_id
             self.block_host[slot] = len(prompt) // size
+            self.masked_host[slot] = size - len(prompt) % size
             self.uncommitted_host[slot] = False
             self.denoise_forwards[slot] = self.commit_forwards[slot] = 0
+            self.running[slot] = True
         rows = torch.tensor(list(admitted), device=self.device)
         lengths = torch.tensor([len(r.prompt_ids) for r in admitted.values()], device=self.device)
         self.prompt_length[rows] = lengths
@@ -89,7 +102,8 @@ class SlotState:
             reveal: bool [R, B]; tokens: int64 [R, B]; confidence: float32 [R, B], 0 at positions not masked.
 
         Returns:
-            bool [3, R]: has gone on to its next block; sequence has ended; a confidence was not finite.
+            int32 [4, R] in host memory, valid once the device has come so far: has gone on to its next block; sequence
+            has ended; a confidence was not finite; positions that are masked in its next pass.
         """
         at = rows[:, None]
         ids = torch.where(reveal, tokens, self.ids[at, current])
@@ -104,33 +118,35 @@ class SlotState:
         has_eos = ((ids == eos_token_id) & in_response).any(dim=1)
         ended = block_done & (has_eos | (self.block[rows] + 1 >= self.end_block[rows]))
         advance = block_done & ~ended
-        self.masked[rows] = masked | advance[:, None]
+        masked = masked | advance[:, None]
+        self.masked[rows] = masked
         self.uncommitted[rows] = advance
         self.block[rows] = self.block[rows] + advance
         self.round[rows] = torch.where(block_done, 0, self.round[rows] + 1)
-        return torch.stack([advance, ended, ~torch.isfinite(confidence).all(dim=1)])
+        broken = ~torch.isfinite(confidence).all(dim=1)
+        return self.flags[:, : len(rows)].copy_(torch.stack([advance, ended, broken, masked.sum(dim=1)]), True)
 
-    def advance(self, rows: list[int], flags: Tensor) -> list[int]:
-        """Read the flags of `reveal`, the only synchronisation of a pass; returns the slots that have ended.
+    def advance(self, rows: np.ndarray, flags: Tensor) -> list[int]:
+        """Read what `reveal` returned for the slots `rows` [R], the only synchronisation of a pass; returns the slots
+        that have ended.
 
         Raises:
             FloatingPointError: a running sequence had a non-finite confidence; names the ordinals.
         """
-        finished, broken = [], []
-        for slot, has_advanced, has_ended, failed in zip(rows, *flags.tolist(), strict=True):
-            if slot not in self.active:
-                continue
-            if failed:
-                broken.append(self.active[slot].ordinal)
-            if has_ended:
-                finished.append(slot)
-            self.denoise_forwards[slot] += 1
-            self.commit_forwards[slot] += self.uncommitted_host[slot]
-            self.block_host[slot] += has_advanced
-            self.uncommitted_host[slot] = has_advanced
-        if broken:
-            raise FloatingPointError(f"non-finite logits at sampled positions of prompts with ordinals {broken}")
-        return finished
+        running = self.running[rows]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        advanced, ended, broken, masked = flags.numpy()[:, running]
+        rows = rows[running]
+        if broken.any():
+            ordinals = [self.active[slot].ordinal for slot in rows[broken > 0].tolist()]
+            raise FloatingPointError(f"non-finite logits at sampled positions of prompts with ordinals {ordinals}")
+        self.denoise_forwards[rows] += 1
+        self.commit_forwards[rows] += self.uncommitted_host[rows]
+        self.block_host[rows] += advanced
+        self.masked_host[rows] = masked
+        self.uncommitted_host[rows] = advanced > 0
+        return list(rows[ended > 0].tolist())
 
     def take(self, finished: list[int], eos_token_id: int, weights_version: int) -> list[Trajectory]:
         """Free the slots and return their trajectories."""
@@ -143,8 +159,9 @@ class SlotState:
         result = []
         for i, slot in enumerate(finished):
             request = self.active.pop(slot)
+            self.running[slot] = False
             start = len(request.prompt_ids)
-            end = (self.block_host[slot] + 1) * self.block_size
+            end = (int(self.block_host[slot]) + 1) * self.block_size
             written = ids[i, start:end]
             eos = np.flatnonzero(written == eos_token_id)
             cut = int(eos[0]) + 1 if len(eos) else len(written)
@@ -160,8 +177,8 @@ class SlotState:
                     confidence=confidence[i, start:end],
                     weights_version=weights_version,
                     finish_reason="eos" if len(eos) else "length",
-                    denoise_forwards=self.denoise_forwards[slot],
-                    commit_forwards=self.commit_forwards[slot],
+                    denoise_forwards=int(self.denoise_forwards[slot]),
+                    commit_forwards=int(self.commit_forwards[slot]),
                 )
             )
         return result

@@ -16,8 +16,9 @@ def ablate(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="write the report of the runs that are finished; train nothing")
     ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="runs at a time; each is as large as the base says")] = 1,
 ) -> None:
-    """Train the arms of an ablation with every seed, one run at a time, and write tables, curves and verdicts.
+    """Train the arms of an ablation with every seed and write tables, curves and verdicts.
 
     An interrupted ablation goes on where it stood when the command is repeated; the report is written after every run.
 
@@ -53,5 +54,5 @@ def ablate(
             bar.advance(task)
             write_report(settings, runs, ablation)
 
-        run_all(settings, runs, note, done)
+        run_all(settings, runs, note, done, jobs)
     console.print(f"all {len(runs)} runs are finished; the report is {settings.report}", highlight=False)

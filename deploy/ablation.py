@@ -1,4 +1,4 @@
-"""`opdlm ablate`: train every arm of an ablation with every seed, one run at a time, and write the report.
+"""`opdlm ablate`: train every arm of an ablation with every seed, one run at a time or several, and write the report.
 
 A finished run is never made again, and an interrupted one goes on from its newest checkpoint: repeat the command until
 it says that it is done.
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,19 +80,31 @@ def responses_file(ablation: AblationConfig) -> Path:
     return ablation.output_dir / ablation.name / "responses.parquet"
 
 
-def run_all(ablation: AblationConfig, runs: list[Arm], note: Callable[[str], None], done: Callable[[], None]) -> None:
-    """Make what is missing; `done` is called after every run, also for those found finished.
+def run_all(
+    ablation: AblationConfig, runs: list[Arm], note: Callable[[str], None], done: Callable[[], None], jobs: int = 1
+) -> None:
+    """Make what is missing, `jobs` runs at a time; `done` is called after every run, also for those found finished.
 
     Raises:
-        WorkerError: a run ended with an error; names it and its log.
+        WorkerError: a run ended with an error; names it and its log. Runs under way are waited for, no other starts.
     """
     if any(arm.config.objective.source.kind != "student" and not arm.done for arm in runs):
         _respond(ablation, runs[0].config, note)
-    for arm in runs:
-        if not arm.done:
-            note(f"{arm.name}, seed {arm.seed}")
-            _train(arm)
+    missing = [arm for arm in runs if not arm.done]
+    for _ in range(len(runs) - len(missing)):
         done()
+
+    def train(arm: Arm) -> None:
+        note(f"{arm.name}, seed {arm.seed}")
+        _train(arm)
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in as_completed([pool.submit(train, arm) for arm in missing]):
+            future.result()
+            done()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _respond(ablation: AblationConfig, config: RunConfig, note: Callable[[str], None]) -> None:

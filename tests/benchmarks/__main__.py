@@ -43,8 +43,8 @@ def main() -> None:
                 for row in rows:
                     print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
                 if options.profile and part == "sampler":
-                    for kernel, milliseconds in sampler.profile(size, *plan):
-                        print(f"{milliseconds:8.3f} ms a pass  {kernel}")
+                    for kernel, milliseconds, launches in sampler.profile(size, *plan):
+                        print(f"{milliseconds:8.3f} ms a pass in {launches:6.1f} launches  {kernel}")
                 if options.device == "cuda":
                     torch.cuda.empty_cache()
     if options.out:

@@ -68,12 +68,12 @@ def _on_cuda(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_
 class SeparateCommits(Sampler):
     """What the fused commit replaces: a forward of its own for the blocks that are done."""
 
-    def _on_device(self, state: Any, decoding: Decoding, slots: torch.Tensor, commits: int) -> torch.Tensor:
+    def _on_device(self, state: Any, decoding: Decoding, slots: torch.Tensor, commits: int, draws: int) -> torch.Tensor:
         if commits:
             rows = slots[state.uncommitted[slots]]
             positions = (state.block[rows, None] - 1) * self.block_size + torch.arange(self.block_size)
             self._forward(state.ids[rows[:, None], positions], positions, rows)
-        return super()._on_device(state, decoding, slots, 0)
+        return super()._on_device(state, decoding, slots, 0, draws)
 
 
 def _speed(sampler: Sampler, requests: list[Request], decoding: Decoding) -> dict[str, float]:
@@ -97,8 +97,8 @@ def _requests(sequences: int, prompt: int, new_tokens: int) -> list[Request]:
     return [Request(i, 0, rng.integers(0, 200, size=prompt + i % BLOCK), new_tokens) for i in range(sequences)]
 
 
-def profile(size: str, sequences: int, prompt: int, new_tokens: int) -> list[tuple[str, float]]:
-    """Milliseconds a pass by CUDA kernel, the greatest first, of static decoding from graphs."""
+def profile(size: str, sequences: int, prompt: int, new_tokens: int) -> list[tuple[str, float, float]]:
+    """CUDA kernels of static decoding from graphs, the greatest first: name, milliseconds and launches a pass."""
     model = random_model(size, "cuda")
     sampler = _sampler(model, sequences, True)
     requests, decoding = _requests(sequences, prompt, new_tokens), Decoding(StaticUnmasking(), 1.0)
@@ -111,7 +111,11 @@ def profile(size: str, sequences: int, prompt: int, new_tokens: int) -> list[tup
             pass
         torch.cuda.synchronize()
     passes = sampler.forwards - before
-    events = [(e.key[:90], e.self_device_time_total / 1e3 / passes) for e in profiler.key_averages()]
+    events = [
+        (e.key[:90], e.self_device_time_total / 1e3 / passes, e.count / passes)
+        for e in profiler.key_averages()
+        if e.self_device_time_total
+    ]
     return sorted(events, key=lambda event: -event[1])[:25]
 
 

@@ -60,6 +60,30 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
         torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (3, 1, 8, 16), (1, 1, 8, 80)]
+)
+@pytest.mark.parametrize("window", [EVERYTHING, 6])
+def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_heads, width, queries, window):
+    """Two times 80 queries are too many for one program: the kernel falls back."""
+    from actors.attention_kernels import slot_attention_triton
+
+    torch.manual_seed(0)
+    slots = torch.tensor([2, 0, 1, 0, 3])  # row 3 commits the block before row 1's; row 4 is padding
+    first = torch.tensor([queries, 3 * queries, 0, 2 * queries, -1])
+    positions = torch.where(first[:, None] >= 0, first[:, None] + torch.arange(queries), -1)
+    partner = torch.tensor([-1, 3, -1])
+    query = torch.randn(5, queries, heads, width).transpose(1, 2)
+    key, value = (torch.randn(5, queries, kv_heads, width).transpose(1, 2) for _ in range(2))
+    empty = torch.randn(2, 4, kv_heads, 4 * queries, width)
+    results = []
+    for attend, options in ((slot_attention, ()), (slot_attention_triton, (partner,))):
+        keys, values = empty.clone()
+        out = attend(query, key, value, keys, values, slots, positions, queries, 0.3, window, *options)
+        results.append((out[:4], keys, values))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
 @pytest.mark.parametrize("vocabulary", [50, 4096, 9000])
 def test_draw_kernel_equals_the_plain_draw(temperature, vocabulary):

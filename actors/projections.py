@@ -1,0 +1,63 @@
+"""Packed projections: query, key and value of a layer from one product, and gate and up from another.
+
+A block's few rows make small products, which leave most of a GPU idle; one wide product fills it better. Parameters
+keep their names and become views of the packed weight, so weights are still loaded in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+PACKS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))  # in the order of use
+
+
+def pack_projections(model: PreTrainedModel) -> None:
+    """Replace the projections of PACKS in every layer; a model that is packed already stays as it is."""
+    for layer in model.model.layers:
+        for part, names in PACKS:
+            owner = getattr(layer, part)
+            linears = [getattr(owner, name) for name in names]
+            if all(type(linear) is nn.Linear for linear in linears):
+                for name, packed in zip(names, _packed(linears), strict=True):
+                    setattr(owner, name, packed)
+
+
+class Product:
+    """One product for several projections of the same input: made by the first, read by the others."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.weight = torch.cat([linear.weight.detach() for linear in linears])
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.result: Tensor | None = None
+
+
+class PackedLinear(nn.Module):
+    """Rows `start` to `end` of a product; the first of its projections computes it, the last lets go of it."""
+
+    def __init__(self, product: Product, start: int, end: int) -> None:
+        super().__init__()
+        self.product = product
+        self.start, self.end = start, end
+        self.leads, self.closes = start == 0, end == len(product.weight)
+        self.weight = nn.Parameter(product.weight[start:end], requires_grad=False)
+        bias = None if product.bias is None else nn.Parameter(product.bias[start:end], requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.leads:
+            self.product.result = nn.functional.linear(x, self.product.weight, self.product.bias)
+        result = self.product.result
+        if result is None:
+            raise RuntimeError("a packed projection was used before the first of its pack")
+        if self.closes:
+            self.product.result = None
+        return result[..., self.start : self.end]
+
+
+def _packed(linears: list[nn.Linear]) -> list[PackedLinear]:
+    product = Product(linears)
+    ends = torch.tensor([linear.out_features for linear in linears]).cumsum(0).tolist()
+    return [PackedLinear(product, start, end) for start, end in zip([0, *ends], ends, strict=False)]
