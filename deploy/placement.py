@@ -126,8 +126,10 @@ def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
     longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
     block_rows = config.rollout.slots * config.block_sizes[-1]
+    staged = config.rollout.resources.gpus or config.weights_transport == "broadcast"
     return {
         "weights": shape.parameters * width,
+        "staged weights": shape.parameters * _BYTES[config.learner.dtype] if staged else 0,
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
         "logits": block_rows * shape.vocab_size * 4 * 3,
         "runtime": _RUNTIME_BYTES,
@@ -161,6 +163,7 @@ def _learner_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -
         "LM head, whole, with its gradient": head * (width + 4),
         "teacher's LM head": teacher_head if config.target_kind == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
+        "staged weights": shape.parameters * width if config.weights_transport == "broadcast" else 0,  # rank 0 only
         "runtime": _RUNTIME_BYTES,
     }
 
