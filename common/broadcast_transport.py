@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -157,7 +158,7 @@ class BroadcastTransport(WeightsTransport):
     def _own_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
-    def _backend(self) -> dist.Backend:
+    def _backend(self) -> Any:
         store = dist.PrefixStore("weights", self._store)
         timeout = timedelta(seconds=2 * self.timeout_s)  # our own deadline comes first, and names who is missing
         if self.device.type == "cpu":

@@ -306,7 +306,7 @@ class LearnerRank:
         """Write the student into `out` as a complete Hugging Face folder that records the block size, and every rank's
         shards of weights and optimiser into `resume` where it is given (collective; the folders are on storage that
         all ranks share)."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):
             if self.rank == 0:
                 state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket}
