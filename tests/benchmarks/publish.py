@@ -40,9 +40,15 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "1")  # rather a slow figure than none
     nbytes = sum(p.numel() for p in random_model(size, "meta").parameters()) * (2 if device == "cuda" else 4)
     store = int(3.2 * nbytes) + 2**28  # a version may still be mapped while the next is put
-    print(f"   {nbytes / 2**30:.2f} GiB; /dev/shm has {shutil.disk_usage('/dev/shm').free / 2**30:.1f} GiB", flush=True)
+    free = shutil.disk_usage("/dev/shm").free
+    print(
+        f"   {nbytes / 2**30:.2f} GiB of weights, object store of {store / 2**30:.1f} GiB in",
+        "/dev/shm" if free > store else f"/tmp, slower: /dev/shm has {free / 2**30:.1f} GiB",
+        flush=True,
+    )
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     ray.init(
         "local", num_cpus=2, num_gpus=gpus, include_dashboard=False, object_store_memory=store, log_to_driver=False
