@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from statistics import median
@@ -36,7 +37,8 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
     """Medians over so many versions after one that warms up; a row for each way that this machine has.
 
     `seconds` is from the call of the publisher to the reader's acknowledgement. `swap` and `pause` are the same but in
-    the slow reference, where the sampler stands still for the whole fetch.
+    the slow reference, where the sampler stands still for the whole fetch. `pass_ms` is a small forward of the reader
+    alone, `pass_ms_beside` and `longest_pass_ms` while a version is published and fetched.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -56,7 +58,7 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
     try:
         share = {"num_cpus": 1, "num_gpus": 0.5 if gpus == 1 else min(gpus, 1)}
         publisher = ray.remote(**share)(Publisher).remote(size, device)
-        reader = ray.remote(**share)(Reader).remote(size, device)
+        reader = ray.remote(**share, concurrency_groups={"weights": 1})(Reader).remote(size, device)
         rows: list[dict[str, Any]] = []
         for way in ("slow reference", "object_store", "broadcast"):
             if way == "broadcast" and gpus == 1:
@@ -88,7 +90,25 @@ def _figures(publisher: Any, reader: Any, way: str, repetitions: int) -> dict[st
         del handle
     sums = ray.get([publisher.fingerprint.remote(), reader.fingerprint.remote()], timeout=TIMEOUT_S)
     assert sums[0] == sums[1], "the reader's weights are not the publisher's"
-    return {name: median(run[name] for run in runs[1:]) for name in runs[0]}
+    figures = {name: median(run[name] for run in runs[1:]) for name in runs[0]}
+    return figures if way == "slow reference" else figures | _beside_a_sampler(publisher, reader, repetitions + 2)
+
+
+def _beside_a_sampler(publisher: Any, reader: Any, version: int) -> dict[str, float]:
+    passes = reader.sample.remote()
+    time.sleep(3)
+    ray.get(reader.stop.remote(), timeout=TIMEOUT_S)
+    quiet = ray.get(passes, timeout=TIMEOUT_S)
+    passes = reader.sample.remote()
+    handle, _ = ray.get(publisher.publish.remote(version), timeout=TIMEOUT_S)
+    ray.get([reader.fetch.remote(handle), reader.stop.remote()], timeout=TIMEOUT_S)
+    beside = ray.get(passes, timeout=TIMEOUT_S)
+    ray.get(reader.swap.remote(version), timeout=TIMEOUT_S)
+    return {
+        "pass_ms": 1e3 * median(quiet),
+        "pass_ms_beside": 1e3 * median(beside),
+        "longest_pass_ms": 1e3 * max(beside),
+    }
 
 
 class _Party:
@@ -133,6 +153,29 @@ class Publisher(_Party):
 
 
 class Reader(_Party):
+    """`fetch` and `stop` run in a thread of their own, one after the other."""
+
+    def __init__(self, size: str, device: str) -> None:
+        super().__init__(size, device)
+        self.stopped = threading.Event()
+
+    @torch.inference_mode()
+    def sample(self) -> list[float]:
+        """Seconds of each forward of 16 blocks of four tokens, one at least, until `stop`."""
+        ids = torch.zeros(16, 4, dtype=torch.int64, device=self.device)
+        seconds = []
+        while not seconds or not self.stopped.is_set():
+            start = time.perf_counter()
+            self.model(ids, use_cache=False)
+            self._synchronise()
+            seconds.append(time.perf_counter() - start)
+        self.stopped.clear()
+        return seconds
+
+    @ray.method(concurrency_group="weights")
+    def stop(self) -> None:
+        self.stopped.set()
+
     def join(self, way: str, address: tuple[str, int]) -> None:
         self.way = way
         if way == "broadcast":
@@ -141,6 +184,7 @@ class Reader(_Party):
             self.transport = ObjectStoreTransport(self.device, TIMEOUT_S)
         self.inbox = WeightsInbox(self.transport, TIMEOUT_S)
 
+    @ray.method(concurrency_group="weights")
     def fetch(self, handle: Any) -> float:
         start = time.perf_counter()
         if self.way == "slow reference":
