@@ -27,7 +27,8 @@ class PassGraphs:
             return device_pass()
         if key not in self._captured:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: new weights may arrive in another thread meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = device_pass()
             self._captured[key] = graph, result
         graph, result = self._captured[key]

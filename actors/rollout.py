@@ -18,19 +18,23 @@ from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
 from actors.sampler import Sampler
 from actors.slots import Request
+from actors.weights_inbox import WeightsInbox
+from common.broadcast_transport import BroadcastTransport, connect
 from common.config import RunConfig, Unmasking
+from common.object_store_transport import ObjectStoreTransport
 from common.prompts import Prompt
 from common.responses import stored_trajectory
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import convert, load_model, tokenizer_fingerprint
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
-from common.weights import ObjectStoreTransport, WeightsHandle, load_weights
+from common.weights import WeightsHandle, WeightsTransport
 
 
 class RolloutActor:
-    """Life cycle: constructed with version 0 (the ARLM's weights); `load_weights` between rollout batches;
-    `rollout` streams record batches of finished trajectories with their states selected."""
+    """Life cycle: constructed with version 0 (the ARLM's weights); `rollout` streams record batches of finished
+    trajectories with their states selected; `fetch_weights` runs beside it, in a thread of its own; `swap_weights`
+    between rollout batches."""
 
     def __init__(self, config: RunConfig, index: int) -> None:
         torch.set_num_threads(config.rollout.resources.threads)
@@ -56,7 +60,7 @@ class RolloutActor:
             cuda_graphs=config.rollout.cuda_graphs,
             compiled=config.rollout.compile,
         )
-        self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
+        self._take_weights_from(ObjectStoreTransport(device, config.weights_timeout_s))
         self.busy_seconds = 0.0
         self.tokens = 0
 
@@ -70,11 +74,26 @@ class RolloutActor:
             "weights_version": self.sampler.weights_version,
         }
 
-    def load_weights(self, handle: WeightsHandle) -> int:
-        """Load a published version in place; returns it as the acknowledgement."""
-        load_weights(self.sampler.model, self.transport.fetch(handle))
-        self.sampler.weights_version = handle.version
+    def join_weights_group(self, address: tuple[str, int], members: tuple[str, ...], rank: int) -> None:
+        """From now on receive weights by broadcast; at the same time as all other members."""
+        device, timeout = self.sampler.device, self.config.weights_timeout_s
+        store = connect(*address, timeout)
+        self._take_weights_from(BroadcastTransport(store, members, rank, device, timeout))
+
+    def _take_weights_from(self, transport: WeightsTransport) -> None:
+        self.inbox = WeightsInbox(transport, self.config.weights_timeout_s)
+
+    @ray.method(concurrency_group="weights")
+    def fetch_weights(self, handle: WeightsHandle) -> int:
+        """Receive a published version while rollouts go on; returns it. The one before must have been swapped in."""
+        self.inbox.fetch(handle)
         return handle.version
+
+    def swap_weights(self, version: int) -> int:
+        """Run a version that is fetched, or being fetched, from now on; returns it as the acknowledgement."""
+        self.inbox.swap(self.sampler.model, version)
+        self.sampler.weights_version = version
+        return version
 
     def set_block_size(self, block_size: int) -> None:
         """Of rollouts and evaluation from now on."""
@@ -138,6 +157,7 @@ class RolloutActor:
             "forwards": self.sampler.forwards,
             "commits": self.sampler.commits,
             "weights_version": self.sampler.weights_version,
+            "weights_pause_seconds": self.inbox.pause_seconds,
         }
 
     def evaluate(
@@ -162,5 +182,6 @@ def as_remote(config: RunConfig) -> Any:
     return ray.remote(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
+        concurrency_groups={"weights": 1},
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
     )(RolloutActor)

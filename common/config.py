@@ -219,6 +219,11 @@ class LearnerConfig(Section):
 class PublishConfig(Section):
     """How new weights travel to the rollout actors."""
 
+    transport: Literal["auto", "object_store", "broadcast"] = Field(
+        "object_store",
+        description="object_store: through Ray's shared memory; broadcast: NCCL between whole GPUs, gloo between CPUs, "
+        "with one more copy of the weights in learner-0; auto: broadcast where learner and rollouts have whole GPUs",
+    )
     bucket_mib: int = Field(256, ge=1, description="largest gathered buffer, MiB; one tensor may exceed it")
 
 
@@ -304,6 +309,23 @@ class RunConfig(Section):
         return "none" if self.objective.target.kind == "hard" else self.teacher.target
 
     @property
+    def weights_transport(self) -> Literal["object_store", "broadcast"]:
+        """`publish.transport`, decided."""
+        if self.publish.transport != "auto":
+            return self.publish.transport
+        return "broadcast" if min(self._weights_gpus) >= 1 else "object_store"
+
+    @property
+    def weights_timeout_s(self) -> float:
+        """How long learner and rollout actors wait for each other: they know who is missing, so they speak before the
+        pipeline's own deadline."""
+        return 0.9 * self.pipeline.stage_timeout_s
+
+    @property
+    def _weights_gpus(self) -> tuple[float, float]:
+        return self.learner.resources.gpus, self.rollout.resources.gpus
+
+    @property
     def block_sizes(self) -> tuple[int, ...]:
         """All block sizes of the run, in their order."""
         return (self.block_size, *self.block_growth.later_sizes)
@@ -316,6 +338,17 @@ class RunConfig(Section):
                     f"block_growth.sizes {self.block_growth.later_sizes}: {later} is no larger multiple of the block "
                     f"size before it ({size}); use e.g. {2 * size}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _broadcast_has_its_devices(self) -> RunConfig:
+        learner, rollout = self._weights_gpus
+        if self.publish.transport == "broadcast" and max(learner, rollout) > 0 and min(learner, rollout) < 1:
+            raise ValueError(
+                "publish.transport 'broadcast' needs a whole GPU for every learner rank and rollout actor, or none at "
+                f"all; learner.resources.gpus is {learner:g} and rollout.resources.gpus {rollout:g}: set "
+                "publish.transport to 'object_store'"
+            )
         return self
 
     @model_validator(mode="after")

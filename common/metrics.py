@@ -63,6 +63,9 @@ METRICS: dict[str, MetricSpec] = {
     "seconds/teacher": MetricSpec("s", "busy seconds of the busiest teacher"),
     "seconds/learner": MetricSpec("s", "training seconds"),
     "seconds/publish": MetricSpec("s", "gathering, shipping and, at staleness 0, loading the weights"),
+    "seconds/weights_pause": MetricSpec(
+        "s", "longest that a rollout actor stood still for new weights since its last rollouts"
+    ),
     "seconds/batch": MetricSpec("s", "wall time of the batch"),
     "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
     "bytes/weights": MetricSpec("bytes", "published weights"),

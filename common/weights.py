@@ -1,38 +1,39 @@
 """Weights transport: one version of all parameters, from the learner to every rollout actor, in memory.
 
-Tensors are copied into byte buffers of at most `bucket_bytes` (a larger tensor gets a buffer of its own), each put in
-Ray's object store once and read there without a copy. Every tensor carries a checksum, which every reader verifies.
-Tied parameters travel once.
+The learner hands over buckets of whole tensors; a small handle says what was published, and travels in place of the
+weights. Every tensor carries a checksum, which every reader verifies. Tied parameters travel once.
 """
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import ray
 import torch
-import xxhash
 from torch import Tensor, nn
 
-_ALIGNMENT = 64
+Bucket = Sequence[tuple[str, Tensor]]  # named tensors that are gathered, copied and sent together
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where a tensor stands: buffer number and byte offset."""
+    """A published tensor; `dtype` without the prefix `torch.`; `checksum` is the transport's own."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    bucket: int
-    offset: int
     nbytes: int
     checksum: int
+
+
+@dataclass(frozen=True)
+class PublishedBucket:
+    """The tensors of a bucket in their order; `payload` is the transport's, e.g. a reference to their bytes."""
+
+    tensors: tuple[TensorSpec, ...]
+    payload: Any = None
 
 
 @dataclass(frozen=True)
@@ -40,70 +41,45 @@ class WeightsHandle:
     """One published version: small, and passed between processes in place of the weights."""
 
     version: int
-    tensors: tuple[TensorSpec, ...]
-    buckets: tuple[Any, ...]
-    nbytes: int
+    buckets: tuple[PublishedBucket, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for bucket in self.buckets for spec in bucket.tensors)
 
 
 class WeightsTransport(ABC):
     """Moves named tensors: `publish` on the learner's first rank, `fetch` in every rollout actor."""
 
     @abstractmethod
-    def publish(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightsHandle: ...
+    def publish(self, version: int, buckets: Iterable[Bucket]) -> WeightsHandle:
+        """Copy the tensors out as they come; a bucket may be invalid after the next one was asked for."""
 
     @abstractmethod
-    def fetch(self, handle: WeightsHandle) -> Iterator[tuple[str, Tensor]]: ...
+    def fetch(self, handle: WeightsHandle) -> list[tuple[str, Tensor]]:
+        """The published tensors, verified; may be called in a thread of its own while the model is in use.
 
-
-class ObjectStoreTransport(WeightsTransport):
-    """Through Ray's object store, as NumPy bytes (Ray copies torch tensors, but not NumPy arrays)."""
-
-    def __init__(self, bucket_bytes: int) -> None:
-        self.bucket_bytes = bucket_bytes
-
-    def publish(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightsHandle:
-        """Copy the tensors out as they come; a tensor may be invalid after the next one was asked for."""
-        specs: list[TensorSpec] = []
-        refs: list[Any] = []
-        parts: list[np.ndarray] = []
-        filled = 0
-        for name, tensor in tensors:
-            data = _bytes_of(tensor)
-            padded = -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
-            if parts and filled + padded > self.bucket_bytes:
-                refs.append(ray.put(np.concatenate(parts)))
-                parts, filled = [], 0
-            specs.append(
-                TensorSpec(
-                    name=name,
-                    dtype=str(tensor.dtype).removeprefix("torch."),
-                    shape=tuple(tensor.shape),
-                    bucket=len(refs),
-                    offset=filled,
-                    nbytes=data.nbytes,
-                    checksum=xxhash.xxh3_64_intdigest(data.data),
-                )
-            )
-            parts += [data, np.zeros(padded - data.nbytes, np.uint8)]
-            filled += padded
-        if parts:
-            refs.append(ray.put(np.concatenate(parts)))
-        return WeightsHandle(version, tuple(specs), tuple(refs), sum(s.nbytes for s in specs))
-
-    def fetch(self, handle: WeightsHandle) -> Iterator[tuple[str, Tensor]]:
-        """Yield read-only tensors.
+        The tensors are read-only and valid until the next call.
 
         Raises:
             ValueError: a checksum differs; the message names the tensor and the version.
+            TimeoutError: the version did not arrive in time.
         """
-        bucket, buffer = -1, np.empty(0, np.uint8)
-        for spec in handle.tensors:
-            if spec.bucket != bucket:
-                bucket, buffer = spec.bucket, ray.get(handle.buckets[spec.bucket])
-            data = buffer[spec.offset : spec.offset + spec.nbytes]
-            if xxhash.xxh3_64_intdigest(data.data) != spec.checksum:
-                raise ValueError(f"weights version {handle.version}: checksum of {spec.name!r} differs")
-            yield spec.name, _tensor_of(data, spec)
+
+
+def spec_of(name: str, tensor: Tensor, checksum: int) -> TensorSpec:
+    return TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.nbytes, checksum)
+
+
+def verify(version: int, tensors: Sequence[TensorSpec], checksums: Sequence[int]) -> None:
+    """Compare what arrived with what was published.
+
+    Raises:
+        ValueError: a checksum differs.
+    """
+    for spec, checksum in zip(tensors, checksums, strict=True):
+        if spec.checksum != checksum:
+            raise ValueError(f"weights version {version}: checksum of {spec.name!r} differs")
 
 
 def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -125,16 +101,3 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Non
     missing = sorted(set(parameters) - seen)
     if missing:
         raise ValueError(f"published weights lack {missing[:5]}{' ...' if len(missing) > 5 else ''}")
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """uint8 copy of the tensor's memory."""
-    return tensor.detach().to("cpu", copy=True).contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _tensor_of(data: np.ndarray, spec: TensorSpec) -> Tensor:
-    with warnings.catch_warnings():
-        # torch warns that the buffer is read-only; nobody writes here, load_weights copies
-        warnings.filterwarnings("ignore", message=".*not writable")
-        tensor = torch.from_numpy(data)
-    return tensor.view(getattr(torch, spec.dtype)).view(spec.shape)

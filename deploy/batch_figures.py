@@ -43,7 +43,9 @@ class BatchFigures:
         rows = max(batch.finished_rows, 1)
         state.response_tokens += tokens
         state.seconds += seconds
+        paused = self._totals("weights_pause_seconds")
         rollout_busy = self._busy(batch.actor_stats)
+        pauses = [total - paused.get(name, 0.0) for name, total in self._totals("weights_pause_seconds").items()]
         teacher_stats = {actor.stats.remote(): name for actor, name in self._names(self.pools.teachers)}
         teacher_busy = self._busy(teacher_stats) or [0.0]  # hard labels have no teacher
         rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
@@ -83,6 +85,7 @@ class BatchFigures:
             "seconds/teacher": teacher_seconds,
             "seconds/learner": learner["seconds"],
             "seconds/publish": published["seconds"],
+            "seconds/weights_pause": max(pauses),
             "seconds/batch": seconds,
             "bytes/trajectories": sum(info.nbytes for info in infos),
             "bytes/weights": published["bytes"],
@@ -90,6 +93,10 @@ class BatchFigures:
             **window.shares("teacher", fmean(teacher_busy), targets),
             **window.shares("learner", learner["seconds"], learner["seconds"] + waited),
         }
+
+    def _totals(self, counter: str) -> dict[str, float]:
+        """A counter of the actors that have it, as they reported it last."""
+        return {name: figures[counter] for name, figures in self.previous_stats.items() if counter in figures}
 
     def _busy(self, stats: dict[ray.ObjectRef, str]) -> list[float]:
         """Busy seconds of each of a role's actors since the last batch."""

@@ -149,4 +149,22 @@ def start_pools(config: RunConfig) -> Pools:
     ready = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
     ready |= {actor.start.remote(*address): names[actor] for actor in pools.ranks}
     pools.ready = dict(zip(ready.values(), wait_all(ready, "loading models", timeout), strict=True))
+    if config.weights_transport == "broadcast":
+        form_weights_group(pools, timeout)
     return pools
+
+
+def form_weights_group(pools: Pools, timeout_s: float) -> None:
+    """Connect learner rank 0 and all rollout actors for the broadcast of weights.
+
+    Raises:
+        StuckError, WorkerError: a member did not come in time, or failed; the message names it.
+    """
+    names, sender = pools.names(), pools.ranks[0]
+    members = tuple(names[actor] for actor in (sender, *pools.rollouts))
+    action = "forming the weights group"
+    (address,) = wait_all({sender.open_weights_group.remote(): members[0]}, action, timeout_s)
+    joins = {sender.join_weights_group.remote(members): members[0]}
+    for place, actor in enumerate(pools.rollouts, start=1):
+        joins[actor.join_weights_group.remote(address, members, place)] = members[place]
+    wait_all(joins, action, timeout_s)

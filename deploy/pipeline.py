@@ -2,7 +2,8 @@
 
 Rollout batch k may start once the learner has published version k - S (S: the staleness bound), so at most S + 1
 batches are in flight and no trajectory is ever too old: the bound holds by admission, nothing is thrown away. Calls to
-an actor run in the order of submission, so weights queued behind a rollout are loaded right after it.
+an actor run in the order of submission, so weights queued behind a rollout are swapped in right after it; they are
+fetched while it runs.
 """
 
 from __future__ import annotations
@@ -231,17 +232,19 @@ class Pipeline:
     def _publish(self, version: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
         """Publish `version` and queue it on every rollout actor; at staleness 0 all have loaded it on return."""
         start = time.perf_counter()
+        self._collect_acknowledgements()  # of the version before, queued behind rollouts that are trained on by now
         self.version = version
         handle = self._on_ranks("publish", "publishing weights", in_flight, self.version)[0]
-        loads = {actor.load_weights.remote(handle): name for actor, name in self._named(self.pools.rollouts)}
-        self._collect_acknowledgements()
-        self.acknowledgements, self.queued_version = loads, handle.version
+        for actor, name in self._named(self.pools.rollouts):
+            self.acknowledgements[actor.fetch_weights.remote(handle)] = name
+            self.acknowledgements[actor.swap_weights.remote(version)] = name
+        self.queued_version = version
         if self.config.pipeline.staleness == 0:
             self._collect_acknowledgements()
         return {"seconds": time.perf_counter() - start, "bytes": handle.nbytes}
 
     def _collect_acknowledgements(self) -> None:
-        """Every rollout actor confirms the version that was last queued on it."""
+        """Every rollout actor confirms that it has fetched, and runs, the version that was last queued on it."""
         timeout = self.config.pipeline.stage_timeout_s
         versions = wait_all(self.acknowledgements, "loading weights", timeout)
         for name, version in zip(self.acknowledgements.values(), versions, strict=True):

@@ -63,11 +63,16 @@ def plan(config: RunConfig) -> Placement:
         ("learner", config.learner.ranks, config.learner.resources, _learner_memory(config, shape, teacher_shape)),
     ]
     processes = [
-        Process(role, i, resources.cpus, resources.gpus, resources.threads, memory)
+        Process(role, i, resources.cpus, resources.gpus, resources.threads, _of_process(role, i, memory))
         for role, count, resources, memory in per_role
         for i in range(count)
     ]
     return Placement(processes, _payload(config, shape, teacher_shape), shape)
+
+
+def _of_process(role: str, index: int, memory: dict[str, int]) -> dict[str, int]:
+    """What is particular to a process of a role: only the learner's first rank stages weights to publish them."""
+    return memory | {"staged weights": 0} if role == "learner" and index else memory
 
 
 def model_shape(field: str, path: str, fallback: ModelShape | None) -> ModelShape:
@@ -126,8 +131,10 @@ def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
     longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
     block_rows = config.rollout.slots * config.block_sizes[-1]
+    staged = config.rollout.resources.gpus or config.weights_transport == "broadcast"
     return {
         "weights": shape.parameters * width,
+        "staged weights": shape.parameters * _BYTES[config.learner.dtype] if staged else 0,
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
         "logits": block_rows * shape.vocab_size * 4 * 3,
         "runtime": _RUNTIME_BYTES,
@@ -161,6 +168,7 @@ def _learner_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -
         "LM head, whole, with its gradient": head * (width + 4),
         "teacher's LM head": teacher_head if config.target_kind == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
+        "staged weights": shape.parameters * width if config.weights_transport == "broadcast" else 0,
         "runtime": _RUNTIME_BYTES,
     }
 

@@ -36,7 +36,7 @@ def wait_all(
             idle()
         waited = 0.0 if ready else waited + _POLL_SECONDS
         if open_refs and waited >= timeout_s:
-            names = ", ".join(sorted(pending[ref] for ref in open_refs))
+            names = ", ".join(sorted({pending[ref] for ref in open_refs}))
             raise StuckError(f"{action}: no answer from {names} within {timeout_s:.0f} s")
     return [ray.get(ref) for ref in pending]
 

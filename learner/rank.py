@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
+from common.broadcast_transport import BroadcastTransport, open_store
 from common.config import RunConfig
+from common.object_store_transport import ObjectStoreTransport
 from common.objective_config import ForwardKL
 from common.student import (
     attention_windows,
@@ -33,13 +35,13 @@ from common.student import (
     tokenizer_fingerprint,
 )
 from common.trajectory import Trajectory, TrajectoryMeta, from_batch, write_spool
-from common.weights import ObjectStoreTransport, WeightsHandle
+from common.weights import WeightsHandle, WeightsTransport
 from learner.batches import BatchBuilder, TrainingBatch
 from learner.deepspeed_config import deepspeed_config
 from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
 from learner.packing import MicroBatch
-from learner.publish import gathered_parameters
+from learner.publish import gathered_buckets
 from learner.rollout_samples import rollout_sample
 from learner.schedule import learning_rate
 from learner.terms import misalignment
@@ -142,13 +144,23 @@ class LearnerRank:
         if self.config.target_kind == "hidden":
             head = head_of_folder(self.config.teacher_path)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
-        self.transport = ObjectStoreTransport(self.config.publish.bucket_mib * 2**20)
+        self.transport: WeightsTransport = ObjectStoreTransport()
         return {
             "role": "learner",
             "index": self.rank,
             "pid": os.getpid(),
             "node": ray.util.get_node_ip_address(),
         }
+
+    def open_weights_group(self) -> tuple[str, int]:
+        """Host and port where the members of the weights group meet; rank 0 only."""
+        self._weights_store = open_store()
+        return ray.util.get_node_ip_address(), self._weights_store.port
+
+    def join_weights_group(self, members: tuple[str, ...]) -> None:
+        """From now on publish by broadcast; rank 0 only, at the same time as the rollout actors."""
+        timeout = self.config.weights_timeout_s
+        self.transport = BroadcastTransport(self._weights_store, members, 0, self.device, timeout)
 
     def train(
         self, refs: list[ray.ObjectRef], first_update: int, total_updates: int, spool: Path | None = None
@@ -283,10 +295,10 @@ class LearnerRank:
 
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights (collective) and publish them as `version`; the handle comes from rank 0, else None."""
-        tensors = gathered_parameters(self.student, self.config.publish.bucket_mib * 2**20)
+        buckets = gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20)
         if self.rank == 0:
-            return self.transport.publish(version, tensors)
-        for _ in tensors:
+            return self.transport.publish(version, buckets)
+        for _ in buckets:
             pass
         return None
 
@@ -294,8 +306,10 @@ class LearnerRank:
         """Write the student into `out` as a complete Hugging Face folder that records the block size, and every rank's
         shards of weights and optimiser into `resume` where it is given (collective; the folders are on storage that
         all ranks share)."""
-        tensors = gathered_parameters(self.student, self.config.publish.bucket_mib * 2**20)
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if self.rank == 0}
+        state: dict[str, Tensor] = {}
+        for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):
+            if self.rank == 0:
+                state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket}
         if self.rank == 0:
             save_student(
                 self.student,

@@ -86,7 +86,11 @@ CHARTS = (
         tuple(Line(f"queue/{role}", role, "step", role) for role in ROLES),
     ),
     Chart(
-        "publish_seconds", "flow", "Publishing: seconds", (Line("seconds/publish", "publish", "smooth"),), format="~g"
+        "publish_seconds",
+        "flow",
+        "Publishing: seconds",
+        (Line("seconds/publish", "publish", "smooth"), Line("seconds/weights_pause", "pause of a sampler")),
+        format="~g",
     ),
     Chart("publish_bytes", "flow", "Publishing: bytes", (Line("bytes/weights", "weights", "step"),)),
     Chart("seconds", "more", "Wall time of a batch", (Line("seconds/batch", "batch", "smooth"),), format="~g"),

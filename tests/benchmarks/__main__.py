@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import learner_step, sampler
+from tests.benchmarks import learner_step, publish, sampler
 
 PLANS = {
     # sequences, prompt, new tokens; rows, prompt, response, packing budget
@@ -23,7 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=list(PLANS), nargs="+", default=["tiny"])
-    parser.add_argument("--parts", choices=["sampler", "learner"], nargs="+", default=["sampler", "learner"])
+    parts = ["sampler", "learner", "publish"]
+    parser.add_argument("--parts", choices=parts, nargs="+", default=parts)
     parser.add_argument("--sequences", type=int, help="of the sampler; default: by size")
     parser.add_argument("--profile", action="store_true", help="show where the time of a sampler's pass goes (CUDA)")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -33,7 +34,7 @@ def main() -> None:
     results: dict[str, object] = {"device": device, "torch": torch.__version__}
     for size in options.size:
         for part, measure, plan in zip(
-            ("sampler", "learner"), (sampler.measure, learner_step.measure), PLANS[size], strict=True
+            parts, (sampler.measure, learner_step.measure, publish.measure), (*PLANS[size], ()), strict=True
         ):
             if part == "sampler" and options.sequences:
                 plan = (options.sequences, *plan[1:])

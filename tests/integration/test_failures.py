@@ -19,17 +19,22 @@ COMMAND = [
 
 
 @pytest.mark.parametrize(
-    ("role", "sent", "message"),
+    ("role", "sent", "message", "overrides"),
     [
-        ("RolloutActor", signal.SIGKILL, r"rollout-\d died while"),
-        ("LearnerRank", signal.SIGKILL, "learner-0 died while"),
-        ("TeacherActor", signal.SIGSTOP, "nothing from teacher-0 for 15 s"),
+        ("RolloutActor", signal.SIGKILL, r"rollout-\d died while", []),
+        ("LearnerRank", signal.SIGKILL, "learner-0 died while", []),
+        ("TeacherActor", signal.SIGSTOP, "nothing from teacher-0 for 15 s", []),
+        (
+            "RolloutActor", signal.SIGSTOP, r"(nothing|no answer) from rollout-\d",
+            ["--publish.transport", "broadcast", "--pipeline.staleness", "1"],
+        ),
     ],
-)
-def test_broken_worker_ends_the_run_by_name(tmp_path, role, sent, message):
+)  # fmt: skip
+def test_broken_worker_ends_the_run_by_name(tmp_path, role, sent, message, overrides):
     log = tmp_path / "log"
+    command = [*COMMAND, "--output_dir", str(tmp_path), *overrides]
     with log.open("w") as out:
-        run = subprocess.Popen([*COMMAND, "--output_dir", str(tmp_path)], stdout=out, stderr=subprocess.STDOUT)
+        run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         metrics = tmp_path / "tiny" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, 120, log)
         victim = next(p for p in psutil.Process(run.pid).children(recursive=True) if role in "".join(p.cmdline()))

@@ -6,12 +6,13 @@ import ray
 import torch
 
 from common.config import DynamicUnmasking, RunConfig
+from common.object_store_transport import ObjectStoreTransport
 from common.objective_config import ObjectiveConfig
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
 from common.trajectory import TrajectoryMeta, read_spool, to_batch
-from common.weights import ObjectStoreTransport, load_weights
+from common.weights import load_weights
 from learner import rank
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, empty_sums
@@ -75,7 +76,7 @@ def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, rank
     assert results[0]["updates"] == 2
     assert handle.version == 7
     published = load_model(path, torch.float32, "sdpa")
-    load_weights(published, ObjectStoreTransport(2**20).fetch(handle))
+    load_weights(published, ObjectStoreTransport().fetch(handle))
     saved = load_model(str(tmp_path / "saved"), torch.float32, "sdpa")
     assert saved.config.mask_token_id == tokenizer.mask_token_id
     assert saved.config.block_size == BLOCK

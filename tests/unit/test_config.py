@@ -76,6 +76,20 @@ def test_a_run_name_is_one_plain_folder(name):
         run_config(name=name)
 
 
+def test_weights_transport_follows_the_devices():
+    def decided(transport: str, learner: float, rollout: float) -> str:
+        gpus = {role: {"resources": {"gpus": n}} for role, n in (("learner", learner), ("rollout", rollout))}
+        return run_config(publish={"transport": transport}, **gpus).weights_transport
+
+    assert run_config().weights_transport == "object_store"
+    assert decided("auto", 1, 1) == "broadcast"
+    for learner, rollout in ((0, 0), (0.5, 1), (1, 0)):
+        assert decided("auto", learner, rollout) == "object_store"
+    assert decided("broadcast", 0, 0) == decided("broadcast", 2, 1) == "broadcast"
+    with pytest.raises(ValidationError, match=r"set publish\.transport to 'object_store'"):
+        decided("broadcast", 0.5, 0.5)
+
+
 def test_shape_counts_the_parameters_of_qwen3():
     shape = ModelShape(
         hidden_size=1024,

@@ -40,6 +40,18 @@ def test_estimates_follow_the_config():
     assert one.payload["targets (hidden)"] == 128 * 4000 * 4096 * 2
 
 
+def test_staged_weights_are_counted_where_they_are():
+    def staged(*overrides: str) -> list[int]:
+        placement = plan(load_config("qwen3-4b", ["--publish.transport", *overrides]))
+        weights = placement.payload["weights"]
+        return [p.memory["staged weights"] // weights for p in placement.processes if p.role != "teacher"]
+
+    assert staged("object_store") == [1, 1, 0, 0, 0, 0]
+    assert staged("auto") == [1, 1, 1, 0, 0, 0]
+    on_cpu = ["--rollout.resources.gpus", "0", "--learner.resources.gpus", "0", "--learner.liger_kernels", "false"]
+    assert staged("auto", *on_cpu) == [0] * 6
+
+
 def test_a_larger_teacher_counts_with_its_own_size(tmp_path):
     raw = json.loads((Path(load_config("tiny").model.path) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"hidden_size": 512}))
