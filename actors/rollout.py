@@ -18,6 +18,7 @@ from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
 from actors.sampler import Sampler
 from actors.slots import Request
+from common.busy import BusySpans, computes
 from common.config import RunConfig, Unmasking
 from common.prompts import Prompt
 from common.responses import stored_trajectory
@@ -58,6 +59,7 @@ class RolloutActor:
         )
         self.transport = ObjectStoreTransport(config.publish.bucket_mib * 2**20)
         self.busy_seconds = 0.0
+        self.spans = BusySpans()
         self.tokens = 0
 
     def ready(self) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class RolloutActor:
             "weights_version": self.sampler.weights_version,
         }
 
+    @computes
     def load_weights(self, handle: WeightsHandle) -> int:
         """Load a published version in place; returns it as the acknowledgement."""
         load_weights(self.sampler.model, self.transport.fetch(handle))
@@ -116,12 +119,16 @@ class RolloutActor:
             pending.append(trajectory)
             self.tokens += len(trajectory.response_ids)
             if len(pending) >= rollout.stream_rows:
-                self.busy_seconds += time.perf_counter() - start
+                self._was_busy(time.perf_counter() - start)
                 yield from self._finished(pending)
                 start, pending = time.perf_counter(), []
-        self.busy_seconds += time.perf_counter() - start
+        self._was_busy(time.perf_counter() - start)
         if pending:
             yield from self._finished(pending)
+
+    def _was_busy(self, seconds: float) -> None:
+        self.busy_seconds += seconds
+        self.spans.add(seconds)
 
     def _finished(self, trajectories: list[Trajectory]) -> Iterator[pa.RecordBatch | BatchInfo]:
         batch = to_batch(trajectories, self.meta)
@@ -129,11 +136,13 @@ class RolloutActor:
         if self.config.target_kind == "none":
             yield batch_info(batch)
 
-    def stats(self) -> dict[str, float]:
-        """Cumulative counters of this actor; `tokens` are those of finished responses."""
+    def stats(self) -> dict[str, Any]:
+        """Cumulative counters of this actor; `tokens` are those of finished responses. `spans` is when it generated
+        or loaded weights since the last call (common/busy.py)."""
         return {
             "pid": os.getpid(),
             "busy_seconds": self.busy_seconds,
+            "spans": self.spans.take(),
             "tokens": self.tokens,
             "forwards": self.sampler.forwards,
             "commits": self.sampler.commits,

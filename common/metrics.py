@@ -59,11 +59,14 @@ METRICS: dict[str, MetricSpec] = {
     "busy/learner": MetricSpec("share", "wall time in which the learner trains"),
     "waiting/learner": MetricSpec("share", "wall time in which the learner waits for the batch to be complete"),
     "blocked/learner": MetricSpec("share", "wall time in which the learner publishes and waits for loading"),
+    "overhead": MetricSpec(
+        "share", "wall time in which no actor computes, publishes or loads: Ray, Arrow, control loop"
+    ),
     "seconds/rollout": MetricSpec("s", "busy seconds of the busiest rollout actor"),
     "seconds/teacher": MetricSpec("s", "busy seconds of the busiest teacher"),
     "seconds/learner": MetricSpec("s", "training seconds"),
     "seconds/publish": MetricSpec("s", "gathering, shipping and, at staleness 0, loading the weights"),
-    "seconds/batch": MetricSpec("s", "wall time of the batch"),
+    "seconds/batch": MetricSpec("s", "wall time of the batch, to its last weights loaded, from that of the one before"),
     "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
     "bytes/weights": MetricSpec("bytes", "published weights"),
     "eval/exact_match": _evaluated("share", "problems answered correctly"),
