@@ -6,6 +6,7 @@ pipeline does, and every stage takes as long as its slowest member.
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ import numpy as np
 
 from common.config import ModelShape, RunConfig
 from deploy.placement import plan
-from learner.packing import assign_ranks
 from tests.benchmarks.models import SIZES
 
 BLOCK = 4
@@ -60,6 +60,18 @@ class Assumed:
     response: float = 0.066e9 / 61_816  # tokens, mean: published for 8B
     trained: float = 0.62  # share of response positions that one realised round per block leaves masked
     tokens_per_step: int = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout batch and its updates: prompts, rows per update, mean and greatest response length in tokens, and the
+    token budget of one forward."""
+
+    prompts: int
+    rows: int
+    mean: float
+    limit: int
+    budget: int
 
 
 @dataclass(frozen=True)
@@ -134,45 +146,52 @@ def rates(results: dict[str, Any]) -> Rates:
 def estimate(config: RunConfig, split: Split, rates: Rates, assumed: Assumed, scale: int = 1) -> Estimate:
     """One rollout batch at the curriculum's full length; `scale` multiplies prompts and rows per update."""
     shape = plan(config).shape
-    prompts, batch_rows = scale * config.rollout.prompts_per_batch, scale * config.learner.batch_rows
-    lengths = _lengths(prompts, assumed.response, config.curriculum.max_tokens)
-    response = float(lengths.sum())
-    read = response + prompts * assumed.prompt
-    rollout = _rollout_seconds(shape, lengths, split.rollout, rates, assumed)
-    teacher_rate = split.teacher * rates.teacher * rates.products / (2 * _layers(shape))
-    last = config.rollout.stream_rows * (config.curriculum.max_tokens + assumed.prompt)
-    learner, packed = _learner_seconds(config, shape, lengths, batch_rows, split.learner, rates, assumed)
+    batch = Batch(
+        prompts=scale * config.rollout.prompts_per_batch,
+        rows=scale * config.learner.batch_rows,
+        mean=assumed.response,
+        limit=config.curriculum.max_tokens,
+        budget=config.learner.max_tokens_per_microbatch,
+    )
+    response = float(_lengths(batch).sum())
+    read = response + batch.prompts * assumed.prompt
+    packed = response + read
+    rollout = _rollout_seconds(shape, batch, split.rollout, rates, assumed)
+    teacher = rates.teacher * rates.products / (2 * _layers(shape))  # tokens per second of one
+    last = config.rollout.stream_rows * (batch.limit + assumed.prompt) / teacher
+    learner = _learner_seconds(shape, batch, split.learner, rates, assumed)
     weights = 2 * shape.parameters
     nodes = {role: -(-count // assumed.gpus_per_node) for role, count in vars(split).items()}
     alone = split.used <= assumed.gpus_per_node
-    away = 0 if alone else nodes["rollout"]  # a store elsewhere passes on what it has
-    publish = weights / (rates.publish or assumed.publish) + (
-        math.ceil(math.log2(away + 1)) * weights / assumed.objects
-    )
+    away = 0 if alone else nodes["rollout"]
+    # a store passes on what it has received
+    publish = weights / (rates.publish or assumed.publish) + math.ceil(math.log2(away + 1)) * weights / assumed.objects
     per_target = config.teacher.top_k * 8 + 4 if config.target_kind == "topk" else 2 * shape.hidden_size
-    plain = response * 26 + prompts * assumed.prompt * 4
+    plain = response * 26 + batch.prompts * assumed.prompt * 4
     annotated = plain + response * assumed.trained * per_target
-    micro_batches = prompts / batch_rows * max(packed / (prompts / batch_rows) / split.learner / 16384, 1)
-    sharded = 3 * weights * micro_batches * split.learner if split.learner > assumed.gpus_per_node else 0.0
+    passes = batch.prompts / batch.rows * max(batch.rows / batch.prompts * packed / split.learner / batch.budget, 1.0)
+    spans_nodes = split.learner > assumed.gpus_per_node
     return Estimate(
         split=split,
         seconds={
             "rollout": rollout,
-            "teacher": read / teacher_rate,
-            "last targets": last / (teacher_rate / split.teacher),
+            "teacher": read / (split.teacher * teacher),
+            "last targets": last,
             "learner": learner,
             "publish": publish,
         },
         tokens_per_second={
-            "rollout": response / rollout, "teacher": teacher_rate, "learner": packed / learner,
+            "rollout": response / rollout,
+            "teacher": split.teacher * teacher,
+            "learner": packed / learner,
         },
         network={
-            "weights": weights * away,
+            "weights": float(weights * away),
             "trajectories": 0.0 if alone else plain + annotated * nodes["learner"],
-            "ZeRO-3": sharded,
+            "ZeRO-3": 3.0 * weights * passes * split.learner if spans_nodes else 0.0,
         },
         object_store=2 * weights + (1 + config.pipeline.staleness) * (plain + annotated),
-    )  # fmt: skip
+    )
 
 
 def best_split(config: RunConfig, gpus: int, rates: Rates, assumed: Assumed, scale: int = 1) -> Estimate:
@@ -196,8 +215,9 @@ def _splits(config: RunConfig, gpus: int, scale: int) -> Iterator[Split]:
 
 
 @cache
-def _lengths(count: int, mean: float, limit: int) -> np.ndarray:
-    """Tokens of `count` responses, float [count], in a seeded order: an exponential's quantiles, cut at the limit."""
+def _lengths(batch: Batch) -> np.ndarray:
+    """Tokens of the responses, float [prompts], in a seeded order: an exponential's quantiles, cut at the limit."""
+    count, mean, limit = batch.prompts, batch.mean, batch.limit
     quantiles = -np.log1p(-(np.arange(count) + 0.5) / count)
     low, high = 0.0, 100.0 * mean
     while high - low > 1e-6 * mean:
@@ -206,9 +226,10 @@ def _lengths(count: int, mean: float, limit: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(np.minimum(low * quantiles, limit))
 
 
-def _rollout_seconds(shape: ModelShape, lengths: np.ndarray, actors: int, rates: Rates, assumed: Assumed) -> float:
+@cache
+def _rollout_seconds(shape: ModelShape, batch: Batch, actors: int, rates: Rates, assumed: Assumed) -> float:
     """The slowest actor: as many passes as its longest response needs, all slots in each."""
-    slowest = 0.0
+    lengths, slowest = _lengths(batch), 0.0
     for actor in range(actors):
         share = lengths[actor::actors]
         passes = math.ceil(share.max() / assumed.tokens_per_step)
@@ -224,24 +245,32 @@ def _pass_seconds(shape: ModelShape, slots: int, cached: float, rates: Rates) ->
     return max(memory, 2 * read * slots * BLOCK / rates.products) / rates.of_floor
 
 
-def _learner_seconds(
-    config: RunConfig, shape: ModelShape, lengths: np.ndarray, rows: int, ranks: int, rates: Rates, assumed: Assumed
-) -> tuple[float, float]:
-    """All updates of the batch, each as long as its slowest rank computes or ZeRO-3 gathers; and the packed tokens."""
+@cache
+def _learner_seconds(shape: ModelShape, batch: Batch, ranks: int, rates: Rates, assumed: Assumed) -> float:
+    """All updates of the batch, each as long as its slowest rank computes or ZeRO-3 gathers."""
     head = shape.vocab_size * shape.hidden_size
     channel = assumed.link if ranks <= assumed.gpus_per_node else assumed.network
-    seconds = 0.0
-    for start in range(0, len(lengths), rows):
-        update = lengths[start : start + rows]
+    lengths, seconds = _lengths(batch), 0.0
+    for start in range(0, len(lengths), batch.rows):
+        update = lengths[start : start + batch.rows]
         tokens = assumed.prompt + 2 * update
-        shares = assign_ranks([int(n) for n in tokens], ranks)
-        flops = [6 * sum(_layers(shape) * tokens[i] + head * assumed.trained * update[i] for i in s) for s in shares]
-        longest = max(sum(tokens[i] for i in s) for s in shares)
-        passes = math.ceil(longest / config.learner.max_tokens_per_microbatch)
+        flops = 6 * (_layers(shape) * tokens + head * assumed.trained * update)
+        rank = _dealt(tokens, ranks)
+        passes = math.ceil(np.bincount(rank, tokens).max() / batch.budget)
         # weights twice, for forward and backward, and gradients once
         moved = 3 * 2 * shape.parameters * passes * (ranks - 1) / ranks
-        seconds += max(max(flops) / (rates.learner * rates.products), moved / channel)
-    return float(seconds), float(len(lengths) * assumed.prompt + 2 * lengths.sum())
+        seconds += max(float(np.bincount(rank, flops).max()) / (rates.learner * rates.products), moved / channel)
+    return seconds
+
+
+def _dealt(tokens: np.ndarray, ranks: int) -> np.ndarray:
+    """The rank of each row, as learner/packing.py assigns them: the longest first, to the least loaded."""
+    loads = [(0.0, rank) for rank in range(ranks)]
+    dealt = np.empty(len(tokens), np.int64)
+    for row in np.argsort(-tokens, kind="stable"):
+        load, dealt[row] = loads[0]
+        heapq.heapreplace(loads, (load + tokens[row], int(dealt[row])))
+    return dealt
 
 
 def _floor_bytes_per_second(row: dict[str, Any]) -> float:
