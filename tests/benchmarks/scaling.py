@@ -123,10 +123,13 @@ def plot(rows: list[Row], path: Path) -> None:
             points = [(row["x"], row["cost"]) for row in members if row["part"] == part]
             colour = {"sampler": "C0", "teacher": "C1", "learner": "C2"}.get(part, "C3")
             axes.plot(*zip(*((x, y / points[0][1]) for x, y in points), strict=True), "o-", label=part, color=colour)
-        axes.set(xscale="log", yscale="log", xlabel=name, title="")
+        axes.set(xscale="log", yscale="log", xlabel=name)
         axes.set_xticks(
-            sorted({row["x"] for row in members}), [f"{row:g}" for row in sorted({r["x"] for r in members})]
+            sorted({row["x"] for row in members}), [f"{x:,}" for x in sorted({row["x"] for row in members})]
         )
+        low, high = axes.get_ylim()
+        ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= t <= high]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
         axes.tick_params(axis="x", labelrotation=45)
         axes.grid(alpha=0.3)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +66,16 @@ def parts() -> dict[str, str]:
 def _sweeps(rows: list[dict[str, Any]]) -> str:
     """A line per sweep and part: the cost of every point over that of the first."""
     lines = [["sweep", "of", "from", "first cost", "cost at the later points, first = 1"]]
-    for (sweep, part), group in groupby(sorted(rows, key=_series), key=_series):
-        points = list(group)
+    series: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        series.setdefault((row["sweep"], row["part"]), []).append(row)
+    for (sweep, part), points in series.items():
         first = points[0]
         unit = "s a batch" if "batch" in part else "ms a token"
         later = ", ".join(f"{p['x']:,}: {p['cost'] / first['cost']:.2f}" for p in points[1:])
         of = "the whole loop" if "batch" in part else part
         lines.append([sweep, of, f"{first['x']:,}", f"{first['cost']:.3g} {unit}", later])
     return _table(lines, right=())
-
-
-def _series(row: dict[str, Any]) -> tuple[str, str]:
-    return row["sweep"], row["part"]
 
 
 def _constants(rates: Rates, assumed: Assumed) -> str:
@@ -125,7 +122,8 @@ def _recipe(config: RunConfig, estimates: list[tuple[str, Estimate]]) -> str:
 
 def _scaled(config: RunConfig, estimates: list[tuple[int, int, Estimate]]) -> str:
     lines = [["GPUs", "prompts a batch", "rows an update", "used: rollout + teacher + learner", "rollout, s"]]
-    lines[0] += ["learner, s", "batch at staleness 1, s", "response tokens/s", "a GPU used", "whole run, h"]
+    lines[0] += ["learner, s", "batch at staleness 1, s", "response tokens/s", "a GPU used", "epoch, h"]
+    lines[0] += ["updates an epoch"]
     for gpus, scale, e in estimates:
         s, overlapped = e.split, e.batch_seconds[1]
         prompts, rows = scale * config.rollout.prompts_per_batch, scale * config.learner.batch_rows
@@ -134,8 +132,8 @@ def _scaled(config: RunConfig, estimates: list[tuple[int, int, Estimate]]) -> st
         hours = PROMPTS / prompts * overlapped / 3600
         line = [f"{gpus}", f"{prompts:,}", f"{rows:,}", used, f"{e.seconds['rollout']:.1f}"]
         line += [f"{e.seconds['learner']:.1f}", f"{overlapped:.1f}", f"{rate:,.0f}"]
-        lines.append([*line, f"{rate / s.used:,.0f}", f"{hours:.2f}"])
-    return _table(lines, right=(0, 1, 2, 4, 5, 6, 7, 8, 9))
+        lines.append([*line, f"{rate / s.used:,.0f}", f"{hours:.2f}", f"{PROMPTS / rows:,.0f}"])
+    return _table(lines, right=(0, 1, 2, *range(4, len(lines[0]))))
 
 
 def _bytes(estimates: list[tuple[str, Estimate]]) -> str:
