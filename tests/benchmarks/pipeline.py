@@ -12,10 +12,11 @@ from typing import Any
 
 _WARM_UP = 2  # the first batches load libraries and allocate
 _STAGES = ("rollout", "teacher", "learner", "publish")
+_BUSY = {"rollout actors": "rollout", "learner": "learner", "the slower of both": "slower_role"}
 
 
 def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
-    """A row per staleness: mean seconds of a batch and of its stages (busiest actor), the share of the wall time in
+    """A row per staleness, also printed as a table: mean seconds of a batch and of its stages (busiest actor), the share of the wall time in
     which no actor computes, and how busy rollouts and learner are.
 
     The curriculum goes through all of its lengths within the run.
@@ -23,11 +24,25 @@ def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
     Raises:
         CalledProcessError: a run failed; its output was shown.
     """
-    return [
-        {"size": size, "staleness": staleness, "batches": batches}
-        | figures(run(["--pipeline.staleness", str(staleness), "--curriculum.batches", str(batches)], batches))
-        for staleness in (0, 1)
-    ]
+    rows = []
+    for staleness in (0, 1):
+        made = run(["--pipeline.staleness", str(staleness), "--curriculum.batches", str(batches)], batches)
+        rows.append({"size": size, "staleness": staleness, "batches": batches, **figures(made)})
+        print(table(rows[-1]), flush=True)
+    return rows
+
+
+def table(row: dict[str, Any]) -> str:
+    """Markdown: seconds of a mean batch by stage, and shares of its wall time."""
+    wall = row["seconds_batch"]
+    lines = [f"| staleness {row['staleness']} | seconds a batch | share of the wall time |", "| --- | ---: | ---: |"]
+    for stage in _STAGES:
+        seconds = row[f"seconds_{stage}"]
+        lines.append(f"| {stage}, busiest actor | {seconds:.3f} | {seconds / wall:.1%} |")
+    lines.append(f"| nobody computes | {row['overhead'] * wall:.3f} | {row['overhead']:.1%} |")
+    lines.append(f"| wall time | {wall:.3f} | 100% |")
+    busy = ", ".join(f"{name} {row[f'busy_{key}']:.1%}" for name, key in _BUSY.items())
+    return "\n".join([*lines, "", f"busy: {busy}"])
 
 
 def run(overrides: list[str], batches: int) -> list[dict[str, float]]:

@@ -95,3 +95,4 @@ def test_pipeline_figures_weigh_batches_by_their_time():
     assert figures["seconds_batch"] == 2.0
     assert figures["overhead"] == pytest.approx((0.5 + 0.3) / 4)
     assert figures["busy_slower_role"] == 0.5
+    assert "| nobody computes | 0.400 | 20.0% |" in pipeline.table({"staleness": 0, **figures})
