@@ -20,6 +20,7 @@ from actors.sampler import Sampler
 from actors.slots import Request
 from actors.weights_inbox import WeightsInbox
 from common.broadcast_transport import BroadcastTransport, connect
+from common.busy import BusySpans, computes
 from common.config import RunConfig, Unmasking
 from common.object_store_transport import ObjectStoreTransport
 from common.prompts import Prompt
@@ -62,6 +63,7 @@ class RolloutActor:
         )
         self._take_weights_from(ObjectStoreTransport(device, config.weights_timeout_s))
         self.busy_seconds = 0.0
+        self.spans = BusySpans()
         self.tokens = 0
 
     def ready(self) -> dict[str, Any]:
@@ -84,11 +86,13 @@ class RolloutActor:
         self.inbox = WeightsInbox(transport, self.config.weights_timeout_s)
 
     @ray.method(concurrency_group="weights")
+    @computes
     def fetch_weights(self, handle: WeightsHandle) -> int:
         """Receive a published version while rollouts go on; returns it. The one before must have been swapped in."""
         self.inbox.fetch(handle)
         return handle.version
 
+    @computes
     def swap_weights(self, version: int) -> int:
         """Run a version that is fetched, or being fetched, from now on; returns it as the acknowledgement."""
         self.inbox.swap(self.sampler.model, version)
@@ -135,12 +139,16 @@ class RolloutActor:
             pending.append(trajectory)
             self.tokens += len(trajectory.response_ids)
             if len(pending) >= rollout.stream_rows:
-                self.busy_seconds += time.perf_counter() - start
+                self._was_busy(time.perf_counter() - start)
                 yield from self._finished(pending)
                 start, pending = time.perf_counter(), []
-        self.busy_seconds += time.perf_counter() - start
+        self._was_busy(time.perf_counter() - start)
         if pending:
             yield from self._finished(pending)
+
+    def _was_busy(self, seconds: float) -> None:
+        self.busy_seconds += seconds
+        self.spans.add(seconds)
 
     def _finished(self, trajectories: list[Trajectory]) -> Iterator[pa.RecordBatch | BatchInfo]:
         batch = to_batch(trajectories, self.meta)
@@ -148,11 +156,13 @@ class RolloutActor:
         if self.config.target_kind == "none":
             yield batch_info(batch)
 
-    def stats(self) -> dict[str, float]:
-        """Cumulative counters of this actor; `tokens` are those of finished responses."""
+    def stats(self) -> dict[str, Any]:
+        """Cumulative counters of this actor; `tokens` are those of finished responses. `spans` is when it generated
+        or loaded weights since the last call (common/busy.py)."""
         return {
             "pid": os.getpid(),
             "busy_seconds": self.busy_seconds,
+            "spans": self.spans.take(),
             "tokens": self.tokens,
             "forwards": self.sampler.forwards,
             "commits": self.sampler.commits,

@@ -23,6 +23,7 @@ import ray
 import torch
 from torch import Tensor
 
+from common.busy import BusySpans
 from common.config import RunConfig, TeacherConfig
 from common.objective_config import AS_IT_IS, TeacherTarget
 from common.reshaping import reshape
@@ -233,6 +234,7 @@ class TeacherActor:
         self.enough = asyncio.Event()
         self.sequences = self.tokens = self.batches = self.failed_requests = 0
         self.busy_seconds = 0.0
+        self.spans = BusySpans()
 
     def ready(self) -> dict[str, Any]:
         return {
@@ -249,13 +251,15 @@ class TeacherActor:
             "load_seconds": self.load_seconds,
         }
 
-    def stats(self) -> dict[str, float]:
-        """Cumulative counters of this actor; `queue_depth` is the number of record batches in it now."""
+    def stats(self) -> dict[str, Any]:
+        """Cumulative counters of this actor; `queue_depth` is the number of record batches in it now. `spans` is when
+        it computed targets since the last call (common/busy.py)."""
         return {
             "pid": os.getpid(),
             "sequences": self.sequences,
             "tokens": self.tokens,
             "busy_seconds": self.busy_seconds,
+            "spans": self.spans.take(),
             "batches": self.batches,
             "failed_requests": self.failed_requests,
             "queue_depth": len(self.waiting),
@@ -339,7 +343,9 @@ class TeacherActor:
                 await self._attempt([work])
 
     def _annotate(self, works: list[_Work]) -> None:
+        start = time.perf_counter()
         annotate(self.backend, [t for w in works for t in w.trajectories], self.shape)
+        self.spans.add(time.perf_counter() - start)
         kind, width, dtype = self.backend.kind, self.backend.width, self.backend.hidden_dtype
         for work in works:
             meta = replace(work.meta, target_kind=kind, target_width=width, hidden_dtype=dtype)

@@ -59,6 +59,9 @@ METRICS: dict[str, MetricSpec] = {
     "busy/learner": MetricSpec("share", "wall time in which the learner trains"),
     "waiting/learner": MetricSpec("share", "wall time in which the learner waits for the batch to be complete"),
     "blocked/learner": MetricSpec("share", "wall time in which the learner publishes and waits for loading"),
+    "overhead": MetricSpec(
+        "share", "wall time in which no actor computes, publishes or loads: Ray, Arrow, control loop"
+    ),
     "seconds/rollout": MetricSpec("s", "busy seconds of the busiest rollout actor"),
     "seconds/teacher": MetricSpec("s", "busy seconds of the busiest teacher"),
     "seconds/learner": MetricSpec("s", "training seconds"),
@@ -66,7 +69,7 @@ METRICS: dict[str, MetricSpec] = {
     "seconds/weights_pause": MetricSpec(
         "s", "longest that a rollout actor stood still for new weights since its last rollouts"
     ),
-    "seconds/batch": MetricSpec("s", "wall time of the batch"),
+    "seconds/batch": MetricSpec("s", "wall time of the batch, to its last weights loaded, from that of the one before"),
     "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
     "bytes/weights": MetricSpec("bytes", "published weights"),
     "eval/exact_match": _evaluated("share", "problems answered correctly"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from common.busy import Span
 from common.config import DynamicUnmasking, RunConfig
 from deploy.checkpoints import RunState
 from deploy.cluster import Pools
@@ -24,7 +25,14 @@ class BatchFigures:
         self.pools = pools
         self.status = status
         self.epoch_prompts = epoch_prompts
-        self.previous_stats: dict[str, dict[str, float]] = {}
+        self.previous_stats: dict[str, dict[str, Any]] = {}
+        self._asked: dict[ray.ObjectRef, str] = {}
+        self._spans: list[Span] = []
+
+    def ask(self, actors: list[Any]) -> None:
+        """Ask actors when they computed. The answer comes when they have done what is queued on them before, and goes
+        into the next row that can have it."""
+        self._asked |= self._stats(actors)
 
     def row(
         self,
@@ -32,24 +40,26 @@ class BatchFigures:
         learner: dict[str, float],
         published: dict[str, float],
         window: Window,
-        waited: float,
+        complete: float,
         state: RunState,
     ) -> dict[str, float]:
-        """The figures of the oldest batch in flight, counted into `state`; the learner `waited` so many seconds."""
-        batch, seconds = in_flight[0], window.seconds
+        """The figures of the oldest batch in flight, counted into `state`; `complete` is the Unix time at which the
+        learner had it."""
+        batch, seconds, waited = in_flight[0], window.seconds, complete - window.begin
         infos = batch.infos
         tokens = sum(info.response_tokens for info in infos)
         generated = sum(info.rollout_tokens for info in infos)
         rows = max(batch.finished_rows, 1)
         state.response_tokens += tokens
         state.seconds += seconds
+        rank_stats, teacher_stats = self._stats(self.pools.ranks), self._stats(self.pools.teachers)
         paused = self._totals("weights_pause_seconds")
         rollout_busy = self._busy(batch.actor_stats)
         pauses = [total - paused.get(name, 0.0) for name, total in self._totals("weights_pause_seconds").items()]
-        teacher_stats = {actor.stats.remote(): name for actor, name in self._names(self.pools.teachers)}
         teacher_busy = self._busy(teacher_stats) or [0.0]  # hard labels have no teacher
+        self._reported(rank_stats)
         rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
-        for _, name in self._names(self.pools.ranks):
+        for name in rank_stats.values():
             self.status.heard(name, rate=learner["packed_tokens"] / learner["seconds"] / len(self.pools.ranks))
         rollouts = window.covered((b.started, b.rollouts_done or window.end) for b in in_flight)
         targets = window.covered((b.started, b.targets_done or window.end) for b in in_flight)
@@ -81,6 +91,7 @@ class BatchFigures:
             "queue/rollout": len(batch.expected),
             "queue/teacher": batch.peak_teacher_queue,
             "queue/learner": len(batch.refs),
+            "overhead": self._overhead(in_flight, window),
             "seconds/rollout": rollout_seconds,
             "seconds/teacher": teacher_seconds,
             "seconds/learner": learner["seconds"],
@@ -100,7 +111,7 @@ class BatchFigures:
 
     def _busy(self, stats: dict[ray.ObjectRef, str]) -> list[float]:
         """Busy seconds of each of a role's actors since the last batch."""
-        figures = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
+        figures = self._reported(stats)
         busy = []
         for name, figure in zip(stats.values(), figures, strict=True):
             before = self.previous_stats.get(name, {"busy_seconds": 0.0, "tokens": 0.0})
@@ -112,6 +123,29 @@ class BatchFigures:
             self.previous_stats[name] = figure
         return busy
 
-    def _names(self, actors: list[Any]) -> list[tuple[Any, str]]:
+    def _reported(self, stats: dict[ray.ObjectRef, str]) -> list[dict[str, Any]]:
+        figures = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
+        self._spans += [span for figure in figures for span in figure["spans"]]
+        return figures
+
+    def _overhead(self, in_flight: list[RolloutBatch], window: Window) -> float:
+        """Share of the window in which no actor computes.
+
+        Where rollouts of a later batch are under way, their actors count as computing since it was admitted: they
+        report at its end, and before it have nothing to wait for.
+        """
+        later = in_flight[1:]
+        for batch in later:
+            self._asked |= batch.actor_stats if batch.rollouts_done else {}
+        answered = list(self._asked)
+        if self.config.pipeline.staleness:  # some are queued behind rollouts
+            answered, _ = ray.wait(answered, num_returns=len(answered), timeout=0)
+        self._reported({ref: self._asked.pop(ref) for ref in answered})
+        under_way = [(batch.started, window.end) for batch in later if not batch.rollouts_done]
+        share = window.overhead([*self._spans, *under_way])
+        self._spans = [span for span in self._spans if span[1] > window.end]
+        return share
+
+    def _stats(self, actors: list[Any]) -> dict[ray.ObjectRef, str]:
         names = self.pools.names()
-        return [(actor, names[actor]) for actor in actors]
+        return {actor.stats.remote(): names[actor] for actor in actors}

@@ -1,10 +1,15 @@
-"""Where each role's time goes in a rollout batch: busy, waiting or blocked; the three shares add up to one.
+"""Where the wall time of a rollout batch goes.
+
+For each role: busy, waiting or blocked; the three shares add up to one.
 
 | role | busy | waiting (for input) | blocked (by what comes after) |
 | --- | --- | --- | --- |
 | rollout | generates | its share is done, another actor's is not | the staleness bound holds back the next batch |
 | teacher | computes targets | rollouts are under way, none has ended | no rollouts are under way |
 | learner | trains | the batch is not complete | publishes, and waits until weights are loaded |
+
+For the whole: `overhead`, the share in which no actor generates, computes targets, trains, publishes or loads weights.
+What is left then is Ray, Arrow and the control loop.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Window:
-    """The wall time of one turn of the control loop, seconds of `time.perf_counter`."""
+    """The wall time of one turn of the control loop, in Unix time; the next turn begins where it ends."""
 
     begin: float
     end: float
@@ -33,6 +38,10 @@ class Window:
                 total += end - begin
                 reached = end
         return total
+
+    def overhead(self, spans: Iterable[tuple[float, float]]) -> float:
+        """Share of the window outside all (begin, end) spans."""
+        return 1.0 - self.covered(spans) / self.seconds if self.seconds > 0 else 0.0
 
     def shares(self, role: str, busy_seconds: float, phase_seconds: float) -> dict[str, float]:
         """`busy/ROLE`, `waiting/ROLE` and `blocked/ROLE` of a role.

@@ -2,8 +2,8 @@
 
 Rollout batch k may start once the learner has published version k - S (S: the staleness bound), so at most S + 1
 batches are in flight and no trajectory is ever too old: the bound holds by admission, nothing is thrown away. Calls to
-an actor run in the order of submission, so weights queued behind a rollout are swapped in right after it; they are
-fetched while it runs.
+an actor run in the order of submission, so weights queued behind a rollout are swapped in right after it, fetched while
+it ran, and the next rollout, queued behind these, starts while the control loop still writes down the last batch.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ class Pipeline:
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}
         self.queued_version = 0
+        self.in_flight: deque[RolloutBatch] = deque()
+        self.admitted = 0
         self.health = Health()
 
     def run(self, resume: bool) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class Pipeline:
             self.pools = start_pools(config)
             self.status.actors(self.pools.ready)
             self.evaluator = Evaluator(config, self.problems, self.pools)
+            self.figures = BatchFigures(config, self.pools, self.status, self.epoch_prompts)
             if checkpoint:
                 self._restore(checkpoint[0])
             else:
@@ -150,45 +153,51 @@ class Pipeline:
         self._note(
             f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done", "starting"
         )
-        self._on_ranks("load", "loading a checkpoint", [], folder / "resume")
+        self._on_ranks("load", "loading a checkpoint", folder / "resume")
         for actor in self.pools.rollouts:
             actor.set_block_size.remote(self.state.block_size)
-        self._publish(self.state.batches, [])
+        self.admitted = self.state.batches
+        self._publish(self.state.batches)
         self._collect_acknowledgements()
 
     def _train(self, logs: list[RunLog | RayMetrics | WandbLog]) -> None:
-        figures = BatchFigures(self.config, self.pools, self.status, self.epoch_prompts)
-        in_flight: deque[RolloutBatch] = deque()
-        started = self.state.batches
+        begin = time.time()
         for index in range(self.state.batches, len(self.batches)):
             self.status.state("training")
-            begin = time.perf_counter()
-            while started < len(self.batches) and started - self.version <= self.config.pipeline.staleness:
-                in_flight.append(self._start(started))
-                started += 1
-            current = in_flight[0]
+            self._admit()
+            current = self.in_flight[0]
             timeout = self.config.pipeline.stage_timeout_s
-            drive(list(in_flight), current, timeout, self._show, lambda: self.stop.requested)
+            drive(list(self.in_flight), current, timeout, self._show, lambda: self.stop.requested)
             if self.stop.requested:
                 self._stop()
-            complete = time.perf_counter()
+            complete = time.time()
             self._check(current)
-            learner = self._learn(current, list(in_flight))
-            published = self._publish(index + 1, list(in_flight))
-            window = Window(begin, time.perf_counter())
-            metrics = figures.row(list(in_flight), learner, published, window, complete - begin, self.state)
-            in_flight.popleft()
+            learner = self._learn(current)
+            # the next batch is admitted once weights are queued, and its size may depend on these
+            self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
+            published = self._publish(index + 1)
+            window = Window(begin, time.time())
+            metrics = self.figures.row(list(self.in_flight), learner, published, window, complete, self.state)
+            self.in_flight.popleft()
             self.state.batches = index + 1
             self.state.block_size = current.block_size
-            self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
-            metrics |= self._evaluate(index + 1, list(in_flight))
+            evaluated = self._evaluate(index + 1)
+            # what follows is part of the next batch's time, evaluations and checkpoints are of none
+            begin = time.time() if evaluated else window.end
             for log in logs:
-                log.batch(metrics)
-            self.progress.batch(metrics)
+                log.batch(metrics | evaluated)
+            self._keep_samples(index)
+            self.progress.batch(metrics | evaluated)
             self.status.batches_done(index + 1)
             for warning in self.health.warnings(metrics):
                 self.status.event(warning, "warning")
-            self._after_batch(index + 1)
+            begin = time.time() if self._after_batch(index + 1) else begin
+
+    def _admit(self) -> None:
+        """Start every rollout batch that the staleness bound allows."""
+        while self.admitted < len(self.batches) and self.admitted - self.version <= self.config.pipeline.staleness:
+            self.in_flight.append(self._start(self.admitted))
+            self.admitted += 1
 
     def _start(self, index: int) -> RolloutBatch:
         config = self.config
@@ -217,28 +226,35 @@ class Pipeline:
                 f"rollout batch {batch.index} was made with weights {oldest} and the learner is at {self.version}"
             )
 
-    def _learn(self, batch: RolloutBatch, in_flight: list[RolloutBatch]) -> dict[str, float]:
+    def _learn(self, batch: RolloutBatch) -> dict[str, float]:
         total = self.updates_per_batch * len(self.batches)
         spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
-        results = self._on_ranks("train", "training", in_flight, batch.refs, self.state.updates, total, spool)
+        results = self._on_ranks("train", "training", batch.refs, self.state.updates, total, spool)
         self.state.updates += int(results[0]["updates"])
+        return results[0]
+
+    def _keep_samples(self, index: int) -> None:
+        """A few rollouts of the batch for the trajectory viewer, at times."""
         if self.config.dashboard.rollouts and self.rollout_log.due:
             rank = self.pools.ranks[0]
             timeout = self.config.pipeline.stage_timeout_s
             samples = wait_all({rank.rollout_samples.remote(): "learner-0"}, "giving samples", timeout)
-            self.rollout_log.add(batch.index, samples[0])
-        return results[0]
+            self.rollout_log.add(index, samples[0])
 
-    def _publish(self, version: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
-        """Publish `version` and queue it on every rollout actor; at staleness 0 all have loaded it on return."""
+    def _publish(self, version: int) -> dict[str, float]:
+        """Publish `version`, queue it on every rollout actor, and behind it the next batch, where nothing else comes
+        first; at staleness 0 all have loaded it on return."""
         start = time.perf_counter()
         self._collect_acknowledgements()  # of the version before, queued behind rollouts that are trained on by now
         self.version = version
-        handle = self._on_ranks("publish", "publishing weights", in_flight, self.version)[0]
+        handle = self._on_ranks("publish", "publishing weights", self.version)[0]
         for actor, name in self._named(self.pools.rollouts):
             self.acknowledgements[actor.fetch_weights.remote(handle)] = name
             self.acknowledgements[actor.swap_weights.remote(version)] = name
         self.queued_version = version
+        self.figures.ask(self.pools.rollouts)
+        if not self._evaluation_due(version) and not self.stop.requested:
+            self._admit()
         if self.config.pipeline.staleness == 0:
             self._collect_acknowledgements()
         return {"seconds": time.perf_counter() - start, "bytes": handle.nbytes}
@@ -253,45 +269,57 @@ class Pipeline:
             self.status.heard(name, weights_version=version)
         self.acknowledgements = {}
 
-    def _on_ranks(self, method: str, action: str, in_flight: list[RolloutBatch], *arguments: Any) -> list[Any]:
+    def _on_ranks(self, method: str, action: str, *arguments: Any) -> list[Any]:
         """Call all ranks together; batches in flight go on meanwhile."""
 
         calls = {getattr(actor, method).remote(*arguments): name for actor, name in self._named(self.pools.ranks)}
-        others = {name for batch in in_flight for name in batch.waited_for()}
+        others = {name for batch in self.in_flight for name in batch.waited_for()}
         self.status.working({*calls.values(), *others}, learner=action)
-        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, lambda: advance(in_flight))
+        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, self._advance, self._arriving)
         for name in calls.values():
             self.status.heard(name, weights_version=self.version)
         return results
+
+    def _advance(self) -> None:
+        advance(self.in_flight)
+
+    def _arriving(self) -> list[Any]:
+        return [item for batch in self.in_flight for item in batch.waiting]
 
     def _named(self, actors: list[Any]) -> list[tuple[Any, str]]:
         names = self.pools.names()
         return [(actor, names[actor]) for actor in actors]
 
-    def _evaluate(self, done: int, in_flight: list[RolloutBatch]) -> dict[str, float]:
+    def _evaluation_due(self, done: int) -> bool:
+        return self.evaluator.due(done, last=done == len(self.batches))
+
+    def _evaluate(self, done: int) -> dict[str, float]:
         """The held-out figures where it is time for them."""
-        if self.stop.requested or not self.evaluator.due(done, last=done == len(self.batches)):
+        if self.stop.requested or not self._evaluation_due(done):
             return {}
         self.status.state("evaluating", f"evaluating after {done} batches")
-        metrics = self.evaluator.metrics(self.state.block_size, lambda: advance(in_flight))
+        metrics = self.evaluator.metrics(self.state.block_size, self._advance)
         self.progress.note(
             f"after {done} batches: exact match {metrics['eval/exact_match']:.1%}, "
             f"{metrics['eval/tokens_per_step']:.2f} tokens per step"
         )
         return metrics
 
-    def _after_batch(self, done: int) -> None:
-        """Checkpoint where it is time; end here if a stop was asked for."""
+    def _after_batch(self, done: int) -> bool:
+        """Checkpoint where it is time, and tell whether; end here if a stop was asked for."""
         if self.stop.requested:
             self._stop()
         every = self.config.pipeline.checkpoint_every_batches
         last = done == len(self.batches)
-        if every and done % every == 0 and not last:
+        due = bool(every and done % every == 0 and not last)
+        if due:
             self._save(self._batch_name())
+        return due
 
     def _stop(self) -> NoReturn:
         """The learner stands between two batches: save, and end with the signal's status."""
         done = self.state.batches
+        self.in_flight.clear()  # their rollouts are made again
         self._note(f"asked to stop: saving a checkpoint after {done} batches", "saving")
         if not (self.checkpoints.folder / self._batch_name()).exists():
             self._save(self._batch_name())
@@ -306,6 +334,6 @@ class Pipeline:
         partial = self.checkpoints.begin(name)
         block_size = self.state.block_size or self.config.block_size
         self._on_ranks(
-            "save", "saving a checkpoint", [], partial, None if name == "final" else partial / "resume", block_size
+            "save", "saving a checkpoint", partial, None if name == "final" else partial / "resume", block_size
         )
         self.checkpoints.finish(name, self.state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -46,7 +46,7 @@ class RolloutBatch:
         self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
         self.refs: list[ray.ObjectRef] = []
         self.infos: list[BatchInfo] = []
-        self.started = time.perf_counter()
+        self.started = time.time()
         self.rollouts_done = self.targets_done = 0.0
         self.peak_teacher_queue = 0
         self._pools = pools
@@ -113,7 +113,7 @@ class RolloutBatch:
                 self.refs.append(batch)
                 self._load[self._of_teacher.pop(item)] -= 1
                 if self.done:
-                    self.targets_done = time.perf_counter()
+                    self.targets_done = time.time()
 
     def _take_from(self, generator: Any) -> None:
         self._heard(self._generators[generator])
@@ -121,7 +121,7 @@ class RolloutBatch:
         if batch is None:
             del self._generators[generator]
             if not self._generators:
-                self.rollouts_done = self.targets_done = time.perf_counter()
+                self.rollouts_done = self.targets_done = time.time()
                 self._raise_failed_streams()
             return
         last_heard[self._streams[generator]] = time.time()
@@ -154,7 +154,7 @@ class RolloutBatch:
         return [*self._generators.values(), *(name for _, name in self._annotating.values())]
 
 
-def advance(batches: list[RolloutBatch]) -> None:
+def advance(batches: Sequence[RolloutBatch]) -> None:
     """Handle all that is ready now, without waiting.
 
     Raises:

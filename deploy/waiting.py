@@ -16,11 +16,15 @@ last_heard: dict[str, float] = {}  # Unix time of every actor's last answer, by 
 
 
 def wait_all(
-    pending: dict[ray.ObjectRef, str], action: str, timeout_s: float, idle: Callable[[], Any] | None = None
+    pending: dict[ray.ObjectRef, str],
+    action: str,
+    timeout_s: float,
+    idle: Callable[[], Any] | None = None,
+    others: Callable[[], list[Any]] = list,
 ) -> list[Any]:
     """Results of the calls in the order of `pending`, whose values name the actors.
 
-    `idle` is called about five times a second meanwhile.
+    `idle` is called meanwhile: about five times a second, and whenever one of `others()` is ready, which it handles.
 
     Raises:
         StuckError: the deadline passed; names the actors that did not answer.
@@ -29,12 +33,15 @@ def wait_all(
     waited = 0.0
     open_refs = list(pending)
     while open_refs:
-        ready, open_refs = ray.wait(open_refs, num_returns=len(open_refs), timeout=_POLL_SECONDS)
+        start = time.perf_counter()
+        if watched := others():
+            ray.wait([*open_refs, *watched], num_returns=1, timeout=_POLL_SECONDS)
+        ready, open_refs = ray.wait(open_refs, num_returns=len(open_refs), timeout=0 if watched else _POLL_SECONDS)
         for ref in ready:
             result_of(ref, pending[ref], action)
         if idle:
             idle()
-        waited = 0.0 if ready else waited + _POLL_SECONDS
+        waited = 0.0 if ready else waited + time.perf_counter() - start
         if open_refs and waited >= timeout_s:
             names = ", ".join(sorted({pending[ref] for ref in open_refs}))
             raise StuckError(f"{action}: no answer from {names} within {timeout_s:.0f} s")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.broadcast_transport import BroadcastTransport, open_store
+from common.busy import BusySpans, computes
 from common.config import RunConfig
 from common.object_store_transport import ObjectStoreTransport
 from common.objective_config import ForwardKL
@@ -90,8 +91,8 @@ class LearnerRank:
         warnings.filterwarnings("ignore", message=".*not writable")  # targets are views of Arrow buffers
         self.config = config
         self.rank = rank
-        self.busy_seconds = 0.0
-        self.samples: list[dict[str, Any]] = []
+        self.spans = BusySpans()
+        self.samples: list[tuple[Trajectory, np.ndarray, np.ndarray, int]] = []
 
     def address(self) -> tuple[str, int]:
         """Host and free port for the process group."""
@@ -179,6 +180,7 @@ class LearnerRank:
         trajectories, meta = self._read(record_batches)
         if spool and self.rank == 0:
             write_spool(spool, record_batches)
+        read = time.perf_counter()
         builder = BatchBuilder(
             meta=meta,
             normalization=self.config.objective.normalization,
@@ -211,7 +213,7 @@ class LearnerRank:
             for name, value in figures.items():
                 totals[name] += value
         seconds = time.perf_counter() - start
-        self.busy_seconds += seconds
+        self.spans.add(time.perf_counter() - read)
         positions = max(totals["positions"], 1.0)
         return {
             "loss": totals["loss"] / max(updates, 1),
@@ -242,9 +244,14 @@ class LearnerRank:
         trajectories = [t for rows, _ in batches for t in rows]
         return sorted(trajectories, key=lambda t: (t.ordinal, t.sample)), meta
 
+    def stats(self) -> dict[str, Any]:
+        """`spans` is when this rank trained or published since the last call (common/busy.py)."""
+        return {"pid": os.getpid(), "spans": self.spans.take()}
+
     def rollout_samples(self) -> list[dict[str, Any]]:
         """`dashboard.rollouts` of the trajectories of the last batch; on rank 0 only (learner/rollout_samples.py)."""
-        return self.samples
+        # decoded only now: few batches are asked
+        return [rollout_sample(t, rows, kl, self.tokenizer, size) for t, rows, kl, size in self.samples]
 
     def _update(self, trajectories: list[Trajectory], builder: BatchBuilder, wanted: int) -> dict[str, float]:
         """One optimiser step over all ranks; so many of this rank's trajectories become `samples`."""
@@ -285,14 +292,13 @@ class LearnerRank:
     def _sample(
         self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int, block_size: int
     ) -> None:
-        """Keep the first trajectories of an update; `kl` [L] runs over the trained positions of all its batches."""
+        """Keep the first trajectories of an update, their trained target rows and divergences; `kl` [L] runs over the
+        trained positions of all its batches."""
         docs = np.concatenate([batch.loss_doc for batch in batches])
         rows = np.concatenate([batch.loss_target for batch in batches])
-        self.samples = [
-            rollout_sample(trajectories[d], rows[docs == d], kl[docs == d], self.tokenizer, block_size)
-            for d in np.unique(docs)[:wanted]
-        ]
+        self.samples = [(trajectories[d], rows[docs == d], kl[docs == d], block_size) for d in np.unique(docs)[:wanted]]
 
+    @computes
     def publish(self, version: int) -> WeightsHandle | None:
         """Gather the weights (collective) and publish them as `version`; the handle comes from rank 0, else None."""
         buckets = gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20)

@@ -131,25 +131,27 @@ def _dense_loss(model: Any, hidden: torch.Tensor, x: Any) -> torch.Tensor:
     return (coefficient * divergence(ForwardKL(), log_t, log_s)).sum()
 
 
-def _trajectories(model: Any, rows: int, prompt: int, response: int, cuda: bool) -> list[Trajectory]:
+def _trajectories(
+    model: Any, rows: int, prompt: int, response: int, cuda: bool, block: int = BLOCK
+) -> list[Trajectory]:
     rng = np.random.default_rng(0)
     made = []
     for i in range(rows):
-        length = -(-int(response * (1 if cuda else (i + 1) / rows)) // BLOCK) * BLOCK  # on CPU: of all lengths
+        length = -(-int(response * (1 if cuda else (i + 1) / rows)) // block) * block  # on CPU: of all lengths
         t = Trajectory(
             ordinal=i,
             sample=0,
             prompt_ids=rng.integers(0, 200, prompt).astype(np.int32),
             response_ids=rng.integers(0, 200, length).astype(np.int32),
             tail_ids=np.empty(0, np.int32),
-            reveal_round=np.tile(np.arange(BLOCK), length // BLOCK).astype(np.int16),
+            reveal_round=np.tile(np.arange(block), length // block).astype(np.int16),
             confidence=np.ones(length, np.float32),
             weights_version=0,
             finish_reason="length",
             denoise_forwards=1,
             commit_forwards=0,
         )
-        select_states(t, ObjectiveConfig(), BLOCK, -1, rng)
+        select_states(t, ObjectiveConfig(), block, -1, rng)
         t.hidden = rng.standard_normal(len(t.target_offsets) * model.config.hidden_size).astype(np.float32)
         made.append(t)
     return made

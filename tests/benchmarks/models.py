@@ -17,10 +17,10 @@ SIZES = {
 }  # fmt: skip
 
 
-def random_model(size: str, device: str) -> PreTrainedModel:
-    """A Qwen3 of one of SIZES; bfloat16 on CUDA, float32 on CPU."""
+def random_model(size: str, device: str, **changes: int) -> PreTrainedModel:
+    """A Qwen3 of one of SIZES, with changed entries; bfloat16 on CUDA, float32 on CPU."""
     torch.manual_seed(0)
-    config = Qwen3Config(**SIZES[size], tie_word_embeddings=True, max_position_embeddings=8192)
+    config = Qwen3Config(**{**SIZES[size], **changes}, tie_word_embeddings=True, max_position_embeddings=8192)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
         model = Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)

@@ -35,6 +35,10 @@ def test_estimates_follow_the_config():
     assert one.processes[-1].memory[states] == 2 * two.processes[-1].memory[states]
     half = plan(load_config("qwen3-8b", ["--rollout.slots", "32"]))
     assert one.processes[0].memory["KV cache"] == 2 * half.processes[0].memory["KV cache"]
+    # vLLM's prompt log-probabilities, outside its own profile: [tokens of a step, V] in the model's dtype and float32
+    assert one.processes[2].memory["logits"] == 8192 * 151936 * (2 + 4)
+    fewer = plan(load_config("qwen3-8b", ["--teacher.max_batched_tokens", "1024"]))
+    assert fewer.processes[2].memory["logits"] == one.processes[2].memory["logits"] // 8
     assert one.payload["weights"] == 2 * one.shape.parameters
     assert one.payload["targets (topk)"] == 128 * 4000 * (16 * 8 + 4)
     assert one.payload["targets (hidden)"] == 128 * 4000 * 4096 * 2

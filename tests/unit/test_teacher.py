@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import actors.teacher
+import actors.teacher_transformers
 from actors.teacher import (
     LEAST_REST,
     HiddenTargets,
@@ -187,6 +188,54 @@ def test_annotate_asks_for_response_offsets(path: str, log_softmax: Any) -> None
     assert best == [int(log_softmax(prefix).argmax()) for prefix in prefixes]
     assert asked.topk_logprobs.shape == (48,)
     assert asked.log_rest.shape == (3,)
+
+
+@pytest.mark.parametrize("target", ["topk", "hidden"])
+def test_nothing_is_computed_or_shipped_for_positions_that_are_not_asked(
+    path: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The LM head sees the asked rows only, the layers no token behind the last of them, and the record batch that
+    goes on holds as many targets as positions are trained."""
+    backend = build_backend(config(target), path)
+    head_rows, read = 0, 0
+
+    def count_rows(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal read
+        read += inputs[0].shape[:2].numel()
+
+    def counted(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal head_rows
+        head_rows += len(hidden)
+        return torch.nn.functional.linear(hidden, weight)
+
+    monkeypatch.setattr(actors.teacher_transformers, "linear", counted)
+    backend.model.model.layers[0].register_forward_pre_hook(count_rows)
+    asked, silent = trajectory(0, [1, 4]), trajectory(1, [])
+    annotate(backend, [silent, asked])
+    assert read == 6 + 4  # the prompt, and the response up to the token before the last asked one
+    assert head_rows == (2 if target == "topk" else 0)
+    shipped, _ = from_batch(to_batch([silent, asked], META))
+    sizes = [[t.topk_ids.size, t.topk_logprobs.size, t.log_rest.size, t.hidden.size] for t in shipped]
+    assert sizes == [[0] * 4, [32, 32, 2, 0] if target == "topk" else [0, 0, 0, 2 * 64]]
+
+
+def test_no_forward_or_product_grows_with_the_number_of_requests(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors.teacher_transformers, "LOGITS_ROWS", 16)
+    largest: dict[str, int] = {}
+
+    def counted(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        largest["head"] = max(largest.get("head", 0), len(hidden))
+        return torch.nn.functional.linear(hidden, weight)
+
+    def widest(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        largest["layers"] = max(largest.get("layers", 0), inputs[0].shape[:2].numel())
+
+    monkeypatch.setattr(actors.teacher_transformers, "linear", counted)
+    backend = build_backend(config(), path)
+    backend.model.model.layers[0].register_forward_pre_hook(widest)
+    backend.targets(requests() * 8)
+    assert largest["head"] <= 16
+    assert largest["layers"] <= 80
 
 
 def _annotated_together(actor: TeacherActor, batches: list[list[Trajectory]]) -> list[Any]:

@@ -1,0 +1,151 @@
+"""The teacher: one causal pass over x0 for the trained positions, against what it replaces, and its peak memory."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.teacher import TargetRequest, Targets, TeacherBackend
+from actors.teacher_transformers import TransformersBackend
+from common.config import Resources, TeacherConfig
+from tests.benchmarks.models import random_model
+
+TOP_K = 16
+TRAINED = 0.62  # share of the response that per_block selection masks at about two tokens a step
+_REPEATS = 3
+
+
+def measure(size: str, device: str, requests: int, prompt: int, response: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Rows by variant, all of one run.
+
+    `causal` is the teacher's own: sequences share forwards of at most `max_tokens`, the LM head reads trained
+    positions. `one at a time` asks it request by request. The predecessor reads every row doubled, x0 and behind it
+    the noised response; `doubled` is that with the LM head where it is needed, `doubled, every position` with float32
+    log-probabilities of all. Peak memory, on CUDA, is over the weights, and also that of four times the requests.
+    vLLM's engine, where it is installed, answers the same requests.
+    """
+    config = TeacherConfig(
+        backend="transformers", target="topk", top_k=TOP_K, dtype="bfloat16" if device == "cuda" else "float32",
+        max_batched_tokens=max_tokens, resources=Resources(gpus=1 if device == "cuda" else 0),
+    )  # fmt: skip
+    model = random_model(size, device)
+    asked = _requests(requests, prompt, response, model.config.vocab_size)
+    rows = [{"size": size, **row} for row in _of_transformers(LoadedBackend(model, config), asked, prompt, device)]
+    if importlib.util.find_spec("vllm"):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            del model
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows.append({"size": size, "variant": "vLLM", "requests": requests, **_of_vllm(config, folder, asked)})
+        rows[-1]["times_the_first"] = rows[0]["tokens_per_second"] / rows[-1]["tokens_per_second"]
+    return rows
+
+
+def _of_transformers(
+    backend: LoadedBackend, asked: list[TargetRequest], prompt: int, device: str
+) -> list[dict[str, Any]]:
+    doubled = [replace(r, ids=np.concatenate([r.ids, r.ids[prompt:]])) for r in asked]
+    tokens = sum(len(r.ids) for r in asked)
+    variants: dict[str, tuple[int, Callable[[], object]]] = {
+        "causal": (1, lambda: backend.targets(asked)),
+        "causal, four times the requests": (4, lambda: backend.targets(asked * 4)),
+        "one at a time": (1, lambda: [backend.targets([request]) for request in asked]),
+        "doubled": (1, lambda: backend.whole(doubled, every_position=False)),
+        "doubled, every position": (1, lambda: backend.whole(doubled, every_position=True)),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, (times, run) in variants.items():
+        seconds, peak = _time(run, device)
+        speed = times * tokens / seconds
+        rows.append({"variant": name, "requests": times * len(asked), "tokens_per_second": speed})
+        rows[-1]["times_the_first"] = rows[0]["tokens_per_second"] / speed
+        if device == "cuda":
+            rows[-1]["peak_gib"] = peak
+    return rows
+
+
+class LoadedBackend(TransformersBackend):
+    """Around a model that is in memory already."""
+
+    def __init__(self, model: Any, config: TeacherConfig) -> None:
+        self.model = model
+        self.device = str(model.device)
+        self.max_batched_tokens = config.max_batched_tokens
+        TeacherBackend.__init__(
+            self, "topk", config.top_k, config.dtype, model.config.vocab_size, model.config.max_position_embeddings
+        )
+
+    @torch.inference_mode()
+    def whole(self, requests: Sequence[TargetRequest], every_position: bool) -> list[Targets]:
+        """As the predecessor: no sequence ends at its last asked position; targets of every position on demand."""
+        made = []
+        for rows in self._batches([len(r.ids) for r in requests]):
+            batch = [requests[row] for row in rows]
+            hidden = self._hidden([replace(r, positions=np.arange(1, len(r.ids) + 1)) for r in batch])
+            for states, request in zip(hidden, batch, strict=True):
+                wanted = torch.from_numpy(request.positions - 1)
+                if not every_position:
+                    made.append(self._targets_of(states[wanted]))
+                    continue
+                logprobs = self.model.lm_head(states).float().log_softmax(-1)
+                made.append(logprobs[wanted].topk(self.width).values.cpu())
+        return made
+
+
+def _requests(count: int, prompt: int, response: int, vocabulary: int) -> list[TargetRequest]:
+    """Responses of all lengths up to `response`; a random part of their positions is trained."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        length = max(response * (i + 1) // count, 4)
+        chosen = rng.choice(length, max(int(TRAINED * length), 1), replace=False)
+        ids = rng.integers(0, min(vocabulary, 1000), prompt + length).astype(np.int32)
+        made.append(TargetRequest(ids, prompt + np.sort(chosen)))
+    return made
+
+
+def _time(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds of one call, best of three after one more, and GiB over what was allocated before."""
+    run()
+    cuda = device == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times), (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0.0
+
+
+def _of_vllm(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> dict[str, float]:
+    """vLLM in a process of its own, which gives its memory back."""
+    changes = {"backend": "vllm", "gpu_memory_utilization": 0.5}
+    # a child must not inherit an initialised CUDA
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        speed = pool.submit(_vllm_speed, config.model_copy(update=changes), folder, requests).result()
+    return {"tokens_per_second": speed}
+
+
+def _vllm_speed(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> float:
+    from actors.teacher import build_backend
+
+    backend = build_backend(config, folder)
+    seconds, _ = _time(lambda: backend.targets(requests), "cpu")
+    backend.close()
+    return sum(len(r.ids) for r in requests) / seconds

@@ -1,0 +1,60 @@
+"""Spans of computing, and the share of a batch's time in which nobody computes."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from common.busy import BusySpans, computes
+from deploy.occupancy import Window
+
+
+class Actor:
+    def __init__(self):
+        self.spans = BusySpans()
+
+    @computes
+    def load(self, value, fails=False):
+        """Loads."""
+        time.sleep(0.01)
+        if fails:
+            raise ValueError("no")
+        return value
+
+
+def test_a_call_leaves_one_span_even_if_it_fails():
+    actor, before = Actor(), time.time()
+    assert actor.load(3) == 3
+    with pytest.raises(ValueError, match="no"):
+        actor.load(3, fails=True)
+    (first, second), after = actor.spans.take(), time.time()
+    assert before <= first[0] + 1e-3 and first[1] <= second[0] + 1e-3 and second[1] <= after
+    assert all(0.01 <= end - begin < 1 for begin, end in (first, second))
+    assert actor.spans.take() == []
+    assert (Actor.load.__name__, Actor.load.__doc__) == ("load", "Loads.")
+
+
+def test_overhead_is_what_no_actor_covers():
+    window = Window(100.0, 110.0)
+    assert window.overhead([]) == 1.0
+    assert window.overhead([(90.0, 103.0), (102.0, 104.0), (106.0, 120.0)]) == pytest.approx(0.2)
+    assert window.overhead([(0.0, 200.0)]) == 0.0
+    assert Window(5.0, 5.0).overhead([]) == 0.0
+
+
+def test_figures_join_the_spans_of_all_roles(monkeypatch):
+    """Answers that are queued behind rollouts come later, and only where rollouts overlap training."""
+    from deploy import batch_figures
+
+    answers = {"a": [(100.0, 104.0)], "b": [(104.0, 109.0)], "late": [(111.0, 115.0)]}
+    monkeypatch.setattr(batch_figures, "wait_all", lambda refs, *_: [{"spans": answers[ref]} for ref in refs])
+    monkeypatch.setattr(batch_figures.ray, "wait", lambda refs, **_: ([r for r in refs if r != "late"], ["late"]))
+    pipeline = SimpleNamespace(staleness=1, stage_timeout_s=1.0)
+    figures = batch_figures.BatchFigures(SimpleNamespace(pipeline=pipeline), None, None, 1)
+    figures._asked = {"a": "rollout-0", "b": "learner-0", "late": "rollout-1"}
+    done = SimpleNamespace(rollouts_done=100.0, started=90.0, actor_stats={})
+    assert figures._overhead([done], Window(100.0, 110.0)) == pytest.approx(0.1)
+    assert figures._asked == {"late": "rollout-1"}
+    running = SimpleNamespace(rollouts_done=0.0, started=116.0, actor_stats={})
+    monkeypatch.setattr(batch_figures.ray, "wait", lambda refs, **_: (refs, []))
+    assert figures._overhead([done, running], Window(110.0, 120.0)) == pytest.approx(0.2)
