@@ -189,6 +189,7 @@ class Pipeline:
             for warning in self.health.warnings(metrics):
                 self.status.event(warning, "warning")
             self._after_batch(index + 1)
+        self._collect_acknowledgements()  # of the last version, before it is evaluated
 
     def _start(self, index: int) -> RolloutBatch:
         config = self.config
