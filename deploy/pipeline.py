@@ -192,6 +192,7 @@ class Pipeline:
             for warning in self.health.warnings(metrics):
                 self.status.event(warning, "warning")
             begin = time.time() if self._after_batch(index + 1) else begin
+        self._collect_acknowledgements()  # of the last version, before it is evaluated
 
     def _admit(self) -> None:
         """Start every rollout batch that the staleness bound allows."""
