@@ -16,8 +16,8 @@ _BUSY = {"rollout actors": "rollout", "learner": "learner", "the slower of both"
 
 
 def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
-    """A row per staleness, also printed as a table: mean seconds of a batch and of its stages (busiest actor), the share of the wall time in
-    which no actor computes, and how busy rollouts and learner are.
+    """A row per staleness, also printed as a table: mean seconds of a batch and of its stages (busiest actor), the
+    share of the wall time in which no actor computes, and how busy rollouts and learner are.
 
     The curriculum goes through all of its lengths within the run.
 
