@@ -335,7 +335,7 @@ class RunConfig(Section):
                 multiples = [str(m) for m in (below, below + self.block_size) if m]
                 raise ValueError(
                     f"block_size ({self.block_size}) does not divide curriculum.{field} ({tokens}); "
-                    f"use {' or '.join(multiples)}"
+                    f"set curriculum.{field} to {' or '.join(multiples)}"
                 )
         return self
 

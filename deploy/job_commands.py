@@ -185,7 +185,8 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # its import sets INFO
+    for module in (JobSubmissionClient.__module__, "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(module).setLevel(logging.WARNING)  # its import sets INFO
     logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # lists every file that is not uploaded
     try:
         return _within(lambda: JobSubmissionClient(address), f"connecting to {address}")
