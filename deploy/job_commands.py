@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -32,6 +32,7 @@ _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # of the job: seconds between SIGTERM a
 _STOP_WAIT_S = 120
 _POLL_S = 0.5
 _PENDING_S = 15.0  # a job that waits longer than this for CPUs is left to its end
+_COMMAND = "python -m deploy "  # works where the package is uploaded and not installed
 _T = TypeVar("_T")
 
 console = Console()
@@ -43,7 +44,9 @@ def submit(
     config: Annotated[str, typer.Argument(help="YAML file below the working directory, or a preset", metavar="CONFIG")],
     address: Address = DEFAULT_ADDRESS,
     working_dir: Annotated[Path, typer.Option(help="folder that is uploaded and run from")] = Path("."),
-    resume: Annotated[str | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
+    resume: Annotated[
+        Literal["auto"] | None, typer.Option(help="auto: go on from the run's newest checkpoint")
+    ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and return")] = False,
 ) -> None:
     """Submit a training job to a Ray cluster and follow it; ends with the job's exit status.
@@ -52,8 +55,9 @@ def submit(
     output_dir is taken from the current folder, so that the run outlives the job's temporary one.
     """
     settings = load_config(config, context.args)  # bad input ends here, before anything is uploaded
-    overrides = [*context.args, "--output_dir", str(settings.output_dir.resolve())]
-    command = ["python", "-m", "deploy", "train", config, *overrides]
+    command = [*_COMMAND.split(), "train", config, *context.args]
+    if not settings.output_dir.is_absolute():
+        command += ["--output_dir", str(settings.output_dir.resolve())]
     command += ["--resume", resume] if resume else []
     client = _client(address)
     job = _within(
@@ -84,13 +88,13 @@ def jobs(address: Address = DEFAULT_ADDRESS) -> None:
     table = Table()
     for column in ("job", "status", "exit", "minutes"):
         table.add_column(column, no_wrap=True)  # an id is there to be copied
-    table.add_column("command", overflow="fold")
+    table.add_column("command", overflow="ellipsis", no_wrap=True)
     listed = _within(_client(address).list_jobs, f"asking {address}")
     for info in sorted(listed, key=lambda i: -(i.start_time or 0)):
         end = info.end_time or time.time() * 1000
         minutes = f"{(end - info.start_time) / 60_000:.1f}" if info.start_time else ""
         status = "" if info.driver_exit_code is None else str(info.driver_exit_code)
-        table.add_row(info.submission_id or "", str(info.status.value), status, minutes, info.entrypoint)
+        table.add_row(info.submission_id or "", str(info.status.value), status, minutes, info.entrypoint.removeprefix(_COMMAND))
     console.print(table)
 
 
@@ -101,6 +105,9 @@ def stop(
 ) -> None:
     """Stop a job: it writes a checkpoint and ends; one that still waits for CPUs ends when it gets them."""
     client = _client(address)
+    listed = {info.submission_id for info in _within(client.list_jobs, f"asking {address}")}
+    if job not in listed:
+        raise ConfigError(f"JOB: {job!r} is not on {address}; `opdlm jobs` lists the jobs that are")
     status = _within(lambda: client.get_job_status(job), f"asking {address}").value
     if status in _FINAL:
         console.print(f"{job} has ended already: {status}")
