@@ -102,8 +102,8 @@ def copy_target(url: str) -> tuple[Any, str]:
         found: tuple[Any, str] = fs.FileSystem.from_uri(url)
     except (ValueError, ImportError) as error:  # pyarrow's and fsspec's words for an unknown one
         raise ConfigError(
-            f"pipeline.copy_checkpoints_to: {url!r} cannot be opened ({error}); give a folder, or a URL that begins with "
-            "s3://, gs://, abfs://, hdfs://, file:// or fsspec+PROTOCOL:// (of any installed fsspec package)"
+            f"pipeline.copy_checkpoints_to: {url!r} cannot be opened ({error}); give a folder, or a URL that begins "
+            "with s3://, gs://, abfs://, hdfs://, file:// or fsspec+PROTOCOL:// (of any installed fsspec package)"
         ) from error
     return found
 

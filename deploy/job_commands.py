@@ -44,9 +44,7 @@ def submit(
     config: Annotated[str, typer.Argument(help="YAML file below the working directory, or a preset", metavar="CONFIG")],
     address: Address = DEFAULT_ADDRESS,
     working_dir: Annotated[Path, typer.Option(help="folder that is uploaded and run from")] = Path("."),
-    resume: Annotated[
-        Literal["auto"] | None, typer.Option(help="auto: go on from the run's newest checkpoint")
-    ] = None,
+    resume: Annotated[Literal["auto"] | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and return")] = False,
 ) -> None:
     """Submit a training job to a Ray cluster and follow it; ends with the job's exit status.
@@ -94,7 +92,9 @@ def jobs(address: Address = DEFAULT_ADDRESS) -> None:
         end = info.end_time or time.time() * 1000
         minutes = f"{(end - info.start_time) / 60_000:.1f}" if info.start_time else ""
         status = "" if info.driver_exit_code is None else str(info.driver_exit_code)
-        table.add_row(info.submission_id or "", str(info.status.value), status, minutes, info.entrypoint.removeprefix(_COMMAND))
+        table.add_row(
+            info.submission_id or "", str(info.status.value), status, minutes, info.entrypoint.removeprefix(_COMMAND)
+        )
     console.print(table)
 
 

@@ -86,7 +86,8 @@ def test_page_of_a_live_run(tmp_path, browser):
     url = f"http://127.0.0.1:{port}"
     run = start(
         "train", "tiny", "--output_dir", str(tmp_path), "--pipeline.max_batches", str(BATCHES), *ONE_UPDATE,
-        "--evaluation.problems", "null", "--dashboard.enabled", "true", "--dashboard.port", str(port),
+        "--evaluation.problems", "null", "--teacher.backend", "transformers",
+        "--dashboard.enabled", "true", "--dashboard.port", str(port),
     )  # fmt: skip
     try:
         page = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light")

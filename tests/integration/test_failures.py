@@ -14,14 +14,15 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 COMMAND = [
     sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers",
-    "--evaluation.problems", "null", "--learner.ranks", "1", "--pipeline.stage_timeout_s", "15",
+    "--evaluation.problems", "null", "--learner.ranks", "1", "--rollout.actors", "1",
+    "--pipeline.stage_timeout_s", "15",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("role", "sent", "message"),
     [
-        ("RolloutActor", signal.SIGKILL, r"rollout-\d died while"),
+        ("RolloutActor", signal.SIGKILL, "rollout-0 died while"),
         ("LearnerRank", signal.SIGKILL, "learner-0 died while"),
         ("TeacherActor", signal.SIGSTOP, "nothing from teacher-0 for 15 s"),
     ],

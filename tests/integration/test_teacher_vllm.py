@@ -11,6 +11,8 @@ import pytest
 import ray
 import torch
 
+from actors import responder
+from actors.responder import ResponseRequest, Sampling
 from actors.teacher import TargetRequest, as_remote, build_backend
 from common.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
 from common.student import lm_head_weight, load_model
@@ -112,4 +114,19 @@ def test_too_long_sequences_fail_alone_and_by_name(cluster: None, path: str) -> 
     with pytest.raises(RuntimeError, match=r"ordinals \[7\].*teacher reads 95"):
         ray.get(calls[0], timeout=200)
     assert ray.get(calls[1], timeout=30).num_rows == 1
+    ray.kill(actor)
+
+
+def test_seeded_responses_to_prompts_that_share_a_batch(cluster: None, path: str) -> None:
+    """Prompts of 160 tokens in batches of 64: read in pieces, a seeded request rewinds its generator, and fails."""
+    config = run_config(path, "hidden")  # as the presets have it: the engine of responses is another one
+    actor = responder.as_remote(config).remote(config.teacher, path, 7)
+    prompts = [np.arange(20 + i, 20 + i + length, dtype=np.int32) for i, length in enumerate((30, 25, 35, 30, 40))]
+    requests = [ResponseRequest(i, sample, ids) for i, ids in enumerate(prompts) for sample in range(2)]
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.95, eos_token_id=1)
+    first = ray.get(actor.respond.remote(requests, sampling), timeout=280)
+    again = ray.get(actor.respond.remote(requests, sampling), timeout=60)
+    assert [ids.tolist() for ids in first] == [ids.tolist() for ids in again]
+    assert all(1 <= len(ids) <= 20 for ids in first)
+    assert all(a.tolist() != b.tolist() for a, b in zip(first[::2], first[1::2], strict=True)), "samples are alike"
     ray.kill(actor)
