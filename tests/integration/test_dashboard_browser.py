@@ -48,6 +48,11 @@ class Visit:
     def points(self, chart: str) -> int:
         return self.page.evaluate(f"document.querySelector('[data-chart={chart}] .plot').data[0].x.length")
 
+    def ranges(self) -> list[list[float]]:
+        """What the x axis of each drawn chart covers."""
+        plots = "[...document.querySelectorAll('.plot')].filter((p) => p.layout)"
+        return self.page.evaluate(f"{plots}.map((p) => p.layout.xaxis.range)")
+
     def count(self, selector: str) -> int:
         return self.page.locator(selector).count()
 
@@ -183,6 +188,7 @@ def test_finished_run_on_a_phone_that_loses_its_connection(tmp_path, browser):
         expect(page.locator("#link")).to_contain_text("data is 1 h")  # a run that died an hour ago
         expect(page.locator("#sentence")).to_contain_text("no sign of life")
         assert visit.points("throughput") <= 600
+        assert len(visit.ranges()) >= 2 and all(r == [0, 999_900] for r in visit.ranges())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         # the text of a rollout is text
         expect(page.locator("#response")).to_contain_text("<script>")
