@@ -53,7 +53,7 @@ def submit(
     output_dir is taken from the current folder, so that the run outlives the job's temporary one.
     """
     settings = load_config(config, context.args)  # bad input ends here, before anything is uploaded
-    command = [*_COMMAND.split(), "train", config, *context.args]
+    command = [*_COMMAND.split(), "train", _uploaded(config, working_dir), *context.args]
     if not settings.output_dir.is_absolute():
         command += ["--output_dir", str(settings.output_dir.resolve())]
     command += ["--resume", resume] if resume else []
@@ -79,6 +79,19 @@ def submit(
             stop(job, address)
         raise typer.Exit(130) from None
     raise typer.Exit(_exit_status(info, job))
+
+
+def _uploaded(config: str, working_dir: Path) -> str:
+    """A config file's path inside the folder that is uploaded; a preset's name as it is."""
+    file, folder = Path(config).resolve(), working_dir.resolve()
+    if not file.is_file():
+        return config
+    if not file.is_relative_to(folder):
+        raise ConfigError(
+            f"CONFIG: {config!r} is not below {str(folder)!r}, the folder that is uploaded, so the job would not find "
+            "it; copy it there, or name another folder with --working-dir"
+        )
+    return str(file.relative_to(folder))
 
 
 def jobs(address: Address = DEFAULT_ADDRESS) -> None:
