@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import shlex
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ _STOP_WAIT_S = 120
 _POLL_S = 0.5
 _PENDING_S = 15.0  # a job that waits longer than this for CPUs is left to its end
 _COMMAND = "python -m deploy "  # works where the package is uploaded and not installed
+_COMMAND_CHARACTERS = 80  # of a job's command in the list; `ray job list` has it whole
 _T = TypeVar("_T")
 
 console = Console()
@@ -51,6 +53,11 @@ def submit(
 
     Options that are not listed here are overrides of the config, as in [bold]opdlm train[/bold]. A relative
     output_dir is taken from the current folder, so that the run outlives the job's temporary one.
+
+    [bold]Examples[/bold]
+
+        opdlm submit tiny --output_dir /shared/runs --name first --dashboard.enabled true
+        opdlm submit tiny --output_dir /shared/runs --name first --resume auto --no-wait
     """
     settings = load_config(config, context.args)  # bad input ends here, before anything is uploaded
     command = [*_COMMAND.split(), "train", _uploaded(config, working_dir), *context.args]
@@ -99,15 +106,14 @@ def jobs(address: Address = DEFAULT_ADDRESS) -> None:
     table = Table()
     for column in ("job", "status", "exit", "minutes"):
         table.add_column(column, no_wrap=True)  # an id is there to be copied
-    table.add_column("command", overflow="ellipsis", no_wrap=True)
+    table.add_column("command", overflow="fold")
     listed = _within(_client(address).list_jobs, f"asking {address}")
     for info in sorted(listed, key=lambda i: -(i.start_time or 0)):
         end = info.end_time or time.time() * 1000
         minutes = f"{(end - info.start_time) / 60_000:.1f}" if info.start_time else ""
         status = "" if info.driver_exit_code is None else str(info.driver_exit_code)
-        table.add_row(
-            info.submission_id or "", str(info.status.value), status, minutes, info.entrypoint.removeprefix(_COMMAND)
-        )
+        command = textwrap.shorten(info.entrypoint.removeprefix(_COMMAND), _COMMAND_CHARACTERS, placeholder=" …")
+        table.add_row(info.submission_id or "", str(info.status.value), status, minutes, command)
     console.print(table)
 
 

@@ -188,6 +188,8 @@ def test_finished_run_on_a_phone_that_loses_its_connection(tmp_path, browser):
         expect(page.locator("#link")).to_contain_text("data is 1 h")  # a run that died an hour ago
         expect(page.locator("#sentence")).to_contain_text("no sign of life")
         assert visit.points("throughput") <= 600
+        page.locator('[data-chart="kl"]').scroll_into_view_if_needed()
+        expect(page.locator('[data-chart="kl"] .main-svg').first).to_be_visible()
         assert len(visit.ranges()) >= 2 and all(r == [0, 999_900] for r in visit.ranges())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         # the text of a rollout is text

@@ -61,6 +61,7 @@ def uninterrupted(tmp_path_factory) -> list[dict[str, float]]:
 def test_a_run_stopped_then_killed_equals_the_uninterrupted_one(tmp_path, uninterrupted):
     copies = tmp_path / "copies"
     run = ["--output_dir", str(tmp_path), "--pipeline.copy_checkpoints_to", f"file://{copies}"]
+    run += ["--wandb.enabled", "true", "--wandb.mode", "offline"]
     assert interrupt(tmp_path, run, signal.SIGTERM, after=1) == 128 + 15
     stopped = newest(tmp_path)
     assert 1 <= stopped < BATCHES - 2
@@ -81,6 +82,8 @@ def test_a_run_stopped_then_killed_equals_the_uninterrupted_one(tmp_path, uninte
     assert (tmp_path / "tiny" / "summary.json").exists()
     assert (tmp_path / "tiny" / "checkpoints" / "final" / "model.safetensors").exists()
     assert (copies / "final" / "model.safetensors").exists()
+    logged = sorted((tmp_path / "tiny" / "wandb").glob("offline-run-*"))
+    assert len(logged) >= 2 and len({folder.name.split("-")[-1] for folder in logged}) == 1, "one id for one run"
 
     again = subprocess.run([*COMMAND, *run, "--resume", "auto"], capture_output=True, text=True)
     assert again.returncode == 0
