@@ -17,7 +17,7 @@ test: test-fast
 	$(BIN)/python -m pytest -q -m integration
 
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not integration" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not integration" -n logical --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
