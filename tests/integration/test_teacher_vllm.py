@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,23 @@ def rows() -> list[Any]:
     return [trajectory(i, list(offsets), prompt, n) for i, (prompt, n, offsets) in enumerate(shapes)]
 
 
-def annotated(path: str, target: str) -> tuple[list[Any], Any]:
+@contextmanager
+def teacher(path: str, target: str) -> Iterator[Any]:
     config = run_config(path, target)
     actor = as_remote(config).remote(config.teacher, path)
+    yield actor
+    ray.get(actor.close.remote(), timeout=30)
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def topk_teacher(cluster: None, path: str) -> Iterator[Any]:
+    """One engine for the tests of this target: loading takes longer than all of them."""
+    with teacher(path, "topk") as actor:
+        yield actor
+
+
+def annotated(actor: Any, target: str) -> tuple[list[Any], Any]:
     ready = ray.get(actor.ready.remote(), timeout=200)
     assert (ready["vocab_size"], ready["backend"], ready["target_kind"]) == (288, "vllm", target)
     assert psutil.Process(ready["pid"]).children() == []  # the engine lives in the actor
@@ -70,8 +85,6 @@ def annotated(path: str, target: str) -> tuple[list[Any], Any]:
     answers = ray.get([actor.annotate.remote(part) for part in parts], timeout=60)
     stats = ray.get(actor.stats.remote(), timeout=10)
     assert (stats["sequences"], stats["queue_depth"], stats["failed_requests"]) == (5, 0, 0)
-    ray.get(actor.close.remote(), timeout=30)
-    ray.kill(actor)
     return [row for answer in answers for row in from_batch(answer)[0]], from_batch(answers[0])[1]
 
 
@@ -81,8 +94,8 @@ def reference(path: str, target: str, row: Any) -> Any:
     return build_backend(config, path).targets([request])[0]
 
 
-def test_topk_equals_transformers(cluster: None, path: str) -> None:
-    got, meta = annotated(path, "topk")
+def test_topk_equals_transformers(topk_teacher: Any, path: str) -> None:
+    got, meta = annotated(topk_teacher, "topk")
     assert (meta.target_kind, meta.target_width) == ("topk", 16)
     for row in got:
         expected = reference(path, "topk", row)
@@ -96,25 +109,23 @@ def test_topk_equals_transformers(cluster: None, path: str) -> None:
             assert len(set(mine)) == 16
 
 
+def test_too_long_sequences_fail_alone_and_by_name(topk_teacher: Any) -> None:
+    long, good = trajectory(7, [59], 40, 60), trajectory(8, [3])
+    calls = [topk_teacher.annotate.remote(to_batch([row], META)) for row in (long, good)]
+    with pytest.raises(RuntimeError, match=r"ordinals \[7\].*teacher reads 95"):
+        ray.get(calls[0], timeout=200)
+    assert ray.get(calls[1], timeout=30).num_rows == 1
+
+
 def test_hidden_times_head_equals_transformers(cluster: None, path: str) -> None:
-    got, meta = annotated(path, "hidden")
+    with teacher(path, "hidden") as actor:
+        got, meta = annotated(actor, "hidden")
     assert (meta.target_kind, meta.target_width, meta.hidden_dtype) == ("hidden", 64, "float32")
     head = lm_head_weight(load_model(path, torch.float32, "sdpa")).detach().numpy()
     for row in got:
         expected = reference(path, "hidden", row)
         hidden = row.hidden.reshape(-1, 64)
         np.testing.assert_allclose(hidden @ head.T, expected.hidden @ head.T, atol=1e-3)
-
-
-def test_too_long_sequences_fail_alone_and_by_name(cluster: None, path: str) -> None:
-    config = run_config(path, "topk", max_batched_tokens=1024)
-    actor = as_remote(config).remote(config.teacher, path)
-    long, good = trajectory(7, [59], 40, 60), trajectory(8, [3])
-    calls = [actor.annotate.remote(to_batch([row], META)) for row in (long, good)]
-    with pytest.raises(RuntimeError, match=r"ordinals \[7\].*teacher reads 95"):
-        ray.get(calls[0], timeout=200)
-    assert ray.get(calls[1], timeout=30).num_rows == 1
-    ray.kill(actor)
 
 
 def test_seeded_responses_to_prompts_that_share_a_batch(cluster: None, path: str) -> None:
