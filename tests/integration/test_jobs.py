@@ -21,7 +21,7 @@ from tests.prometheus import Prometheus
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
-BATCHES = 40  # enough for two stops to come before the end
+BATCHES = 30  # enough for two stops to come before the end
 TINY = [
     "tiny", "--teacher.backend", "transformers", "--evaluation.problems", "null", "--learner.ranks", "1",
     "--learner.warmup_batches", "1", "--rollout.actors", "1", "--rollout.prompts_per_batch", "16",
