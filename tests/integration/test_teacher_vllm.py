@@ -21,7 +21,7 @@ from common.trajectory import from_batch, to_batch
 from tests.models import tiny_qwen3
 from tests.unit.test_teacher import META, trajectory
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 MAX_LENGTH = 96
 
@@ -78,7 +78,7 @@ def topk_teacher(cluster: None, path: str) -> Iterator[Any]:
 
 
 def annotated(actor: Any, target: str) -> tuple[list[Any], Any]:
-    ready = ray.get(actor.ready.remote(), timeout=200)
+    ready = ray.get(actor.ready.remote(), timeout=400)
     assert (ready["vocab_size"], ready["backend"], ready["target_kind"]) == (288, "vllm", target)
     assert psutil.Process(ready["pid"]).children() == []  # the engine lives in the actor
     parts = [to_batch(rows()[i : i + 2], META) for i in range(0, 6, 2)]
@@ -113,7 +113,7 @@ def test_too_long_sequences_fail_alone_and_by_name(topk_teacher: Any) -> None:
     long, good = trajectory(7, [59], 40, 60), trajectory(8, [3])
     calls = [topk_teacher.annotate.remote(to_batch([row], META)) for row in (long, good)]
     with pytest.raises(RuntimeError, match=r"ordinals \[7\].*teacher reads 95"):
-        ray.get(calls[0], timeout=200)
+        ray.get(calls[0], timeout=400)
     assert ray.get(calls[1], timeout=30).num_rows == 1
 
 
@@ -135,7 +135,7 @@ def test_seeded_responses_to_prompts_that_share_a_batch(cluster: None, path: str
     prompts = [np.arange(20 + i, 20 + i + length, dtype=np.int32) for i, length in enumerate((30, 25, 35, 30, 40))]
     requests = [ResponseRequest(i, sample, ids) for i, ids in enumerate(prompts) for sample in range(2)]
     sampling = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.95, eos_token_id=1)
-    first = ray.get(actor.respond.remote(requests, sampling), timeout=280)
+    first = ray.get(actor.respond.remote(requests, sampling), timeout=400)
     again = ray.get(actor.respond.remote(requests, sampling), timeout=60)
     assert [ids.tolist() for ids in first] == [ids.tolist() for ids in again]
     assert all(1 <= len(ids) <= 20 for ids in first)
