@@ -166,3 +166,7 @@ def test_a_resolved_config_loads_again(tmp_path):
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(str(file)) == config
     assert isinstance(config, RunConfig)
+
+
+def test_an_ablation_is_not_a_run():
+    assert "is an ablation, which is several runs; start it with: opdlm ablate ablation" in fails("ablation")
