@@ -13,11 +13,11 @@ STAMP = $(VENV)/installed-$(EXTRA)
 demo: install
 	$(BIN)/opdlm train deploy/presets/tiny.yaml --overwrite
 
-test: install
-	$(BIN)/python -m pytest -q
+test: test-fast
+	$(BIN)/python -m pytest -q -m integration
 
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not integration"
+	$(BIN)/python -m pytest -q -m "not integration" -n logical --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -257,7 +257,8 @@ class PipelineConfig(Section):
     checkpoint_every_batches: int = Field(0, ge=0, description="0: only at the end")
     keep_checkpoints: int = Field(2, ge=1, description="older checkpoints of batches are deleted")
     copy_checkpoints_to: str | None = Field(
-        None, description="URL (s3://, gs://, file://) or folder to which finished checkpoints are copied"
+        None,
+        description="folder or URL (s3://, gs://, fsspec+PROTOCOL://) to which finished checkpoints are copied",
     )
     spool: bool = Field(False, description="write every trained record batch as Arrow IPC to the run's folder")
 
@@ -368,7 +369,7 @@ class RunConfig(Section):
                 multiples = [str(m) for m in (below, below + self.block_size) if m]
                 raise ValueError(
                     f"block_size ({self.block_size}) does not divide curriculum.{field} ({tokens}); "
-                    f"use {' or '.join(multiples)}"
+                    f"set curriculum.{field} to {' or '.join(multiples)}"
                 )
         return self
 

@@ -35,6 +35,8 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
         ConfigError: the file is missing or not YAML, or a field is unknown or has a bad value.
     """
     raw = _read(_find(source))
+    if "arms" in raw:
+        raise ConfigError(f"{source!r} is an ablation, which is several runs; start it with: opdlm ablate {source}")
     # a new rule or kind first: it drops the fields of the old choice, and must not drop other overrides
     for path, value in sorted(parse_overrides(overrides or []), key=lambda item: not is_tag(item[0])):
         _set(raw, path, value)
@@ -84,7 +86,7 @@ def _find(source: str) -> Path:
     near = difflib.get_close_matches(source, preset_names(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
-        f"no config {source!r}; {hint}Give a YAML file or a preset ({', '.join(preset_names())}), then the overrides"
+        f"no config {source!r}; {hint}give a YAML file or a preset ({', '.join(preset_names())}), then the overrides"
     )
 
 

@@ -86,19 +86,21 @@ METRICS: dict[str, MetricSpec] = {
 class RunLog:
     """Appends to `metrics.jsonl` (one object per rollout batch) and to TensorBoard events in `tensorboard/`.
 
-    Every object has all names of METRICS, in that order; an optional one that was not measured is null.
+    Every object has all names of METRICS, in that order; an optional one that was not measured is null. TensorBoard
+    drops what an earlier part of the run logged from batch `first` on: it is trained again.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, first: int = 0) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
         self._events_dir = run_dir / "tensorboard"
+        self._first = first
 
     def __enter__(self) -> RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._file: IO[str] = self._path.open("a")
-        self._events = SummaryWriter(str(self._events_dir))
+        self._events = SummaryWriter(str(self._events_dir), purge_step=self._first or None)
         return self
 
     def __exit__(self, *_: Any) -> None:

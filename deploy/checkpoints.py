@@ -80,12 +80,32 @@ class Checkpoints:
 
 
 def copy_folder(source: Path, url: str) -> None:
-    """Copy a folder to any URL that pyarrow's file systems know (s3://, gs://, hdfs://, file://, a path)."""
+    """Copy a folder to a folder or URL that `copy_target` knows."""
     from pyarrow import fs
 
-    target, path = fs.FileSystem.from_uri(url) if "://" in url else (fs.LocalFileSystem(), str(Path(url).resolve()))
+    target, path = copy_target(url)
     target.create_dir(path, recursive=True)
     fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=target)
+
+
+def copy_target(url: str) -> tuple[Any, str]:
+    """pyarrow's file system of `pipeline.copy_checkpoints_to`, and the path in it.
+
+    Raises:
+        ConfigError: it is neither a folder nor a URL of a file system that is known here.
+    """
+    from pyarrow import fs
+
+    if "://" not in url:
+        return fs.LocalFileSystem(), str(Path(url).resolve())
+    try:
+        found: tuple[Any, str] = fs.FileSystem.from_uri(url)
+    except (ValueError, ImportError) as error:  # pyarrow's and fsspec's words for an unknown one
+        raise ConfigError(
+            f"pipeline.copy_checkpoints_to: {url!r} cannot be opened ({error}); give a folder, or a URL that begins "
+            "with s3://, gs://, abfs://, hdfs://, file:// or fsspec+PROTOCOL:// (of any installed fsspec package)"
+        ) from error
+    return found
 
 
 def check_same_run(config: RunConfig) -> None:

@@ -50,7 +50,7 @@ def connect(config: RunConfig) -> None:
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
     runtime = {"env_vars": environment}
     if on_cluster(config):
-        ray.init(address=config.ray.address, runtime_env=runtime, log_to_driver=False)
+        ray.init(address=config.ray.address, runtime_env=runtime, log_to_driver=False, logging_level="warning")
         return
     # Ray 2.60 turns token mode on by itself once a token file exists; a private local Ray needs none
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -11,12 +11,13 @@ import asyncio
 import logging
 import os
 import shlex
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -32,6 +33,8 @@ _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # of the job: seconds between SIGTERM a
 _STOP_WAIT_S = 120
 _POLL_S = 0.5
 _PENDING_S = 15.0  # a job that waits longer than this for CPUs is left to its end
+_COMMAND = "python -m deploy "  # works where the package is uploaded and not installed
+_COMMAND_CHARACTERS = 80  # of a job's command in the list; `ray job list` has it whole
 _T = TypeVar("_T")
 
 console = Console()
@@ -43,17 +46,23 @@ def submit(
     config: Annotated[str, typer.Argument(help="YAML file below the working directory, or a preset", metavar="CONFIG")],
     address: Address = DEFAULT_ADDRESS,
     working_dir: Annotated[Path, typer.Option(help="folder that is uploaded and run from")] = Path("."),
-    resume: Annotated[str | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
+    resume: Annotated[Literal["auto"] | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and return")] = False,
 ) -> None:
     """Submit a training job to a Ray cluster and follow it; ends with the job's exit status.
 
     Options that are not listed here are overrides of the config, as in [bold]opdlm train[/bold]. A relative
     output_dir is taken from the current folder, so that the run outlives the job's temporary one.
+
+    [bold]Examples[/bold]
+
+        opdlm submit tiny --output_dir /shared/runs --name first --dashboard.enabled true
+        opdlm submit tiny --output_dir /shared/runs --name first --resume auto --no-wait
     """
     settings = load_config(config, context.args)  # bad input ends here, before anything is uploaded
-    overrides = [*context.args, "--output_dir", str(settings.output_dir.resolve())]
-    command = ["python", "-m", "deploy", "train", config, *overrides]
+    command = [*_COMMAND.split(), "train", _uploaded(config, working_dir), *context.args]
+    if not settings.output_dir.is_absolute():
+        command += ["--output_dir", str(settings.output_dir.resolve())]
     command += ["--resume", resume] if resume else []
     client = _client(address)
     job = _within(
@@ -79,6 +88,19 @@ def submit(
     raise typer.Exit(_exit_status(info, job))
 
 
+def _uploaded(config: str, working_dir: Path) -> str:
+    """A config file's path inside the folder that is uploaded; a preset's name as it is."""
+    file, folder = Path(config).resolve(), working_dir.resolve()
+    if not file.is_file():
+        return config
+    if not file.is_relative_to(folder):
+        raise ConfigError(
+            f"CONFIG: {config!r} is not below {str(folder)!r}, the folder that is uploaded, so the job would not find "
+            "it; copy it there, or name another folder with --working-dir"
+        )
+    return str(file.relative_to(folder))
+
+
 def jobs(address: Address = DEFAULT_ADDRESS) -> None:
     """List the cluster's jobs, newest first."""
     table = Table()
@@ -90,7 +112,8 @@ def jobs(address: Address = DEFAULT_ADDRESS) -> None:
         end = info.end_time or time.time() * 1000
         minutes = f"{(end - info.start_time) / 60_000:.1f}" if info.start_time else ""
         status = "" if info.driver_exit_code is None else str(info.driver_exit_code)
-        table.add_row(info.submission_id or "", str(info.status.value), status, minutes, info.entrypoint)
+        command = textwrap.shorten(info.entrypoint.removeprefix(_COMMAND), _COMMAND_CHARACTERS, placeholder=" …")
+        table.add_row(info.submission_id or "", str(info.status.value), status, minutes, command)
     console.print(table)
 
 
@@ -101,6 +124,9 @@ def stop(
 ) -> None:
     """Stop a job: it writes a checkpoint and ends; one that still waits for CPUs ends when it gets them."""
     client = _client(address)
+    listed = {info.submission_id for info in _within(client.list_jobs, f"asking {address}")}
+    if job not in listed:
+        raise ConfigError(f"JOB: {job!r} is not on {address}; `opdlm jobs` lists the jobs that are")
     status = _within(lambda: client.get_job_status(job), f"asking {address}").value
     if status in _FINAL:
         console.print(f"{job} has ended already: {status}")
@@ -185,7 +211,8 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # its import sets INFO
+    for module in (JobSubmissionClient.__module__, "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(module).setLevel(logging.WARNING)  # its import sets INFO
     logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # lists every file that is not uploaded
     try:
         return _within(lambda: JobSubmissionClient(address), f"connecting to {address}")

@@ -109,7 +109,7 @@ class Pipeline:
             DashboardProcess(config.run_dir, config.dashboard) as page,
             RunStatus(config.run_dir, config.name, len(self.batches), self.state.batches) as self.status,
             StopSignals() as self.stop,
-            RunLog(config.run_dir) as log,
+            RunLog(config.run_dir, self.state.batches) as log,
             RayMetrics(config.name, len(self.batches), self.prompts, self.dropped) as ray_metrics,
             WandbLog(config) as wandb_log,
             Progress(len(self.batches), config.name) as self.progress,

@@ -13,7 +13,7 @@ from typing import Any
 from common.config import DataConfig, RunConfig
 from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
-from deploy.checkpoints import check_same_run
+from deploy.checkpoints import check_same_run, copy_target
 from deploy.dashboard.process import free_port, read_token
 from deploy.placement import check_resources, plan
 
@@ -30,6 +30,8 @@ def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> t
     check_model_folder("model.path", config.model.path)
     check_model_folder("teacher.path", config.teacher_path)
     check_processes(config)
+    if config.pipeline.copy_checkpoints_to:
+        copy_target(config.pipeline.copy_checkpoints_to)
     if config.dashboard.enabled:
         read_token(config.dashboard.token_file)
         free_port(config.dashboard.host, config.dashboard.port)

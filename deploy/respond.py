@@ -77,6 +77,7 @@ def respond(
             f"--max-new-tokens: {max_new_tokens} after the longest prompt ({longest} tokens) is more than the model's "
             f"{limit} positions; lower it to {limit - longest}"
         )
+    _check_batch(config, longest + max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
     parts = _parts(config, output, {**asdict(sampling), "samples": samples, "prompts": len(prompts)})
     chunks = {i: prompts[i * _CHUNK : (i + 1) * _CHUNK] for i in range(-(-len(prompts) // _CHUNK))}
@@ -98,6 +99,17 @@ def respond(
         "tokens": pc.sum(pc.list_value_length(table["response_ids"])).as_py(),
         "share_ended": pc.mean(pc.equal(table["finish_reason"], "eos")).as_py(),
     }
+
+
+def _check_batch(config: RunConfig, tokens: int) -> None:
+    """Without a GPU vLLM reads prompts whole, so its sequences end at one batch's tokens."""
+    teacher = config.teacher
+    if teacher.backend == "vllm" and not teacher.resources.gpus and tokens > teacher.max_batched_tokens:
+        raise ConfigError(
+            f"teacher.max_batched_tokens: {teacher.max_batched_tokens} is less than the longest prompt with its "
+            f"response ({tokens} tokens), which vLLM reads in one piece on a CPU; use {tokens} or more, or lower "
+            "--max-new-tokens"
+        )
 
 
 def _parts(config: RunConfig, output: Path, settings: dict[str, Any]) -> Path:

@@ -10,7 +10,10 @@ import tempfile
 from pathlib import Path
 
 BATCHES = 120
-SHORT = ["--pipeline.max_batches", str(BATCHES), "--curriculum.batches", "80", "--evaluation.count", "100"]
+SHORT = [
+    "--pipeline.max_batches", str(BATCHES), "--curriculum.batches", "80", "--evaluation.count", "100",
+    "--evaluation.every_batches", "0",
+]  # fmt: skip
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ class DashboardProcess:
     def __exit__(self, *_: Any) -> None:
         if self.url:
             time.sleep(_FAREWELL_SECONDS)
-            self._process.terminate()
+            self._process.kill()  # it hears no other signal, and only reads
             self._process.wait()
 
 

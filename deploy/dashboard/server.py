@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import uvicorn
@@ -133,12 +134,20 @@ def _knows(request: Request, token: str) -> bool:
     return any(g is not None and secrets.compare_digest(g.encode(), token.encode()) for g in given)
 
 
+class _ServerOfARun(uvicorn.Server):
+    """Deaf to signals: `ray job stop` sends one to every process of a job, and the page must still tell of the end."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        pass
+
+
 def serve(run_dir: Path, host: str, port: int, token: str | None = None, with_parent: bool = False) -> None:
-    """Serve until a signal comes, or, `with_parent`, until the process that started this one has ended."""
+    """Serve until a signal comes, or, `with_parent`, until the process that started this one kills it or has ended."""
     config = uvicorn.Config(
         create_app(run_dir, host, token), host=host, port=port, log_level="warning", timeout_graceful_shutdown=1
     )
-    asyncio.run(_serve(uvicorn.Server(config), os.getppid() if with_parent else None))
+    server = _ServerOfARun(config) if with_parent else uvicorn.Server(config)
+    asyncio.run(_serve(server, os.getppid() if with_parent else None))
 
 
 async def _serve(server: uvicorn.Server, parent: int | None) -> None:

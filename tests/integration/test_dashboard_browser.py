@@ -48,6 +48,11 @@ class Visit:
     def points(self, chart: str) -> int:
         return self.page.evaluate(f"document.querySelector('[data-chart={chart}] .plot').data[0].x.length")
 
+    def ranges(self) -> list[list[float]]:
+        """What the x axis of each drawn chart covers."""
+        plots = "[...document.querySelectorAll('.plot')].filter((p) => p.layout)"
+        return self.page.evaluate(f"{plots}.map((p) => p.layout.xaxis.range)")
+
     def count(self, selector: str) -> int:
         return self.page.locator(selector).count()
 
@@ -86,7 +91,8 @@ def test_page_of_a_live_run(tmp_path, browser):
     url = f"http://127.0.0.1:{port}"
     run = start(
         "train", "tiny", "--output_dir", str(tmp_path), "--pipeline.max_batches", str(BATCHES), *ONE_UPDATE,
-        "--evaluation.problems", "null", "--dashboard.enabled", "true", "--dashboard.port", str(port),
+        "--evaluation.problems", "null", "--teacher.backend", "transformers",
+        "--dashboard.enabled", "true", "--dashboard.port", str(port),
     )  # fmt: skip
     try:
         page = browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light")
@@ -182,6 +188,9 @@ def test_finished_run_on_a_phone_that_loses_its_connection(tmp_path, browser):
         expect(page.locator("#link")).to_contain_text("data is 1 h")  # a run that died an hour ago
         expect(page.locator("#sentence")).to_contain_text("no sign of life")
         assert visit.points("throughput") <= 600
+        page.locator('[data-chart="kl"]').scroll_into_view_if_needed()
+        expect(page.locator('[data-chart="kl"] .main-svg').first).to_be_visible()
+        assert len(visit.ranges()) >= 2 and all(r == [0, 999_900] for r in visit.ranges())
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         # the text of a rollout is text
         expect(page.locator("#response")).to_contain_text("<script>")

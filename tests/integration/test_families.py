@@ -18,10 +18,11 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["qwen2-sliding", "llama", "gemma3"])
-def test_the_loop_learns(tmp_path, family):
+@pytest.mark.parametrize(("family", "ranks"), [("qwen2-sliding", 1), ("llama", 1), ("gemma3", 2)])
+def test_the_loop_learns(tmp_path, family, ranks):
     path = tiny_family(tmp_path / "arlm", family)
-    run(load_config("tiny", ["--output_dir", str(tmp_path), "--model.path", path, *SMALL]))
+    own = ["--output_dir", str(tmp_path), "--model.path", path, "--learner.ranks", str(ranks)]
+    run(load_config("tiny", [*own, *SMALL]))
     folder = tmp_path / "tiny"
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["kl"] < 0.95 * metrics[0]["kl"]

@@ -21,8 +21,9 @@ GROWN = [
     "--rollout.threshold_ramp.end", "0.8", "--rollout.threshold_ramp.ramp_batches", "2",
     "--objective.clip_nats", "5", "--objective.trust_weight", "true", "--objective.terms.sharpening", "0.01",
     "--objective.terms.rank", "0.01", "--objective.terms.alignment", "0.1", "--objective.terms.autoregressive", "0.1",
-    "--teacher.backend", "transformers", "--rollout.prompts_per_batch", "16", "--pipeline.spool", "true",
-    "--pipeline.checkpoint_every_batches", "2", "--evaluation.count", "4", "--learner.warmup_batches", "1",
+    "--teacher.backend", "transformers", "--learner.ranks", "1", "--rollout.prompts_per_batch", "16",
+    "--pipeline.spool", "true", "--pipeline.checkpoint_every_batches", "2", "--evaluation.count", "4",
+    "--learner.warmup_batches", "1",
 ]  # fmt: skip
 
 

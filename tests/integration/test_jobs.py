@@ -21,7 +21,7 @@ from tests.prometheus import Prometheus
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
-BATCHES = 16  # enough for a stop to come before the end
+BATCHES = 30  # enough for two stops to come before the end
 TINY = [
     "tiny", "--teacher.backend", "transformers", "--evaluation.problems", "null", "--learner.ranks", "1",
     "--learner.warmup_batches", "1", "--rollout.actors", "1", "--rollout.prompts_per_batch", "16",
@@ -82,9 +82,9 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def wait_for_first_batch(head: Head, job: str, folder: Path, timeout_s: float = 300) -> None:
+def wait_for_batch(number: int, head: Head, job: str, folder: Path, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
-    while not metrics(folder):
+    while len(metrics(folder)) < number:
         if time.monotonic() > deadline:
             pytest.fail(head.command(RAY, "job", "logs", "--address", head.address, job).stdout)
         time.sleep(0.1)
@@ -94,9 +94,10 @@ def job_of(text: str) -> str:
     return re.findall(r"raysubmit_\w+", text)[0]
 
 
-def checkpoint_of(folder: Path) -> str:
-    (manifest,) = (folder / "checkpoints").glob("batch-*/manifest.json")
-    return manifest.parent.name
+def saved_batches(folder: Path) -> int:
+    """Batches that the newest checkpoint of a stopped run holds."""
+    *_, newest = sorted((folder / "checkpoints").glob("batch-*/manifest.json"))
+    return int(newest.parent.name.removeprefix("batch-"))
 
 
 def assert_same_run(resumed: Path, whole: list[dict[str, float]]) -> None:
@@ -128,21 +129,6 @@ def test_every_query_of_the_grafana_dashboard_has_data(
     assert {s["metric"]["actor"] for s in actors} == {"rollout-0", "teacher-0", "learner-0"}
 
 
-def test_stopped_job_goes_on_to_the_same_losses(head: Head, runs: Path, whole: list[dict[str, float]]) -> None:
-    run = [*TINY, "--name", "stopped", "--output_dir", str(runs)]
-    job = job_of(opdlm(head, "submit", *run, "--no-wait"))
-    wait_for_first_batch(head, job, runs / "stopped")
-    assert f"{job}: STOPPED" in opdlm(head, "stop", job)
-    assert f"{job} │ STOPPED │" in opdlm(head, "jobs")
-    saved = checkpoint_of(runs / "stopped")
-    assert 1 <= int(saved.removeprefix("batch-")) < BATCHES
-    assert "has ended already" in opdlm(head, "stop", job)
-
-    text = opdlm(head, "submit", *run, "--resume", "auto")
-    assert f"going on from {saved}" in text and f"batch {BATCHES}/{BATCHES}" in text
-    assert_same_run(runs / "stopped", whole)
-
-
 def test_failed_job_ends_with_its_own_status(head: Head, runs: Path) -> None:
     bad_prompts = [*TINY, "--name", "failed", "--output_dir", str(runs), "--data.prompts", "nowhere.jsonl"]
     text = opdlm(head, "submit", *bad_prompts, status=2)
@@ -159,6 +145,7 @@ def test_stop_does_not_wait_for_a_pending_job(head: Head) -> None:
     command = ["--no-wait", "--entrypoint-num-cpus", "99", "--", "true"]
     submitted = head.command(RAY, "job", "submit", "--address", head.address, *command)
     assert "is pending: it still waits" in opdlm(head, "stop", job_of(submitted.stdout), status=1)
+    assert "JOB: 'raysubmit_0' is not on" in opdlm(head, "stop", "raysubmit_0", status=2)
 
 
 def test_upload_is_small_and_leaves_runs_out(tmp_path: Path) -> None:
@@ -186,8 +173,9 @@ def test_upload_is_small_and_leaves_runs_out(tmp_path: Path) -> None:
     assert package.stat().st_size < 8 * 2**20
 
 
-def test_token_and_a_head_without_cpus(runs: Path, whole: list[dict[str, float]]) -> None:
-    run = [*TINY, "--name", "token", "--output_dir", str(runs)]
+def test_stopped_twice_with_a_token_on_a_head_without_cpus(runs: Path, whole: list[dict[str, float]]) -> None:
+    """With Ray's own commands and with ours; the driver on the head, all actors on the worker node."""
+    run, folder = [*TINY, "--name", "token", "--output_dir", str(runs)], runs / "token"
     with Head(num_cpus=0, token=True, worker_cpus=2) as head:
         secret, head.environment["RAY_AUTH_TOKEN_PATH"] = head.environment["RAY_AUTH_TOKEN_PATH"], ""
         head.environment |= {"RAY_AUTH_MODE": "disabled"}
@@ -201,9 +189,19 @@ def test_token_and_a_head_without_cpus(runs: Path, whole: list[dict[str, float]]
             "python", "-m", "deploy", "train", *run,
         )  # fmt: skip
         job = job_of(submitted.stdout)
-        wait_for_first_batch(head, job, runs / "token")
+        wait_for_batch(1, head, job, folder)
         stopped = head.command(RAY, "job", "stop", "--address", head.address, job)
         assert "was stopped" in stopped.stdout, stopped.stdout + stopped.stderr
-        saved = checkpoint_of(runs / "token")
-        assert f"going on from {saved}" in opdlm(head, "submit", *run, "--resume", "auto")
-    assert_same_run(runs / "token", whole)
+        first = saved_batches(folder)
+
+        job = job_of(opdlm(head, "submit", *run, "--resume", "auto", "--no-wait"))
+        wait_for_batch(first + 1, head, job, folder)
+        assert f"{job}: STOPPED" in opdlm(head, "stop", job)
+        assert f"{job} │ STOPPED │" in opdlm(head, "jobs")
+        assert "has ended already" in opdlm(head, "stop", job)
+        second = saved_batches(folder)
+        assert 1 <= first < second < BATCHES
+
+        text = opdlm(head, "submit", *run, "--resume", "auto")
+        assert f"going on from batch-{second:06d}" in text and f"batch {BATCHES}/{BATCHES}" in text
+    assert_same_run(folder, whole)

@@ -28,10 +28,11 @@ SMALL = [
         ["--teacher.backend", "vllm", "--teacher.target", "topk", "--rollout.actors", "1", "--learner.ranks", "1"],
         [
             "--teacher.backend", "transformers", "--teacher.target", "topk", "--objective.topk_tail", "renorm",
-            "--rollout.actors", "3", "--pipeline.staleness", "1",
+            "--rollout.actors", "3", "--teacher.actors", "2", "--learner.resources.cpus", "0.25",
+            "--pipeline.staleness", "1",
         ],
     ],
-    ids=["vllm-hidden", "vllm-topk-one-actor-one-rank", "transformers-topk-three-actors-stale"],
+    ids=["vllm-hidden", "vllm-topk-one-actor-one-rank", "transformers-topk-three-actors-two-teachers-stale"],
 )  # fmt: skip
 def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     config = load_config("tiny", ["--output_dir", str(tmp_path), *SMALL, *overrides])

@@ -12,11 +12,13 @@ import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
-BATCHES = 6
+BATCHES = 8
+EVERY = 3  # the kill has two batches of time before the next one
 COMMAND = [
     sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers",
-    "--evaluation.problems", "null", "--pipeline.max_batches", str(BATCHES), "--rollout.prompts_per_batch", "16",
-    "--pipeline.checkpoint_every_batches", "2", "--pipeline.spool", "true", "--learner.warmup_batches", "1",
+    "--evaluation.problems", "null", "--pipeline.max_batches", str(BATCHES), "--rollout.prompts_per_batch", "8",
+    "--rollout.samples_per_prompt", "2", "--pipeline.checkpoint_every_batches", str(EVERY),
+    "--pipeline.spool", "true", "--learner.warmup_batches", "1",
 ]  # fmt: skip
 
 
@@ -25,11 +27,18 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def interrupt(folder: Path, sent: signal.Signals, after: int) -> int:
-    """Start the run, send a signal to its driver after some batches; returns the exit status."""
+def newest(folder: Path) -> int:
+    """Batches that the newest complete checkpoint holds."""
+    complete = sorted((folder / "tiny" / "checkpoints").glob("batch-*/manifest.json"))
+    return int(complete[-1].parent.name.removeprefix("batch-"))
+
+
+def interrupt(folder: Path, arguments: list[str], sent: signal.Signals, after: int) -> int:
+    """Start the run or go on with it, send a signal to its driver after some batches; returns the exit status."""
     with (folder / "log").open("w") as log:
-        run = subprocess.Popen([*COMMAND, "--output_dir", str(folder)], stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 150
+        command = [*COMMAND, *arguments, "--resume", "auto"]
+        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 240
         while len(metrics(folder)) < after:
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.05)
@@ -49,19 +58,22 @@ def uninterrupted(tmp_path_factory) -> list[dict[str, float]]:
     return metrics(folder)
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 128 + 15), (signal.SIGKILL, -9)])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, uninterrupted, sent, status):
-    assert interrupt(tmp_path, sent, after=3) == status
-    complete = sorted((tmp_path / "tiny" / "checkpoints").glob("batch-*/manifest.json"))
-    if sent == signal.SIGTERM:
-        assert int(complete[-1].parent.name.removeprefix("batch-")) >= 3
-    else:
-        assert complete[-1].parent.name == "batch-000002"
+def test_a_run_stopped_then_killed_equals_the_uninterrupted_one(tmp_path, uninterrupted):
+    copies = tmp_path / "copies"
+    run = ["--output_dir", str(tmp_path), "--pipeline.copy_checkpoints_to", f"file://{copies}"]
+    run += ["--wandb.enabled", "true", "--wandb.mode", "offline"]
+    assert interrupt(tmp_path, run, signal.SIGTERM, after=1) == 128 + 15
+    stopped = newest(tmp_path)
+    assert 1 <= stopped < BATCHES - 2
 
-    done = subprocess.run(
-        [*COMMAND, "--output_dir", str(tmp_path), "--resume", "auto"], capture_output=True, text=True, check=True
-    )
-    assert "going on from" in done.stdout
+    # the kill comes after the next periodic checkpoint and before the one after it: what it lost is trained again
+    periodic = stopped // EVERY * EVERY + EVERY
+    assert interrupt(tmp_path, run, signal.SIGKILL, after=periodic + 1) == -9
+    assert newest(tmp_path) == periodic
+    assert {f"batch-{periodic:06d}"} <= {p.name for p in copies.iterdir()}
+
+    done = subprocess.run([*COMMAND, *run, "--resume", "auto"], capture_output=True, text=True, check=True)
+    assert f"going on from batch-{periodic:06d}" in done.stdout
     resumed = metrics(tmp_path)
     assert [m["batch"] for m in resumed] == list(range(BATCHES))
     for a, b in zip(uninterrupted, resumed, strict=True):
@@ -69,13 +81,12 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, uninterrupted, sent,
             assert b[name] == pytest.approx(a[name], rel=1e-5), (name, a["batch"])
     assert (tmp_path / "tiny" / "summary.json").exists()
     assert (tmp_path / "tiny" / "checkpoints" / "final" / "model.safetensors").exists()
+    assert (copies / "final" / "model.safetensors").exists()
+    logged = sorted((tmp_path / "tiny" / "wandb").glob("offline-run-*"))
+    assert len(logged) >= 2 and len({folder.name.split("-")[-1] for folder in logged}) == 1, "one id for one run"
 
-    again = subprocess.run(
-        [*COMMAND, "--output_dir", str(tmp_path), "--resume", "auto"], capture_output=True, text=True
-    )
+    again = subprocess.run([*COMMAND, *run, "--resume", "auto"], capture_output=True, text=True)
     assert again.returncode == 0
-    other = subprocess.run(
-        [*COMMAND, "--output_dir", str(tmp_path), "--learner.lr", "3e-4"], capture_output=True, text=True
-    )
+    other = subprocess.run([*COMMAND, *run, "--learner.lr", "3e-4"], capture_output=True, text=True)
     assert other.returncode == 2
     assert "finished run" in other.stderr

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from pyarrow import parquet
+from typer.testing import CliRunner
 
 from common.config_file import ConfigError, load_config
 from common.trajectory import from_batch, read_spool
+from deploy import cli
 from deploy.pipeline import run
 from deploy.respond import respond
 
@@ -22,16 +24,18 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def responses(tmp_path_factory):
-    """Made in one go; an interrupted command leaves parts, which are not made again."""
+    """Made by vLLM in one go; an interrupted command leaves parts, which are not made again."""
     file = tmp_path_factory.mktemp("responses") / "responses.parquet"
-    config = load_config("tiny", SMALL)
-    options = {"samples": 2, "max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0}
-    notes: list[str] = []
-    figures = respond(config, file, **options, note=notes.append)
-    assert (figures["responses"], notes) == (96, ["1 of 1 parts"])
+    command = ["respond", "tiny", "--output", str(file), "--samples", "2", "--max-new-tokens", "40"]
+    command += ["--temperature", "0.5", *SMALL, "--teacher.backend", "vllm"]
+    result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    assert result.exit_code == 0 and "1 of 1 parts" in result.output and "96 responses" in result.output, result.output
     rows = parquet.read_table(file).to_pylist()
     assert len({r["question"] for r in rows}) == 48
     assert sum(r["answer"] in r["response"] for r in rows) > 80
+    config = load_config("tiny", SMALL)
+    options = {"samples": 2, "max_new_tokens": 40, "temperature": 0.5, "top_p": 1.0}
+    notes: list[str] = []
     with pytest.raises(ConfigError, match="exists"):
         respond(config, file, **options, note=notes.append)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import ray
 import torch
 
+from actors import responder
+from actors.responder import ResponseRequest, Sampling
 from actors.teacher import TargetRequest, as_remote, build_backend
 from common.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
 from common.student import lm_head_weight, load_model
@@ -18,7 +21,7 @@ from common.trajectory import from_batch, to_batch
 from tests.models import tiny_qwen3
 from tests.unit.test_teacher import META, trajectory
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 MAX_LENGTH = 96
 
@@ -58,18 +61,30 @@ def rows() -> list[Any]:
     return [trajectory(i, list(offsets), prompt, n) for i, (prompt, n, offsets) in enumerate(shapes)]
 
 
-def annotated(path: str, target: str) -> tuple[list[Any], Any]:
+@contextmanager
+def teacher(path: str, target: str) -> Iterator[Any]:
     config = run_config(path, target)
     actor = as_remote(config).remote(config.teacher, path)
-    ready = ray.get(actor.ready.remote(), timeout=200)
+    yield actor
+    ray.get(actor.close.remote(), timeout=30)
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def topk_teacher(cluster: None, path: str) -> Iterator[Any]:
+    """One engine for the tests of this target: loading takes longer than all of them."""
+    with teacher(path, "topk") as actor:
+        yield actor
+
+
+def annotated(actor: Any, target: str) -> tuple[list[Any], Any]:
+    ready = ray.get(actor.ready.remote(), timeout=400)
     assert (ready["vocab_size"], ready["backend"], ready["target_kind"]) == (288, "vllm", target)
     assert psutil.Process(ready["pid"]).children() == []  # the engine lives in the actor
     parts = [to_batch(rows()[i : i + 2], META) for i in range(0, 6, 2)]
     answers = ray.get([actor.annotate.remote(part) for part in parts], timeout=60)
     stats = ray.get(actor.stats.remote(), timeout=10)
     assert (stats["sequences"], stats["queue_depth"], stats["failed_requests"]) == (5, 0, 0)
-    ray.get(actor.close.remote(), timeout=30)
-    ray.kill(actor)
     return [row for answer in answers for row in from_batch(answer)[0]], from_batch(answers[0])[1]
 
 
@@ -79,8 +94,8 @@ def reference(path: str, target: str, row: Any) -> Any:
     return build_backend(config, path).targets([request])[0]
 
 
-def test_topk_equals_transformers(cluster: None, path: str) -> None:
-    got, meta = annotated(path, "topk")
+def test_topk_equals_transformers(topk_teacher: Any, path: str) -> None:
+    got, meta = annotated(topk_teacher, "topk")
     assert (meta.target_kind, meta.target_width) == ("topk", 16)
     for row in got:
         expected = reference(path, "topk", row)
@@ -94,8 +109,17 @@ def test_topk_equals_transformers(cluster: None, path: str) -> None:
             assert len(set(mine)) == 16
 
 
+def test_too_long_sequences_fail_alone_and_by_name(topk_teacher: Any) -> None:
+    long, good = trajectory(7, [59], 40, 60), trajectory(8, [3])
+    calls = [topk_teacher.annotate.remote(to_batch([row], META)) for row in (long, good)]
+    with pytest.raises(RuntimeError, match=r"ordinals \[7\].*teacher reads 95"):
+        ray.get(calls[0], timeout=400)
+    assert ray.get(calls[1], timeout=30).num_rows == 1
+
+
 def test_hidden_times_head_equals_transformers(cluster: None, path: str) -> None:
-    got, meta = annotated(path, "hidden")
+    with teacher(path, "hidden") as actor:
+        got, meta = annotated(actor, "hidden")
     assert (meta.target_kind, meta.target_width, meta.hidden_dtype) == ("hidden", 64, "float32")
     head = lm_head_weight(load_model(path, torch.float32, "sdpa")).detach().numpy()
     for row in got:
@@ -104,12 +128,16 @@ def test_hidden_times_head_equals_transformers(cluster: None, path: str) -> None
         np.testing.assert_allclose(hidden @ head.T, expected.hidden @ head.T, atol=1e-3)
 
 
-def test_too_long_sequences_fail_alone_and_by_name(cluster: None, path: str) -> None:
-    config = run_config(path, "topk", max_batched_tokens=1024)
-    actor = as_remote(config).remote(config.teacher, path)
-    long, good = trajectory(7, [59], 40, 60), trajectory(8, [3])
-    calls = [actor.annotate.remote(to_batch([row], META)) for row in (long, good)]
-    with pytest.raises(RuntimeError, match=r"ordinals \[7\].*teacher reads 95"):
-        ray.get(calls[0], timeout=200)
-    assert ray.get(calls[1], timeout=30).num_rows == 1
+def test_seeded_responses_to_prompts_that_share_a_batch(cluster: None, path: str) -> None:
+    """Prompts of 160 tokens in batches of 64: read in pieces, a seeded request rewinds its generator, and fails."""
+    config = run_config(path, "hidden")  # as the presets have it: the engine of responses is another one
+    actor = responder.as_remote(config).remote(config.teacher, path, 7)
+    prompts = [np.arange(20 + i, 20 + i + length, dtype=np.int32) for i, length in enumerate((30, 25, 35, 30, 40))]
+    requests = [ResponseRequest(i, sample, ids) for i, ids in enumerate(prompts) for sample in range(2)]
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.95, eos_token_id=1)
+    first = ray.get(actor.respond.remote(requests, sampling), timeout=400)
+    again = ray.get(actor.respond.remote(requests, sampling), timeout=60)
+    assert [ids.tolist() for ids in first] == [ids.tolist() for ids in again]
+    assert all(1 <= len(ids) <= 20 for ids in first)
+    assert all(a.tolist() != b.tolist() for a, b in zip(first[::2], first[1::2], strict=True)), "samples are alike"
     ray.kill(actor)

@@ -100,7 +100,7 @@ def test_overrides_of_a_choice_that_the_file_leaves_out(minimal):
         ("--rollout.unmasking.threshold=2", "rollout.unmasking.threshold: 2 is not accepted"),
         ("--learner=3", "learner: expected fields below it, found 3"),
         ("--learner.batch_rows=1", "raise batch_rows or lower ranks"),
-        ("--block_size=5", "block_size (5) does not divide curriculum.min_tokens (8); use 5 or 10"),
+        ("--block_size=5", "does not divide curriculum.min_tokens (8); set curriculum.min_tokens to 5 or 10"),
     ],
 )  # fmt: skip
 def test_a_bad_field_is_named_with_its_value_and_a_remedy(override, said):
@@ -166,3 +166,7 @@ def test_a_resolved_config_loads_again(tmp_path):
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(str(file)) == config
     assert isinstance(config, RunConfig)
+
+
+def test_an_ablation_is_not_a_run():
+    assert "is an ablation, which is several runs; start it with: opdlm ablate ablation" in fails("ablation")

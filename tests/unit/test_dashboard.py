@@ -295,6 +295,7 @@ def test_the_process_serves_a_stream_and_ends_with_the_run(run_dir):
     config = load_config("tiny", ["--dashboard.enabled", "true", "--dashboard.port", "0"]).dashboard
     with DashboardProcess(run_dir, config) as page:
         wait_for(page.url)
+        page._process.terminate()  # as `ray job stop` does to every process of a job
         assert first_event(page.url)["run"]["name"] == "r"
     with pytest.raises(httpx.TransportError):
         httpx.get(page.url, timeout=5)

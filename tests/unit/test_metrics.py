@@ -62,3 +62,13 @@ def test_a_log_goes_on_where_it_was(tmp_path):
 
 def test_every_metric_says_what_it_means():
     assert all(spec.meaning for spec in METRICS.values())
+
+
+def test_batches_that_are_trained_again_stand_once_in_the_events(tmp_path):
+    for first, last in ((0, 4), (2, 6)):  # killed after batch 4, resumed from the checkpoint after batch 1
+        with RunLog(tmp_path, first) as log:
+            for batch in range(first, last + 1):
+                log.batch(figures(batch) | {"kl": 100.0 * first + batch})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("kl")] == [(0, 0), (1, 1), *((n, 200 + n) for n in range(2, 7))]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from actors.responder import ResponseRequest, Sampling, TransformersEngine
 from common.config import DataConfig
 from common.config_file import ConfigError, load_config
 from common.objective_config import MixtureSource, ObjectiveConfig, StoredSource, StudentSource
@@ -18,6 +19,7 @@ from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
 from common.trajectory import TrajectoryMeta, batch_info, from_batch, to_batch
 from deploy import preflight
+from deploy import respond as respond_module
 from learner.objective import ChunkedDivergence, empty_sums
 from tests.models import tiny_qwen3
 from tests.unit.test_config import run_config
@@ -195,3 +197,31 @@ def test_the_loss_on_stored_responses_equals_the_direct_loop(model_and_tokenizer
     assert loss.item() == pytest.approx(slow.item(), abs=2e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(fast[name], parameter.grad, atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_transformers_engine_pads_without_a_trace_and_is_seeded(tmp_path, temperature):
+    config = load_config("tiny", ["--teacher.max_batched_tokens", "512"]).teacher
+    path = tiny_qwen3(tmp_path, seed=3)
+    eos = load_tokenizer(path).eos_token_id
+    lengths = (3, 30, 12, 7)
+    requests = [ResponseRequest(i, 0, np.arange(10, 10 + n, dtype=np.int32)) for i, n in enumerate(lengths)]
+    sampling = Sampling(12, temperature, 1.0, eos)
+    engine = TransformersEngine(config, path)
+    together = [ids.tolist() for ids in engine.respond(requests, sampling, seed=5)]
+    assert together == [ids.tolist() for ids in engine.respond(requests, sampling, seed=5)]
+    for ids in together:
+        assert 1 <= len(ids) <= 12 and eos not in ids[:-1]
+    if temperature == 0:
+        assert together == [engine.respond([r], sampling, seed=5)[0].tolist() for r in requests]
+    else:
+        assert together != [ids.tolist() for ids in engine.respond(requests, sampling, seed=6)]
+
+
+def test_responses_that_vllm_could_not_read_whole_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(respond_module, "find_spec", lambda name: True)
+    config = load_config("tiny", ["--teacher.max_batched_tokens", "64", "--data.limit", "4"])
+    options = {"samples": 1, "max_new_tokens": 56, "temperature": 1.0, "top_p": 1.0, "note": print}
+    with pytest.raises(ConfigError, match=r"teacher\.max_batched_tokens: 64 is less than .* use \d{3} or more"):
+        respond_module.respond(config, tmp_path / "responses.parquet", **options)
+    assert list(tmp_path.iterdir()) == []

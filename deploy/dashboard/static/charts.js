@@ -11,6 +11,7 @@ export class Charts {
     this.reload = reload;
     this.x = "response_tokens";
     this.range = null;
+    this.view = 0; // counts changes of the range: Plotly then forgets what a chart was zoomed to
     this.series = {};
     this.cards = charts.map((chart) => this.#card(chart));
     this.observer = new IntersectionObserver((entries) => this.#seen(entries), { rootMargin: "200px" });
@@ -28,10 +29,12 @@ export class Charts {
   axis(x) {
     this.x = x;
     this.range = null;
+    this.view += 1;
   }
 
   show(series) {
     this.series = series;
+    this.extent = extent(series);
     for (const card of this.cards) {
       const known = card.chart.lines.some((line) => series[line.metric]);
       card.element.hidden = card.optional && !known;
@@ -91,7 +94,7 @@ export class Charts {
     card.element.classList.toggle("empty", !traces.length);
     card.dirty = false;
     if (!traces.length) return;
-    Plotly.react(card.plot, traces, this.#layout(card.chart), { displayModeBar: false });
+    Plotly.react(card.plot, traces, this.#layout(card.chart), { displayModeBar: false, doubleClick: "autosize" });
     if (!card.wired) {
       card.plot.on("plotly_relayout", (change) => this.#zoomed(change));
       card.wired = true;
@@ -108,7 +111,7 @@ export class Charts {
       x: raw.x, y: raw.y, name: line.label, type: "scatter",
       mode: points ? "lines+markers" : "lines",
       line: { color: hue, width: smooth ? 1 : 2, shape: line.style === "step" ? "hv" : "linear" },
-      marker: { size: 7, color: hue }, opacity: smooth ? 0.3 : 1,
+      marker: { size: 7, color: hue }, opacity: smooth ? 0.3 : 1, cliponaxis: !points,
       hoverinfo: smooth ? "skip" : "all", showlegend: false,
     };
     if (raw.x.length === 1) trace.mode = "markers";
@@ -126,13 +129,14 @@ export class Charts {
       margin: { l: 44, r: 10, t: 6, b: 34 }, height: chart.name === "throughput" ? 300 : 220,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", color: css("--text"), size: 12 },
-      hovermode: "x unified", dragmode: touch ? false : "zoom", uirevision: "keep",
+      hovermode: "x unified", dragmode: touch ? false : "zoom", uirevision: this.view,
       hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
       xaxis: {
         ...axis, title: { text: X_TITLES[this.x], font: { color: muted, size: 11 }, standoff: 6 },
         tickformat: this.x === "hours" ? "~g" : "~s", hoverformat: this.x === "hours" ? ".2f" : ",.0f",
         fixedrange: touch, nticks: 6, showgrid: false,
-        ...(this.range ? { range: this.range, autorange: false } : { autorange: true }),
+        // the same for all: a figure of few batches stands where its batches are
+        ...(this.range ?? this.extent ? { range: this.range ?? this.extent, autorange: false } : { autorange: true }),
       },
       yaxis: {
         ...axis, type: chart.scale, fixedrange: true, tickformat: chart.format, hoverformat: hoverFormat(chart),
@@ -146,8 +150,18 @@ export class Charts {
     if (change["xaxis.autorange"]) this.range = null;
     else if (change["xaxis.range[0]"] !== undefined) this.range = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
     else return;
+    this.view += 1;
     this.reload();
   }
+}
+
+/** The part of the x axis that any series covers; null while it is one point. */
+function extent(series) {
+  let begin = Infinity, end = -Infinity;
+  for (const { x } of Object.values(series)) {
+    if (x.length) [begin, end] = [Math.min(begin, x[0]), Math.max(end, x[x.length - 1])];
+  }
+  return begin < end ? [begin, end] : null;
 }
 
 function colour(line, i) {

@@ -16,7 +16,7 @@ function trim(value, digits) {
 }
 
 export function bytes(value) {
-  return value === null || value === undefined ? "–" : number(value) + "B";
+  return value === null || value === undefined ? "–" : number(value).replace(/[kMGT]?$/, " $&B");
 }
 
 export function percent(value) {

@@ -1,0 +1,92 @@
+"""`opdlm submit | jobs | stop` without a cluster: what is submitted, and what Ctrl-C asks."""
+
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from common.config_file import REPOSITORY, ConfigError
+from deploy import cli, job_commands
+
+JOB = "raysubmit_1"
+
+
+class FakeClient:
+    """A cluster with one job, which runs until it is stopped."""
+
+    def __init__(self) -> None:
+        self.status = "RUNNING"
+        self.submitted: dict = {}
+
+    def submit_job(self, **options) -> str:
+        self.submitted = options
+        return JOB
+
+    def list_jobs(self) -> list:
+        return [SimpleNamespace(submission_id=JOB)]
+
+    def get_job_status(self, job: str) -> SimpleNamespace:
+        return SimpleNamespace(value=self.status)
+
+    def stop_job(self, job: str) -> None:
+        self.status = "STOPPED"
+
+
+@pytest.fixture
+def client(monkeypatch) -> FakeClient:
+    fake = FakeClient()
+    monkeypatch.setattr(job_commands, "_client", lambda address: fake)
+    return fake
+
+
+def submit(*arguments: str, answer: str = ""):
+    return CliRunner().invoke(cli.app, ["submit", *arguments], input=answer)
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n\n", "RUNNING"), ("\n", "RUNNING"), ("y\n", "STOPPED")])
+def test_ctrl_c_asks_whether_to_stop_the_job(client, monkeypatch, answer, status):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job_commands, "_follow", interrupted)
+    result = submit("tiny", answer=answer)
+    assert "stop the job?" in result.output
+    assert (result.exit_code, client.status) == (130, status)
+
+
+def test_the_job_runs_the_uploaded_folder_and_writes_where_the_user_is(client, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    result = submit("tiny", "--learner.lr", "1e-3", "--resume", "auto", "--no-wait", "--working-dir", str(REPOSITORY))
+    assert result.exit_code == 0 and JOB in result.output
+    words = shlex.split(client.submitted["entrypoint"])
+    assert words[:5] == ["python", "-m", "deploy", "train", "tiny"]
+    assert words[5:] == ["--learner.lr", "1e-3", "--output_dir", str(tmp_path / "runs"), "--resume", "auto"]
+    environment = client.submitted["runtime_env"]
+    assert environment["working_dir"] == str(REPOSITORY)
+    assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+
+    submit("tiny", "--output_dir", "/shared/runs", "--no-wait")
+    assert shlex.split(client.submitted["entrypoint"])[5:] == ["--output_dir", "/shared/runs"]
+
+
+def test_a_config_file_is_named_as_the_job_finds_it(client, monkeypatch, tmp_path):
+    (tmp_path / "inside").mkdir()
+    file = tmp_path / "inside" / "mine.yaml"
+    file.write_bytes(Path(REPOSITORY / "deploy/presets/tiny.yaml").read_bytes())
+    monkeypatch.chdir(file.parent)
+    assert submit("mine.yaml", "--no-wait", "--working-dir", "..").exit_code == 0
+    assert shlex.split(client.submitted["entrypoint"])[4] == "inside/mine.yaml"
+    with pytest.raises(ConfigError, match=r"CONFIG: .* is not below"):
+        CliRunner().invoke(cli.app, ["submit", str(file), "--working-dir", str(REPOSITORY)], catch_exceptions=False)
+
+
+def test_bad_input_is_refused_before_anything_is_uploaded(client):
+    assert submit("tiny", "--resume", "always").exit_code == 2
+    with pytest.raises(ConfigError, match=r"learner\.lrr"):
+        CliRunner().invoke(cli.app, ["submit", "tiny", "--learner.lrr", "1"], catch_exceptions=False)
+    assert client.submitted == {}
+    with pytest.raises(ConfigError, match="'raysubmit_2' is not on"):
+        CliRunner().invoke(cli.app, ["stop", "raysubmit_2"], catch_exceptions=False)
