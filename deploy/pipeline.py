@@ -22,6 +22,7 @@ from common.curriculum import block_size_at, response_limit, unmasking_at
 from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
 from common.responses import stored_share, with_responses
+from common.versions import installed_versions
 from deploy import preflight
 from deploy.batch_figures import BatchFigures
 from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
@@ -136,6 +137,7 @@ class Pipeline:
                 "updates": self.state.updates,
                 "seconds": self.state.seconds,
             }
+            self.state.summary["versions"] = installed_versions()
             self._save("final")
             self._note("evaluating the trained student", "evaluating")
             self.state.summary |= self.evaluator.after(self.state.block_size or self.config.block_size)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -32,6 +31,7 @@ from common.config import (
 )
 from common.config_file import ConfigError
 from common.prompts import Prompt
+from common.versions import installed_versions
 
 FORMAT_VERSION = 1
 
@@ -175,7 +175,7 @@ class Sweep:
             "dtype": self.dtype,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("opdlm", "torch", "transformers")},
+            "versions": installed_versions(),
             "rows": [asdict(row) for row in rows],
         }
 

@@ -1,6 +1,7 @@
 """Ablations: all configs are checked before the first run, finished runs are not repeated, verdicts follow figures."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from common.ablation_config import AblationConfig, Claim
 from common.config_file import ConfigError
 from deploy.ablation import arms_of, load_ablation, responses_file, run_all
 from deploy.ablation_report import Result, verdict, write_report
+from deploy.errors import WorkerError
 
 
 def ablation(tmp_path, **changes) -> AblationConfig:
@@ -30,8 +32,12 @@ def finish(arm, static: float, dynamic: float) -> None:
     folder.mkdir(parents=True)
     student = {name: {"exact_match": value, "tokens_per_step": 2.0, "problems": 200}
                for name, value in (("static", static), ("dynamic", dynamic))}  # fmt: skip
-    train = {"response_tokens": 1000, "updates": 8, "seconds": 60.0}
-    (folder / "summary.json").write_text(json.dumps({"student": student, "train": train}))
+    summary = {
+        "student": student,
+        "train": {"response_tokens": 1000, "updates": 8, "seconds": 60.0},
+        "versions": {"python": "3.12.3", "torch": "2.11.0"},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
     rows = [{"response_tokens": 500 * (i + 1), "eval/exact_match": dynamic * (i + 1) / 2} for i in range(2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"response_tokens": 1200}]))
 
@@ -75,7 +81,7 @@ def test_finished_runs_are_not_made_again(tmp_path):
 def results(better: list[float], worse: list[float]) -> list[Result]:
     def result(arm: str, seed: int, value: float) -> Result:
         figures = {"exact_match": value}
-        return Result(arm, seed, {"exact_match": 0.9}, figures, {}, [])
+        return Result(arm, seed, {"exact_match": 0.9}, figures, {}, {}, [])
 
     return [result("a", i, v) for i, v in enumerate(better)] + [result("b", i, v) for i, v in enumerate(worse)]
 
@@ -118,5 +124,28 @@ def test_the_report_of_an_unfinished_ablation(tmp_path):
     assert "5 of 6 runs" in text
     assert "| OPDLM | 3 | 90.0 | 80.0 | 10.0 |" in text
     assert "| on-policy wins |" in text
+    assert "- python 3.12.3, torch 2.11.0: seeds 0, 1, 2" in text
     assert (tmp_path / "images" / "small-curves.png").stat().st_size > 10_000
     assert (tmp_path / "images" / "small-final.png").stat().st_size > 5_000
+
+
+def test_a_failed_run_is_named_and_stops_those_that_have_not_started(tmp_path, monkeypatch):
+    settings = ablation(tmp_path)
+    runs = arms_of(settings)
+    started = []
+
+    def train(arm):
+        started.append(arm)
+        if len(started) == 2:
+            raise WorkerError("rollout-0 died")
+        time.sleep(0.5 if len(started) > 2 else 0)  # long enough for the others to be cancelled
+        finish(arm, 0.9, 0.8)
+
+    monkeypatch.setattr("deploy.ablation._respond", lambda *_: None)
+    monkeypatch.setattr("deploy.ablation._train", train)
+    with pytest.raises(WorkerError, match="rollout-0 died"):
+        run_all(settings, runs, lambda text: None, lambda: None)
+    assert len(started) < len(runs)
+    done = []
+    run_all(settings, runs, lambda text: None, lambda: done.append(1), jobs=3)
+    assert len(done) == len(runs) and all(arm.done for arm in runs)
