@@ -41,6 +41,7 @@ class AblationConfig(Section):
     respond: RespondConfig = RespondConfig()
     arms: dict[str, dict[str, Any]] = Field(min_length=1, description="name of the arm: its own field: value")
     claims: tuple[Claim, ...] = Field((), description="what the report says a verdict on")
+    reading: str = Field("", description="what its authors make of the results; a section of the report, Markdown")
 
     @model_validator(mode="after")
     def _claims_name_arms(self) -> AblationConfig:

@@ -83,6 +83,7 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         "",
         *_claims(results, ablation.claims),
         "",
+        *(["## Reading", "", ablation.reading.strip(), ""] if ablation.reading else []),
         "## Made with",
         "",
         *_versions(results),
