@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,11 @@ def read_result(arm: Arm) -> Result:
 
 
 def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None:
-    """The Markdown file and its plots, from the runs that are finished so far."""
+    """The Markdown file, its plots, and what every run gave as JSON, from the runs that are finished so far."""
     results = [read_result(arm) for arm in runs if arm.done]
+    raw = ablation.report.parent / "benchmarks" / f"{ablation.name}.json"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.write_text("[\n" + ",\n".join(json.dumps(asdict(result)) for result in results) + "\n]\n")
     images = ablation.report.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     curves, bars = images / f"{ablation.name}-curves.png", images / f"{ablation.name}-final.png"
@@ -85,6 +88,8 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         "",
         *(["## Reading", "", ablation.reading.strip(), ""] if ablation.reading else []),
         "## Made with",
+        "",
+        f"What every run gave: [{raw.name}]({raw.relative_to(ablation.report.parent)}).",
         "",
         *_versions(results),
     ]

@@ -124,6 +124,9 @@ def test_the_report_of_an_unfinished_ablation(tmp_path):
     assert "5 of 6 runs" in text
     assert "| OPDLM | 3 | 90.0 | 80.0 | 10.0 |" in text
     assert "| on-policy wins |" in text
+    stored = json.loads((tmp_path / "benchmarks" / "small.json").read_text())
+    assert [(r["arm"], r["seed"]) for r in stored] == [(arm.name, arm.seed) for arm in runs[:5]]
+    assert stored[0]["curve"] == [[500, 0.4], [1000, 0.8]]
     assert "- python 3.12.3, torch 2.11.0: seeds 0, 1, 2" in text
     assert (tmp_path / "images" / "small-curves.png").stat().st_size > 10_000
     assert (tmp_path / "images" / "small-final.png").stat().st_size > 5_000
