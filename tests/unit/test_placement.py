@@ -33,7 +33,7 @@ def test_estimates_follow_the_config():
     one, two = (plan(load_config("qwen3-8b", ["--learner.ranks", n])) for n in ("1", "2"))
     states = "optimiser states (sharded)"
     assert one.processes[-1].memory[states] == 2 * two.processes[-1].memory[states]
-    half = plan(load_config("qwen3-8b", ["--rollout.slots", "32"]))
+    half = plan(load_config("qwen3-8b", ["--rollout.slots", "24"]))
     assert one.processes[0].memory["KV cache"] == 2 * half.processes[0].memory["KV cache"]
     # vLLM's prompt log-probabilities, outside its own profile: [tokens of a step, V] in the model's dtype and float32
     assert one.processes[2].memory["logits"] == 8192 * 151936 * (2 + 4)
