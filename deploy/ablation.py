@@ -86,7 +86,7 @@ def run_all(
     """Make what is missing, `jobs` runs at a time; `done` is called after every run, also for those found finished.
 
     Raises:
-        WorkerError: a run ended with an error; names it and its log. Runs under way are waited for, no other starts.
+        WorkerError: a run ended with an error; names it and its log. Runs under way are waited for, others cancelled.
     """
     if any(arm.config.objective.source.kind != "student" and not arm.done for arm in runs):
         _respond(ablation, runs[0].config, note)
