@@ -112,9 +112,12 @@ def _(
     partner: Tensor | None = None,
 ) -> Tensor:
     from actors.attention_kernels import slot_attention_triton
+    from actors.block_attention_kernels import MOST_QUERIES, block_attention_triton
 
-    rows = (slots, positions, block_size)
-    return slot_attention_triton(query, key, value, keys, values, *rows, scale, window, partner)
+    tensors = (query, key, value, keys, values, slots, positions)
+    if partner is None or query.shape[2] > MOST_QUERIES:
+        return slot_attention_triton(*tensors, block_size, scale, window)
+    return block_attention_triton(*tensors, block_size, scale, window, partner)
 
 
 @slot_attention.register_fake

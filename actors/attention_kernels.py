@@ -1,4 +1,4 @@
-"""Triton kernels of attention over the slot cache; actors/attention.py has the reference."""
+"""Triton kernels of attention over the slot cache, rows of any length; actors/attention.py has the reference."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from actors.attention import EVERYTHING
-
-MOST_TOGETHER = 128  # queries of one program; with more, a row and its partner have programs of their own
 
 
 def slot_attention_triton(
@@ -23,13 +21,11 @@ def slot_attention_triton(
     block_size: int,
     scale: float,
     window: int = EVERYTHING,
-    partner: Tensor | None = None,
 ) -> Tensor:
     """Same arguments and result as `actors.attention.slot_attention`.
 
     One program per row, key-value head and tile of queries reads the slot's keys as far as its queries see, so
-    short sequences cost what they are long. With `partner`, a program has all new queries of some heads of its slot: it
-    writes their keys and values itself, and reads the cache once for a block being committed and the one behind it.
+    short sequences cost what they are long.
     """
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
@@ -37,27 +33,18 @@ def slot_attention_triton(
     half = query.dtype != torch.float32
     padded = triton.next_power_of_2(width)
     out = query.new_empty(n, queries, heads, width)
-    if partner is not None and 2 * queries > MOST_TOGETHER:
-        partner = None
-    if partner is None:
-        _store[(n * queries, kv_heads)](
-            key, value, keys, values, slots, positions,
-            *key.stride(), *value.stride(), *keys.stride()[:3], *positions.stride(),
-            queries, width, WIDTH=padded,
-        )  # fmt: skip
-        rows, together, tile = n, group, 16 if group * queries <= 16 else 64
-        programs = triton.cdiv(group * queries, tile)
-    else:  # as few heads as fill the smallest product; the programs of a slot find its keys in the L2 cache
-        rows, together = len(partner), max(1, min(16 // (2 * queries), group))
-        tile = max(16, triton.next_power_of_2(2 * queries * together))
-        programs = triton.cdiv(group, together)
+    _store[(n * queries, kv_heads)](
+        key, value, keys, values, slots, positions,
+        *key.stride(), *value.stride(), *keys.stride()[:3], *positions.stride(),
+        queries, width, WIDTH=padded,
+    )  # fmt: skip
+    tile = 16 if group * queries <= 16 else 64
     small = half and tile == 16
-    _attend[(programs, kv_heads, rows)](
-        query, key, value, keys, values, out, slots, positions, slots if partner is None else partner, scale,
-        *query.stride(), *key.stride(), *value.stride(), *keys.stride()[:3], *positions.stride(),
-        queries, group, together, block_size, window, width,
-        PAIRED=partner is not None, NEW=triton.next_power_of_2(2 * queries), TILE=tile, WIDTH=padded,
-        KEYS=64 if half and not small else 32, PRECISION="tf32" if half else "ieee",
+    _attend[(triton.cdiv(group * queries, tile), kv_heads, n)](
+        query, keys, values, out, slots, positions, scale,
+        *query.stride(), *keys.stride()[:3], *positions.stride(),
+        queries, group, block_size, window, width,
+        TILE=tile, WIDTH=padded, KEYS=64 if half and not small else 32, PRECISION="tf32" if half else "ieee",
         num_warps=2 if small else 4, num_stages=3 if half else 2,
     )  # fmt: skip
     return out
@@ -86,44 +73,20 @@ def _store(
 
 @triton.jit
 def _attend(
-    query, key, value, keys, values, out, slots, positions, partner, scale,
-    query_n, query_h, query_q, query_d, key_n, key_h, key_q, key_d, value_n, value_h, value_q, value_d,
-    cache_s, cache_h, cache_j, position_n, position_q,
-    queries, group, together, block_size, window, width,
-    PAIRED: tl.constexpr, NEW: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, keys, values, out, slots, positions, scale,
+    query_n, query_h, query_q, query_d, cache_s, cache_h, cache_j, position_n, position_q,
+    queries, group, block_size, window, width,
+    TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2)
     h = tl.program_id(1)
-    m = tl.arange(0, TILE)
     d = tl.arange(0, WIDTH)
     inside = d < width
     slot = tl.load(slots + n) * cache_s + h * cache_h
-    if PAIRED:
-        other = tl.load(partner + n)
-        new = tl.arange(0, NEW)
-        new_row = tl.where(new < queries, n, other)
-        known = (new < 2 * queries) & (new_row >= 0)
-        new_row = tl.where(known, new_row, 0).to(tl.int64)
-        new_q = new % queries
-        place = tl.load(positions + new_row * position_n + new_q * position_q, mask=known, other=-1)
-        known = (place >= 0)[:, None] & inside[None, :]
-        entry = slot + place[:, None] * cache_j + d[None, :]
-        source = key + (new_row * key_n + h * key_h + new_q * key_q)[:, None] + d[None, :] * key_d
-        tl.store(keys + entry, tl.load(source, mask=known), mask=known)
-        source = value + (new_row * value_n + h * value_h + new_q * value_q)[:, None] + d[None, :] * value_d
-        tl.store(values + entry, tl.load(source, mask=known), mask=known)
-        tl.debug_barrier()  # the loop below reads what other threads of this program have written
-        # first the queries of `together` heads of the row, then those of its partner
-        row = tl.where(m < together * queries, n, other)
-        member = tl.program_id(0) * together + (m // queries) % together
-        used = (m < 2 * together * queries) & (row >= 0) & (member < group)
-        row = tl.where(used, row, 0).to(tl.int64)
-    else:
-        m += tl.program_id(0) * TILE
-        member = m // queries
-        used = member < group
-        row = tl.zeros([TILE], tl.int64) + n
+    m = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    member = m // queries
+    used = member < group
+    row = tl.zeros([TILE], tl.int64) + n
     q = m % queries
     head = h * group + tl.where(used, member, 0)
 

@@ -165,7 +165,6 @@ class RolloutActor:
             "spans": self.spans.take(),
             "tokens": self.tokens,
             "forwards": self.sampler.forwards,
-            "commits": self.sampler.commits,
             "weights_version": self.sampler.weights_version,
             "weights_pause_seconds": self.inbox.pause_seconds,
         }

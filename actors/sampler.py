@@ -9,7 +9,8 @@ ended is refilled before the next pass.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from actors.drawing import Decoding, draw
 from actors.graphs import PassGraphs
 from actors.projections import pack_projections
 from actors.slots import Request, SlotState
-from actors.unmasking import choose
+from actors.unmasking import choose, tokens_revealed
+from common.config import Unmasking
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
 from common.trajectory import Trajectory
@@ -32,8 +34,9 @@ class Sampler:
     """Generates trajectories with the model's current weights; `weights_version` is stamped on each.
 
     On CUDA a pass always takes all slots, so that its shapes repeat: it is compiled, and replayed as a graph from its
-    second use on; weights may be replaced in place. On CPU a pass takes the running slots only. `forwards` counts the
-    passes of the model after prefill, `commits` the blocks that were committed in them.
+    second use on; weights may be replaced in place. It starts before the host has read what came of the pass before:
+    how many rows it needs is then a guess, and slots beyond the guess wait for the next. On CPU a pass takes the
+    running slots only. `forwards` counts the passes of the model after prefill.
     """
 
     def __init__(
@@ -58,18 +61,24 @@ class Sampler:
         self.on_cuda = self.device.type == "cuda"
         self.weights_version = 0
         self.forwards = 0
-        self.commits = 0
+        self.ahead = int(self.on_cuda)  # passes under way while the host reads an earlier one
         self._use_graphs = self.on_cuda and cuda_graphs
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # CacheRows say who sees what
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
         self._all_slots = torch.arange(slots, device=self.device)
+        self._plan: Callable[..., Any] = plan
+        self._settle: Callable[..., Any] = settle
         model.set_attn_implementation(attention.register())
         if self.on_cuda:
+            from actors.fused_attention import fuse_attention  # needs triton
+
             pack_projections(model)
+            fuse_attention(model)
         if self.on_cuda and compiled:
             for layer in model.model.layers:  # one compiled layer serves all
                 layer.compile(dynamic=True)
+            self._plan, self._settle = (torch.compile(part, dynamic=True) for part in (plan, settle))
 
     def set_block_size(self, block_size: int) -> None:
         """Decode in blocks of this size from the next call on."""
@@ -94,8 +103,9 @@ class Sampler:
             if admitted:
                 state.admit(admitted, self._keys(admitted), self.mask_token_id, self._end)
                 self._prefill(state, cache, admitted)
-            finished = self._pass(state, cache, decoding)
-            yield from state.take(finished, self.eos_token_id, self.weights_version)
+            self._launch(state, decoding)
+            while len(state.under_way) > self.ahead:
+                yield from state.take(state.read(), self.eos_token_id, self.weights_version)
 
     def _end(self, request: Request) -> int:
         """Length of the longest possible x0, on the block grid."""
@@ -143,15 +153,14 @@ class Sampler:
             source, target = torch.tensor(twins, device=self.device).T
             cache.copy(source, target, longest)
 
-    def _pass(self, state: SlotState, cache: SlotCache, decoding: Decoding) -> list[int]:
-        """One forward and one reveal of all running sequences; returns the slots whose sequences ended."""
-        commits = int(state.uncommitted_host[state.running].sum())
-        masked = int(state.masked_host[state.running].sum())
+    def _launch(self, state: SlotState, decoding: Decoding) -> None:
+        """Start one forward and one reveal of all running sequences."""
         self.forwards += 1
-        self.commits += commits
+        commits, masked = state.expected(*tokens_revealed(decoding.unmasking, self.block_size))
         if not self.on_cuda:
-            slots = np.flatnonzero(state.running)
-            return state.advance(slots, self._on_device(state, decoding, torch.from_numpy(slots), commits, masked))
+            rows = np.flatnonzero(state.running)
+            state.launched(rows, self._on_device(state, decoding, torch.from_numpy(rows), commits, masked))
+            return
         # all slots, and few shapes, so that few graphs serve all passes
         commits = _round_up(commits, -(-self.slots // 4), self.slots)
         masked = _round_up(masked, -(-self.slots * self.block_size // 8), self.slots * self.block_size)
@@ -160,37 +169,76 @@ class Sampler:
             return self._on_device(state, decoding, self._all_slots, commits, masked)
 
         flags = self._graphs.run((commits, masked, decoding), device_pass) if self._graphs else device_pass()
-        return state.advance(np.arange(self.slots), flags)
+        state.launched(np.arange(self.slots), flags)
 
     def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int, draws: int) -> Tensor:
         """The device's part of a pass over `slots` [R], without synchronisation; returns what `SlotState.reveal` does.
 
-        `commits` rows are added for blocks that are done, and `draws` positions get a token: at least as many as are
-        masked. Where fewer are, the rest is padding.
+        There is room for `commits` blocks that are done, as rows of their own, and for `draws` masked positions, which
+        get a token. Slots beyond that wait; room beyond the slots is padding.
         """
-        offsets = torch.arange(self.block_size, device=self.device)
-        current = positions = state.block[slots, None] * self.block_size + offsets
-        rows, partner = slots, torch.full_like(slots, -1)
-        if commits:
-            order = torch.argsort(state.uncommitted[slots].int(), descending=True, stable=True)[:commits]
-            done = state.uncommitted[slots[order]]
-            positions = torch.cat([current, torch.where(done[:, None], current[order] - self.block_size, -1)])
-            rows = torch.cat([slots, slots[order]])
-            partner[order] = torch.where(done, torch.arange(len(slots), len(rows), device=self.device), -1)
-        ids = state.ids[rows[:, None], positions.clamp(min=0)]
-        hidden = self._forward(ids, positions, rows, partner)[: len(slots)]
+        ids, positions, rows, partner, drawn, noise, waits = self._plan(state, slots, commits, draws)
+        hidden = self._forward(ids, positions, rows, partner)[: len(slots)].flatten(0, 1)
+        hidden = hidden[drawn.clamp(max=len(hidden) - 1)]
+        logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
+        candidates = draw(logits, noise, decoding, self.mask_token_id)
+        return self._settle(state, decoding.unmasking, slots, drawn, candidates, waits, self.eos_token_id)
 
-        masked = state.masked[slots]
-        drawn = torch.argsort(masked.flatten().int(), descending=True, stable=True)[:draws]
-        logits = full_precision_logits(hidden.flatten(0, 1)[drawn], self.model.get_output_embeddings().weight)
-        noise = uniform(state.key[slots, None], current, state.round[slots, None])
-        token, confidence, entropy = (
-            torch.zeros(masked.numel(), dtype=x.dtype, device=self.device).scatter(0, drawn, x).view_as(masked)
-            for x in draw(logits, noise.flatten()[drawn], decoding, self.mask_token_id)
-        )
-        confidence = torch.where(masked, confidence, 0.0)
-        reveal = choose(decoding.unmasking, masked, confidence, entropy)
-        return state.reveal(slots, current, reveal, token, confidence, self.eos_token_id)
+
+def plan(
+    state: SlotState, slots: Tensor, commits: int, draws: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a pass over `slots` [R] computes.
+
+    Returns:
+        ids and positions [R + commits, B], rows [R + commits] and partner [R] as CacheRows has them; drawn int64
+        [draws], which of the R * B positions get a token (then R * B); noise float32 [draws] for them; waits bool [R],
+        slots for which there is no room.
+    """
+    size, count = state.block_size, len(slots)
+    current = positions = state.block[slots, None] * size + torch.arange(size, device=slots.device)
+    rows, waits, partner = slots, state.uncommitted[slots], torch.full((count + 1,), -1, device=slots.device)
+    if commits:
+        done, waits = _first(waits, commits)
+        partner = partner.scatter(0, done, torch.arange(count, count + commits, device=slots.device))
+        there, done = done < count, done.clamp(max=count - 1)
+        positions = torch.cat([current, torch.where(there[:, None], current[done] - size, -1)])
+        rows = torch.cat([slots, slots[done]])
+    ids = state.ids[rows[:, None], positions.clamp(min=0)]
+    masked = state.masked[slots]
+    drawn, undrawn = _first(masked.flatten(), draws)
+    waits = waits | undrawn.view_as(masked).any(dim=1)
+    noise = uniform(state.key[slots, None], current, state.round[slots, None]).flatten()
+    return ids, positions, rows, partner[:count], drawn, noise[drawn.clamp(max=count * size - 1)], waits
+
+
+def settle(
+    state: SlotState,
+    rule: Unmasking,
+    slots: Tensor,
+    drawn: Tensor,
+    candidates: tuple[Tensor, Tensor, Tensor],
+    waits: Tensor,
+    eos_token_id: int,
+) -> Tensor:
+    """Reveal what `rule` chooses among the candidates (token, confidence, entropy) of the positions `drawn`."""
+    masked = state.masked[slots]
+    token, confidence, entropy = (
+        torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, drawn, x)[:-1].view_as(masked)
+        for x in candidates
+    )
+    reveal = choose(rule, masked, confidence, entropy)
+    return state.reveal(slots, reveal, token, confidence, waits, eos_token_id)
+
+
+def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Where the first `room` of `chosen` bool [N] are, int64 [room], filled up with N; and which are chosen but not
+    among them, bool [N]."""
+    rank = chosen.cumsum(0)
+    late = chosen & (rank > room)
+    at = torch.where(chosen & ~late, rank - 1, room)
+    index = torch.full((room + 1,), len(chosen), device=chosen.device)
+    return index.scatter(0, at, torch.arange(len(chosen), device=chosen.device))[:room], late
 
 
 def _round_up(count: int, step: int, most: int) -> int:

@@ -17,6 +17,17 @@ from common.config import (
 )
 
 
+def tokens_revealed(rule: Unmasking, block_size: int) -> tuple[int, bool]:
+    """Tokens of a block that a step reveals at least (or all that are left), and whether it never reveals more."""
+    if isinstance(rule, StaticUnmasking):
+        return block_size // (rule.steps_per_block or block_size), True
+    if isinstance(rule, SequentialUnmasking):
+        return rule.tokens_per_step, True
+    if isinstance(rule, DynamicUnmasking):
+        return rule.min_tokens, False
+    return 1, False
+
+
 def choose(rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:
     """Positions to reveal, bool [S, B], a subset of `masked` with at least one position per unfinished block.
 
@@ -26,8 +37,7 @@ def choose(rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor)
         entropy: float [S, B], nats, of the raw softmax.
     """
     if isinstance(rule, StaticUnmasking):
-        block_size = masked.shape[1]
-        return _most(confidence, masked, block_size // (rule.steps_per_block or block_size))
+        return _most(confidence, masked, tokens_revealed(rule, masked.shape[1])[0])
     if isinstance(rule, DynamicUnmasking):
         return (masked & (confidence > rule.threshold)) | _most(confidence, masked, rule.min_tokens)
     if isinstance(rule, SequentialUnmasking):
@@ -43,8 +53,9 @@ def _most(score: Tensor, masked: Tensor, count: int) -> Tensor:
 
 def _rank(score: Tensor) -> Tensor:
     """0 for the highest score of each row, 1 for the next, ..."""
-    order = torch.argsort(score, dim=1, descending=True, stable=True)
-    return torch.argsort(order, dim=1)
+    column = torch.arange(score.shape[1], device=score.device)
+    other, own = score[:, None, :], score[:, :, None]
+    return ((other > own) | ((other == own) & (column < column[:, None]))).sum(dim=2)
 
 
 def _under_entropy_bound(entropy: Tensor, masked: Tensor, bound: float) -> Tensor:

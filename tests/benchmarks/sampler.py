@@ -73,6 +73,7 @@ class SeparateCommits(Sampler):
             rows = slots[state.uncommitted[slots]]
             positions = (state.block[rows, None] - 1) * self.block_size + torch.arange(self.block_size)
             self._forward(state.ids[rows[:, None], positions], positions, rows)
+            state.uncommitted[rows] = False
         return super()._on_device(state, decoding, slots, 0, draws)
 
 

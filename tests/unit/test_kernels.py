@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from actors.attention import EVERYTHING, slot_attention
 from actors.drawing import Decoding, draw
@@ -61,27 +63,43 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (3, 1, 8, 16), (1, 1, 8, 80)]
+    ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (3, 1, 8, 16), (1, 1, 8, 64)]
 )
 @pytest.mark.parametrize("window", [EVERYTHING, 6])
-def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_heads, width, queries, window):
-    """Two times 80 queries are too many for one program: the kernel falls back."""
-    from actors.attention_kernels import slot_attention_triton
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_heads, width, queries, window, fused):
+    from actors.block_attention_kernels import Fusion, block_attention_triton
 
     torch.manual_seed(0)
     slots = torch.tensor([2, 0, 1, 0, 3])  # row 3 commits the block before row 1's; row 4 is padding
     first = torch.tensor([queries, 3 * queries, 0, 2 * queries, -1])
     positions = torch.where(first[:, None] >= 0, first[:, None] + torch.arange(queries), -1)
     partner = torch.tensor([-1, 3, -1])
-    query = torch.randn(5, queries, heads, width).transpose(1, 2)
-    key, value = (torch.randn(5, queries, kv_heads, width).transpose(1, 2) for _ in range(2))
+    packed = torch.randn(5, queries, heads + 2 * kv_heads, width)
+    query, key, value = packed.split([heads, kv_heads, kv_heads], dim=2)  # as a packed projection gives them
+    fusion = None
+    queries_and_keys = query.transpose(1, 2), key.transpose(1, 2)
+    if fused:
+        config = Qwen3Config(
+            head_dim=width, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 100.0}
+        )
+        cos, sin = Qwen3RotaryEmbedding(config)(packed, positions)
+        norms = Qwen3RMSNorm(width, 1e-6), Qwen3RMSNorm(width, 1e-6)
+        for norm in norms:
+            torch.nn.init.normal_(norm.weight)
+        fusion = Fusion(norms[0].weight.detach(), norms[1].weight.detach(), 1e-6, cos, sin)
+        with torch.no_grad():
+            normed = norms[0](query).transpose(1, 2), norms[1](key).transpose(1, 2)
+            expected_queries_and_keys = apply_rotary_pos_emb(*normed, cos, sin)
+    else:
+        expected_queries_and_keys = queries_and_keys
     empty = torch.randn(2, 4, kv_heads, 4 * queries, width)
-    results = []
-    for attend, options in ((slot_attention, ()), (slot_attention_triton, (partner,))):
-        keys, values = empty.clone()
-        out = attend(query, key, value, keys, values, slots, positions, queries, 0.3, window, *options)
-        results.append((out[:4], keys, values))
-    torch.testing.assert_close(*results)
+    rows = (slots, positions, queries, 0.3, window, partner)
+    keys, values = empty.clone()
+    expected = slot_attention(*expected_queries_and_keys, value.transpose(1, 2), keys, values, *rows)
+    fast_keys, fast_values = empty.clone()
+    out = block_attention_triton(*queries_and_keys, value.transpose(1, 2), fast_keys, fast_values, *rows, fusion)
+    torch.testing.assert_close((out[:4], fast_keys, fast_values), (expected[:4], keys, values))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])

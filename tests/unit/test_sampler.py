@@ -1,12 +1,14 @@
 """Invariant 2: the batched, cached, fused sampler equals the slow one-sequence reference."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 import torch
 
 from actors.drawing import Decoding, draw
 from actors.sampler import Sampler
-from actors.slots import Request
+from actors.slots import PATIENCE, Request, SlotState
 from common.config import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
@@ -88,6 +90,40 @@ def test_trajectories_do_not_depend_on_slots_or_order(model, slots):
         assert t.response_ids.tolist() == other[ordinal].response_ids.tolist()
         assert t.reveal_round.tolist() == other[ordinal].reveal_round.tolist()
         np.testing.assert_allclose(t.confidence, other[ordinal].confidence, atol=1e-5)
+
+
+@pytest.mark.parametrize("unmasking", [rule for rule, _ in RULES])
+@pytest.mark.parametrize("room", [1, 0.5])
+def test_passes_launched_ahead_and_slots_that_wait_change_nothing(model, unmasking, room, monkeypatch):
+    decoding = Decoding(unmasking, 1.0)
+    base = {t.ordinal: t for t in sampler(model).generate(requests(), decoding)}
+    expected, rooms = SlotState.expected, cycle([room, room, 1])
+    monkeypatch.setattr(
+        SlotState,
+        "expected",
+        lambda *args: [int(np.ceil(count * factor)) for factor in [next(rooms)] for count in expected(*args)],
+    )
+    ahead = sampler(model)
+    ahead.ahead = 1
+    for _ in range(2):  # again with what the first call left behind
+        other = {t.ordinal: t for t in ahead.generate(requests(), decoding)}
+        for ordinal, t in base.items():
+            assert t.response_ids.tolist() == other[ordinal].response_ids.tolist()
+            assert t.tail_ids.tolist() == other[ordinal].tail_ids.tolist()
+            assert t.reveal_round.tolist() == other[ordinal].reveal_round.tolist()
+            assert t.denoise_forwards == other[ordinal].denoise_forwards
+            assert t.commit_forwards == other[ordinal].commit_forwards
+            np.testing.assert_allclose(t.confidence, other[ordinal].confidence, atol=1e-5)
+
+
+def test_a_slot_that_waits_too_often_gets_room():
+    state = SlotState(slots=2, length=8, block_size=4, device=torch.device("cpu"))
+    state.running[:] = True
+    state.masked_host[:] = 4, 1
+    state.waits[:] = 0, PATIENCE - 1
+    assert state.expected(1, True) == (0, 5)
+    state.waits[1] += 1
+    assert state.expected(1, True) == (2, 8)
 
 
 def test_ends_at_the_end_token_and_on_the_grid(model):
