@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import learner_step, pipeline, publish, sampler, scaling, teacher
+from tests.benchmarks import learner_step, operators, pipeline, publish, sampler, scaling, teacher
 
 # a part's function takes (size, device, *plan) and returns rows, or what else is to be kept
 PARTS: dict[str, Callable[..., Any]] = {
@@ -20,6 +20,11 @@ PARTS: dict[str, Callable[..., Any]] = {
     "publish": publish.measure,
     "pipeline": pipeline.measure,  # rollout batches
     "scaling": scaling.measure,
+}
+PROFILES: dict[str, Callable[..., list[operators.Operator]]] = {
+    "sampler": sampler.profile,
+    "learner": learner_step.profile,
+    "teacher": teacher.profile,
 }
 PLANS: dict[str, dict[str, tuple[int, ...]]] = {
     "tiny": {
@@ -54,7 +59,7 @@ def main() -> None:
     parser.add_argument("--parts", choices=list(PARTS), nargs="+", default=WHOLE)
     parser.add_argument("--sequences", type=int, help="of the sampler; default: by size")
     parser.add_argument("--batches", type=int, help="rollout batches of the pipeline; default: 20")
-    parser.add_argument("--profile", action="store_true", help="show where the time of a sampler's pass goes (CUDA)")
+    parser.add_argument("--profile", action="store_true", help="show also where the time goes")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -69,9 +74,8 @@ def main() -> None:
             rows = results[f"{part} {size}"] = PARTS[part](size, options.device, *plan)
             for row in rows:
                 print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
-            if options.profile and part == "sampler":
-                for kernel, milliseconds, launches in sampler.profile(size, *plan):
-                    print(f"{milliseconds:8.3f} ms a pass in {launches:6.1f} launches  {kernel}")
+            if options.profile and part in PROFILES:
+                print(operators.table(PROFILES[part](size, options.device, *plan)), flush=True)
             if options.device == "cuda":
                 torch.cuda.empty_cache()
     if options.out:

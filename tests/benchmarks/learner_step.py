@@ -18,6 +18,7 @@ from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, divergence, empty_sums
 from learner.packing import MicroBatch, coefficients, document, microbatch
 from tests.benchmarks.models import matmul_rate, random_model
+from tests.benchmarks.operators import Operator, hottest
 
 BLOCK = 4
 
@@ -29,15 +30,8 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
     float32 logits of student and teacher at every position. On CUDA also without recomputation, and with Liger's
     kernels.
     """
-    model = random_model(size, device)
     cuda = device == "cuda"
-    attention = "flex_attention" if cuda else "sdpa"
-    model.set_attn_implementation(attention)
-    model.train()
-    trajectories = _trajectories(model, rows, prompt, response, cuda)
-    meta = TrajectoryMeta(BLOCK, model.config.vocab_size - 1, "benchmark", "hidden", model.config.hidden_size)
-    head = model.lm_head.weight.detach().clone()
-    builder = BatchBuilder(meta, "row_mean", "bucket", max_tokens, attention, torch.device(device), head)
+    model, builder, trajectories = _ready(size, device, rows, prompt, response, max_tokens)
     peak = matmul_rate() if cuda else 0.0
     results: list[dict[str, Any]] = []
 
@@ -68,6 +62,41 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
     model.gradient_checkpointing_enable({"use_reentrant": False})
     variant("chunked, recomputed, Liger", _chunked_loss)
     return results
+
+
+def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
+    """Of the learner's own step; on CUDA with Liger's kernels and activations kept."""
+    model, builder, trajectories = _ready(size, device, rows, prompt, response, max_tokens)
+    if device == "cuda":
+        use_liger_kernels(model)
+    _time(model, builder, trajectories, _chunked_loss, False)
+
+    def step() -> int:
+        model.zero_grad()
+        for micro in builder.update(trajectories, 0, 1)[0]:
+            x = builder.tensors(micro, trajectories)
+            _chunked_loss(model, hidden_states(model, x.ids, x.positions, x.mask), x).backward()
+        return 1
+
+    return hottest(step, device)
+
+
+def _ready(
+    size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int
+) -> tuple[Any, BatchBuilder, list[Trajectory]]:
+    """A model in training, what packs its batches, and one update's trajectories."""
+    model = random_model(size, device)
+    attention = "flex_attention" if device == "cuda" else "sdpa"
+    model.set_attn_implementation(attention)
+    model.train()
+    trajectories = _trajectories(model, rows, prompt, response, device == "cuda")
+    meta = TrajectoryMeta(BLOCK, model.config.vocab_size - 1, "benchmark", "hidden", model.config.hidden_size)
+    head = model.lm_head.weight.detach().clone()
+    return (
+        model,
+        BatchBuilder(meta, "row_mean", "bucket", max_tokens, attention, torch.device(device), head),
+        trajectories,
+    )
 
 
 def _useful_flops(model: Any, tokens: float, masked: float) -> float:

@@ -13,6 +13,7 @@ from actors.sampler import Sampler
 from actors.slots import Request
 from common.config import StaticUnmasking
 from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model
+from tests.benchmarks.operators import Operator, hottest
 
 BLOCK = 4
 
@@ -98,26 +99,21 @@ def _requests(sequences: int, prompt: int, new_tokens: int) -> list[Request]:
     return [Request(i, 0, rng.integers(0, 200, size=prompt + i % BLOCK), new_tokens) for i in range(sequences)]
 
 
-def profile(size: str, sequences: int, prompt: int, new_tokens: int) -> list[tuple[str, float, float]]:
-    """CUDA kernels of static decoding from graphs, the greatest first: name, milliseconds and launches a pass."""
-    model = random_model(size, "cuda")
-    sampler = _sampler(model, sequences, True)
+def profile(size: str, device: str, sequences: int, prompt: int, new_tokens: int) -> list[Operator]:
+    """Of static decoding; on CUDA of 64 new tokens at most, from graphs."""
+    sampler = _sampler(random_model(size, device), sequences, device == "cuda")
     requests, decoding = _requests(sequences, prompt, new_tokens), Decoding(StaticUnmasking(), 1.0)
-    for _ in range(2):
+    for _ in range(2 if device == "cuda" else 1):
         for _ in sampler.generate(requests, decoding):
             pass
-    before = sampler.forwards
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in sampler.generate(_requests(sequences, prompt, 64), decoding):
+
+    def passes() -> int:
+        before = sampler.forwards
+        for _ in sampler.generate(_requests(sequences, prompt, min(new_tokens, 64)), decoding):
             pass
-        torch.cuda.synchronize()
-    passes = sampler.forwards - before
-    events = [
-        (e.key[:90], e.self_device_time_total / 1e3 / passes, e.count / passes)
-        for e in profiler.key_averages()
-        if e.self_device_time_total
-    ]
-    return sorted(events, key=lambda event: -event[1])[:25]
+        return sampler.forwards - before
+
+    return hottest(passes, device)
 
 
 def pass_floor_seconds(model: Any, sequences: int, context: int) -> float:

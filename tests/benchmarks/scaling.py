@@ -77,7 +77,9 @@ def _vocabularies(size: str) -> Iterator[Row]:
 def _actors() -> Iterator[Row]:
     """The pipeline with more rollout actors on the same cores: what more processes cost."""
     for n in ACTORS:
-        rows = pipeline.run(["--rollout.actors", str(n), "--curriculum.schedule", "constant"], _BATCHES)
+        # small shares of a core, so that Ray grants the most actors on two
+        actors = ["--rollout.actors", str(n), "--rollout.resources.cpus", "0.1"]
+        rows = pipeline.run([*actors, "--curriculum.schedule", "constant"], _BATCHES)
         seconds = pipeline.figures(rows)["seconds_batch"]
         yield {"sweep": "rollout actors", "part": "seconds a batch", "x": n, "cost": seconds}
 

@@ -19,6 +19,7 @@ from actors.teacher import TargetRequest, Targets, TeacherBackend
 from actors.teacher_transformers import TransformersBackend
 from common.config import Resources, TeacherConfig
 from tests.benchmarks.models import random_model
+from tests.benchmarks.operators import Operator, hottest
 
 TOP_K = 16
 TRAINED = 0.62  # share of the response that per_block selection masks at about two tokens a step
@@ -34,10 +35,7 @@ def measure(size: str, device: str, requests: int, prompt: int, response: int, m
     log-probabilities of all. Peak memory, on CUDA, is over the weights, and also that of four times the requests.
     vLLM's engine, where it is installed, answers the same requests.
     """
-    config = TeacherConfig(
-        backend="transformers", target="topk", top_k=TOP_K, dtype="bfloat16" if device == "cuda" else "float32",
-        max_batched_tokens=max_tokens, resources=Resources(gpus=1 if device == "cuda" else 0),
-    )  # fmt: skip
+    config = _config(device, max_tokens)
     model = random_model(size, device)
     asked = _requests(requests, prompt, response, model.config.vocab_size)
     rows = [{"size": size, **row} for row in _of_transformers(LoadedBackend(model, config), asked, prompt, device)]
@@ -50,6 +48,28 @@ def measure(size: str, device: str, requests: int, prompt: int, response: int, m
             rows.append({"size": size, "variant": "vLLM", "requests": requests, **_of_vllm(config, folder, asked)})
         rows[-1]["times_the_first"] = rows[0]["tokens_per_second"] / rows[-1]["tokens_per_second"]
     return rows
+
+
+def profile(size: str, device: str, requests: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
+    """Of the teacher's own pass."""
+    model = random_model(size, device)
+    backend = LoadedBackend(model, _config(device, max_tokens))
+    asked = _requests(requests, prompt, response, model.config.vocab_size)
+    backend.targets(asked)
+
+    def once() -> int:
+        backend.targets(asked)
+        return 1
+
+    return hottest(once, device)
+
+
+def _config(device: str, max_tokens: int) -> TeacherConfig:
+    cuda = device == "cuda"
+    return TeacherConfig(
+        backend="transformers", target="topk", top_k=TOP_K, dtype="bfloat16" if cuda else "float32",
+        max_batched_tokens=max_tokens, resources=Resources(gpus=1 if cuda else 0),
+    )  # fmt: skip
 
 
 def _of_transformers(
