@@ -129,7 +129,8 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.set_xticks(
             sorted({row["x"] for row in members}), [f"{x:,}" for x in sorted({row["x"] for row in members})]
         )
-        low, high = axes.get_ylim()
+        low, high = min(axes.get_ylim()[0], 0.5), max(axes.get_ylim()[1], 2)  # so that small differences look small
+        axes.set_ylim(low, high)
         ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= t <= high]
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
