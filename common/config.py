@@ -271,7 +271,9 @@ class RayConfig(Section):
     placement_timeout_s: float = Field(
         300.0, gt=0, description="deadline for a cluster to provide what the placement asks for, e.g. by autoscaling"
     )
-    object_store_mib: int = Field(512, ge=80, description="object store of the Ray started here")
+    object_store_mib: int | None = Field(
+        None, ge=80, description="object store of the Ray started here; default: what the run needs, 512 at least"
+    )
 
 
 class RunConfig(Section):

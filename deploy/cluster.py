@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import rollout, teacher
 from common.config import RunConfig
 from common.config_file import ConfigError
-from deploy.placement import check_resources, plan
+from deploy.placement import check_resources, on_cluster, plan
 from deploy.waiting import wait_all
 from learner import rank
 
@@ -45,8 +45,9 @@ class Pools:
         return {actor: f"{role}-{i}" for role, actors in named.items() for i, actor in enumerate(actors)}
 
 
-def connect(config: RunConfig) -> None:
-    """Connect to `ray.address`, or to the cluster whose job this process is; else start Ray on this machine."""
+def connect(config: RunConfig, object_store_mib: int = 512) -> None:
+    """Connect to `ray.address`, or to the cluster whose job this process is; else start Ray on this machine, with an
+    object store of this size."""
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
     runtime = {"env_vars": environment}
     if on_cluster(config):
@@ -58,17 +59,12 @@ def connect(config: RunConfig) -> None:
     ray.init(
         address="local",  # never a head that happens to run on this machine
         num_cpus=config.ray.num_cpus,
-        object_store_memory=config.ray.object_store_mib * 2**20,
+        object_store_memory=object_store_mib * 2**20,
         include_dashboard=False,
         runtime_env=runtime,
         log_to_driver=False,
         logging_level="warning",
     )
-
-
-def on_cluster(config: RunConfig) -> bool:
-    """Whether the run uses a Ray that exists already; `ray job submit` sets RAY_ADDRESS for its driver."""
-    return config.ray.address is not None or "RAY_ADDRESS" in os.environ
 
 
 def reserve(config: RunConfig) -> dict[str, PlacementGroup]:

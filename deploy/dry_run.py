@@ -13,7 +13,7 @@ from rich.table import Table
 from common.config import RunConfig
 from common.config_file import ConfigError
 from common.prompts import PromptError, read_records
-from deploy.placement import Placement, plan
+from deploy.placement import Placement, object_store_mib, on_cluster, plan
 from deploy.preflight import check_model_folder
 
 
@@ -41,6 +41,9 @@ def show(config: RunConfig, console: Console) -> None:
         style = None if name in used else "dim"
         unused = "" if name in used else f"  not used: {why}"
         console.print(f"{name:>18}  {size(nbytes):>10}{unused}", style=style, highlight=False)
+    if not on_cluster(config):
+        store = object_store_mib(config, placement)
+        console.print(f"{'object store':>18}  {size(store * 2**20):>10}  of the Ray started here", highlight=False)
     console.rule("run")
     console.print(f"{'parameters':>18}  {placement.shape.parameters:,}", highlight=False)
     for name, value in _work(config).items():

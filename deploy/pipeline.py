@@ -32,6 +32,7 @@ from deploy.errors import WorkerError
 from deploy.evaluator import Evaluator
 from deploy.health import Health
 from deploy.occupancy import Window
+from deploy.placement import object_store_mib, on_cluster, plan
 from deploy.progress import Progress
 from deploy.ray_metrics import RayMetrics
 from deploy.rollout_batch import RolloutBatch, advance, drive
@@ -60,7 +61,10 @@ def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dic
     if overwrite:
         preflight.clear_run_dir(config)
     write_resolved_config(config)
-    connect(config)
+    if on_cluster(config):
+        connect(config)
+    else:
+        connect(config, object_store_mib(config, plan(config)))
     try:
         return Pipeline(config, prompts, problems).run(resume)
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from common.config_file import ConfigError
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _RUNTIME_BYTES = 700 * 2**20  # Python, torch and Ray of one process, about
+_LEAST_STORE_MIB = 512
 _BYTES_PER_RESPONSE_TOKEN = 26  # id, reveal round, confidence; masked offset, state, weight; target offset
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
@@ -46,6 +49,11 @@ class Placement:
     @property
     def gpus(self) -> float:
         return sum(p.gpus for p in self.processes)
+
+
+def on_cluster(config: RunConfig) -> bool:
+    """Whether the run uses a Ray that exists already; `ray job submit` sets RAY_ADDRESS for its driver."""
+    return config.ray.address is not None or "RAY_ADDRESS" in os.environ
 
 
 def plan(config: RunConfig) -> Placement:
@@ -125,6 +133,28 @@ def check_resources(placement: Placement, cpus: float, gpus: float) -> None:
                 f"teacher.actors, learner.ranks or their resources.{field}, or give Ray more (ray.num_cpus, "
                 "ray.address)"
             )
+
+
+def object_store_mib(config: RunConfig, placement: Placement) -> int:
+    """Size of the object store where one machine has the whole run: `ray.object_store_mib`, or what it needs.
+
+    That is two versions of the weights, since readers hold one while the next is put, and the rollout batches that may
+    be under way at a time.
+
+    Raises:
+        ConfigError: ray.object_store_mib is less than the weights need: their readers would wait forever.
+    """
+    payload, asked = placement.payload, config.ray.object_store_mib
+    weights = 2 * payload["weights"] if config.weights_transport == "object_store" else 0
+    batch = payload["trajectories"] + payload.get(f"targets ({config.target_kind})", 0)
+    if asked is None:
+        return max(_LEAST_STORE_MIB, math.ceil((weights + (config.pipeline.staleness + 1) * batch) / 2**20))
+    if asked * 2**20 < weights:
+        raise ConfigError(
+            f"ray.object_store_mib: {asked} does not hold two versions of the weights, which are published through it; "
+            f"give at least {math.ceil(weights / 2**20)}, or leave it out"
+        )
+    return asked
 
 
 def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:

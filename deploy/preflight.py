@@ -15,7 +15,7 @@ from common.config_file import ConfigError
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run, copy_target
 from deploy.dashboard.process import free_port, read_token
-from deploy.placement import check_resources, plan
+from deploy.placement import check_resources, object_store_mib, on_cluster, plan
 
 _ANY_LENGTH = 10**9
 
@@ -121,7 +121,7 @@ def check_processes(config: RunConfig) -> None:
             f"learner.resources.gpus: {config.learner.resources.gpus:g} would put several ranks on one GPU, which NCCL "
             "refuses; use 1, or learner.ranks 1"
         )
-    if config.ray.address is not None or "RAY_ADDRESS" in os.environ:
+    if on_cluster(config):
         return  # another machine's; checked when connected
     if config.target_kind != "none" and config.teacher.backend == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
@@ -130,6 +130,7 @@ def check_processes(config: RunConfig) -> None:
         )
     placement = plan(config)
     check_resources(placement, config.ray.num_cpus or os.cpu_count() or 1, _local_gpus() if placement.gpus else 0)
+    object_store_mib(config, placement)
 
 
 def check_models(config: RunConfig) -> tuple[Any, int]:

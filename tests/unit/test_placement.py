@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from common.config_file import ConfigError, load_config
-from deploy.placement import check_resources, model_shape, plan
+from deploy.placement import check_resources, model_shape, object_store_mib, plan
 
 
 def test_every_process_is_listed_with_its_resources():
@@ -88,3 +88,20 @@ def test_too_few_cpus_or_gpus_are_refused_by_role_and_field():
 def test_fractions_that_just_fit_are_accepted():
     resources = ["--rollout.actors", "7", "--rollout.resources.cpus", "0.1", "--teacher.resources.cpus", "0.3"]
     check_resources(plan(load_config("tiny", resources)), cpus=2, gpus=0)
+
+
+def test_the_object_store_holds_two_versions_of_the_weights_and_the_batches_under_way():
+    def store(*overrides: str) -> int:
+        config = load_config("qwen3-4b", ["--publish.transport", "object_store", *overrides])
+        return object_store_mib(config, plan(config))
+
+    payload = plan(load_config("qwen3-4b")).payload
+    weights, batch = payload["weights"], payload["trajectories"] + payload["targets (hidden)"]
+    assert 2 * weights < store("--teacher.target", "hidden", "--pipeline.staleness", "0") * 2**20
+    more = store("--teacher.target", "hidden", "--pipeline.staleness", "1")
+    assert more * 2**20 == pytest.approx(2 * weights + 2 * batch, rel=1e-3)
+    assert store("--publish.transport", "broadcast") < weights / 2**20
+    assert store("--ray.object_store_mib", "40000") == 40000
+    with pytest.raises(ConfigError, match=r"ray\.object_store_mib: 512 .* give at least \d{5}, or leave it out"):
+        store("--ray.object_store_mib", "512")
+    assert object_store_mib(load_config("tiny"), plan(load_config("tiny"))) == 512
