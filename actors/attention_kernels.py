@@ -107,15 +107,21 @@ def _attend(
         at = slot + j[:, None] * cache_j + d[None, :]
         k = tl.load(keys + at, mask=there, other=0.0)
         score = tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale
-        score = tl.where(seen, score, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(score, 1))
-        reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a query that sees nothing yet
-        weight = tl.exp(score - reference[:, None])
-        shrink = tl.exp(highest - reference)
-        total = total * shrink + tl.sum(weight, 1)
         v = tl.load(values + at, mask=there, other=0.0)
-        sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
-        highest = new_highest
+        highest, total, sums = attend_to(score, seen, v, highest, total, sums, PRECISION)
     result = tl.where(total[:, None] > 0, sums / total[:, None], 0.0)
     target = out + ((row * queries + q) * (group * tl.num_programs(1)) + head)[:, None] * width
     tl.store(target + d[None, :], result.to(out.dtype.element_ty), mask=used[:, None] & inside[None, :])
+
+
+@triton.jit
+def attend_to(score, seen, v, highest, total, sums, PRECISION: tl.constexpr):
+    """One more tile of scores and values in the running softmax."""
+    score = tl.where(seen, score, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(score, 1))
+    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a query that sees nothing yet
+    weight = tl.exp(score - reference[:, None])
+    shrink = tl.exp(highest - reference)
+    total = total * shrink + tl.sum(weight, 1)
+    sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+    return new_highest, total, sums

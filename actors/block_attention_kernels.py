@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.attention_kernels import attend_to
+
 MOST_QUERIES = 64  # of a block; a program holds those of two
 
 
@@ -129,7 +131,7 @@ def _attend(
         v = tl.load(values + entry + d[None, :], mask=stored & inside, other=0.0)
         score = tl.dot(low, tl.trans(k_low), input_precision=PRECISION)
         score = tl.dot(high, tl.trans(k_high), score, input_precision=PRECISION) * scale
-        highest, total, sums = _seen(score, before, v, highest, total, sums, PRECISION)
+        highest, total, sums = attend_to(score, before, v, highest, total, sums, PRECISION)
 
     source = key + (new_row * key_n + h * key_h + new_q * key_q)[:, None] + e[None, :]
     new_low = tl.load(source, mask=known & within, other=0.0)
@@ -149,7 +151,7 @@ def _attend(
     seen = seen & (position[:, None] - place[None, :] < window)
     score = tl.dot(low, tl.trans(new_low), input_precision=PRECISION)
     score = tl.dot(high, tl.trans(new_high), score, input_precision=PRECISION) * scale
-    highest, total, sums = _seen(score, seen, new_value, highest, total, sums, PRECISION)
+    highest, total, sums = attend_to(score, seen, new_value, highest, total, sums, PRECISION)
 
     result = tl.where(total[:, None] > 0, sums / total[:, None], 0.0)
     target = out + ((row * queries + q) * (group * tl.num_programs(1)) + head)[:, None] * width + d[None, :]
@@ -172,16 +174,3 @@ def _finished(low, high, weight, cos, sin, angle, epsilon, there, e, width: tl.c
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     return (low * c - high * s).to(kind), (high * c + low * s).to(kind)
-
-
-@triton.jit
-def _seen(score, seen, v, highest, total, sums, PRECISION: tl.constexpr):
-    """One more tile of scores and values in the running softmax."""
-    score = tl.where(seen, score, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(score, 1))
-    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a query that sees nothing yet
-    weight = tl.exp(score - reference[:, None])
-    shrink = tl.exp(highest - reference)
-    total = total * shrink + tl.sum(weight, 1)
-    sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
-    return new_highest, total, sums

@@ -38,8 +38,7 @@ class FusedQwen3Attention(Qwen3Attention):
         if cache_rows is None or cache_rows.partner is None or cache_rows.positions.shape[1] > MOST_QUERIES:
             options["cache_rows"] = cache_rows
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **options)
-        product = self.q_proj.product
-        packed = torch.nn.functional.linear(hidden_states, product.weight, product.bias)
+        packed = self.q_proj.product.of(hidden_states)
         out = torch.ops.opdlm.fused_block_attention(
             packed, self.q_norm.weight, self.k_norm.weight, *position_embeddings, self.slot_keys, self.slot_values,
             cache_rows.slots, cache_rows.positions, cache_rows.partner, cache_rows.block_size,
@@ -76,20 +75,7 @@ def fused_block_attention(
 
 @fused_block_attention.register_fake
 def _(
-    packed: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    partner: Tensor,
-    block_size: int,
-    epsilon: float,
-    scale: float,
-    window: int,
+    packed: Tensor, query_weight: Tensor, key_weight: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, *_: Any
 ) -> Tensor:
     n, queries, total = packed.shape
     width = keys.shape[3]

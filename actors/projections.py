@@ -33,6 +33,10 @@ class Product:
         self.bias = torch.cat(biases) if biases else None
         self.result: Tensor | None = None
 
+    def of(self, x: Tensor) -> Tensor:
+        """All projections of x, side by side."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
 
 class PackedLinear(nn.Module):
     """Rows `start` to `end` of a product; the first of its projections computes it, the last lets go of it."""
@@ -48,7 +52,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.leads:
-            self.product.result = nn.functional.linear(x, self.product.weight, self.product.bias)
+            self.product.result = self.product.of(x)
         result = self.product.result
         if result is None:
             raise RuntimeError("a packed projection was used before the first of its pack")

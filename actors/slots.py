@@ -125,15 +125,16 @@ class SlotState:
             running = int(self.running.sum())
             return running, running * self.block_size
         masked, uncommitted = self.masked_host * self.running, self.uncommitted_host & self.running
-        known = int(masked.sum()), int(uncommitted.sum())
+        known = int(uncommitted.sum()), int(masked.sum())
         for under_way in self.under_way:
             left = np.where(under_way.running, masked - at_least, masked)
             done = under_way.running & (left <= 0)
             uncommitted = np.where(under_way.running, done, uncommitted)
             masked = np.where(done, self.block_size, left)
+        commits, draws = int(uncommitted.sum()), int(masked.sum())
         if self.under_way and not exactly:  # blocks that end early: as many as a pass before
-            return max(int(uncommitted.sum()), known[1]), max(int(masked.sum()), known[0])
-        return int(uncommitted.sum()), int(masked.sum())
+            return max(commits, known[0]), max(draws, known[1])
+        return commits, draws
 
     def reveal(
         self,

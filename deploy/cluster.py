@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import rollout, teacher
 from common.config import RunConfig
 from common.config_file import ConfigError
-from deploy.placement import check_resources, on_cluster, plan
+from deploy.placement import LEAST_STORE_MIB, check_resources, on_cluster, plan
 from deploy.waiting import wait_all
 from learner import rank
 
@@ -45,9 +45,9 @@ class Pools:
         return {actor: f"{role}-{i}" for role, actors in named.items() for i, actor in enumerate(actors)}
 
 
-def connect(config: RunConfig, object_store_mib: int = 512) -> None:
+def connect(config: RunConfig, needed_mib: int = LEAST_STORE_MIB) -> None:
     """Connect to `ray.address`, or to the cluster whose job this process is; else start Ray on this machine, with an
-    object store of this size."""
+    object store of `ray.object_store_mib`, or as large as needed."""
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
     runtime = {"env_vars": environment}
     if on_cluster(config):
@@ -59,7 +59,7 @@ def connect(config: RunConfig, object_store_mib: int = 512) -> None:
     ray.init(
         address="local",  # never a head that happens to run on this machine
         num_cpus=config.ray.num_cpus,
-        object_store_memory=object_store_mib * 2**20,
+        object_store_memory=(config.ray.object_store_mib or needed_mib) * 2**20,
         include_dashboard=False,
         runtime_env=runtime,
         log_to_driver=False,

@@ -13,7 +13,7 @@ from common.config_file import ConfigError
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _RUNTIME_BYTES = 700 * 2**20  # Python, torch and Ray of one process, about
-_LEAST_STORE_MIB = 512
+LEAST_STORE_MIB = 512
 _BYTES_PER_RESPONSE_TOKEN = 26  # id, reveal round, confidence; masked offset, state, weight; target offset
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
@@ -148,7 +148,7 @@ def object_store_mib(config: RunConfig, placement: Placement) -> int:
     weights = 2 * payload["weights"] if config.weights_transport == "object_store" else 0
     batch = payload["trajectories"] + payload.get(f"targets ({config.target_kind})", 0)
     if asked is None:
-        return max(_LEAST_STORE_MIB, math.ceil((weights + (config.pipeline.staleness + 1) * batch) / 2**20))
+        return max(LEAST_STORE_MIB, math.ceil((weights + (config.pipeline.staleness + 1) * batch) / 2**20))
     if asked * 2**20 < weights:
         raise ConfigError(
             f"ray.object_store_mib: {asked} does not hold two versions of the weights, which are published through it; "

@@ -72,10 +72,7 @@ def profile(size: str, device: str, rows: int, prompt: int, response: int, max_t
     _time(model, builder, trajectories, _chunked_loss, False)
 
     def step() -> int:
-        model.zero_grad()
-        for micro in builder.update(trajectories, 0, 1)[0]:
-            x = builder.tensors(micro, trajectories)
-            _chunked_loss(model, hidden_states(model, x.ids, x.positions, x.mask), x).backward()
+        _step(model, builder, trajectories, _chunked_loss, False)
         return 1
 
     return hottest(step, device)
@@ -127,19 +124,29 @@ def _time(
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start, tokens, masked = time.perf_counter(), 0, 0
-        model.zero_grad()
-        for micro in _padded(builder, trajectories) if padded else builder.update(trajectories, 0, 1)[0]:
-            x = builder.tensors(micro, trajectories)
-            hidden = hidden_states(model, x.ids, x.positions, x.mask)
-            loss_of(model, hidden, x).backward()
-            tokens += x.tokens
-            masked += len(x.loss_index)
+        used = _step(model, builder, trajectories, loss_of, padded)
+        tokens, masked = tokens + used[0], masked + used[1]
     if cuda:
         torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     seconds = (time.perf_counter() - start) / 2
     model.zero_grad()
     return {"seconds": seconds, "tokens": tokens // 2, "masked": masked // 2, "peak_gib": peak}
+
+
+def _step(
+    model: Any, builder: BatchBuilder, trajectories: list[Trajectory], loss_of: Any, padded: bool
+) -> tuple[int, int]:
+    """Forward and backward of one update; its tokens and masked positions."""
+    tokens = masked = 0
+    model.zero_grad()
+    for micro in _padded(builder, trajectories) if padded else builder.update(trajectories, 0, 1)[0]:
+        x = builder.tensors(micro, trajectories)
+        hidden = hidden_states(model, x.ids, x.positions, x.mask)
+        loss_of(model, hidden, x).backward()
+        tokens += x.tokens
+        masked += len(x.loss_index)
+    return tokens, masked
 
 
 def _chunked_loss(model: Any, hidden: torch.Tensor, x: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from common.config_file import ConfigError, load_config
+from deploy import cluster
 from deploy.placement import check_resources, model_shape, object_store_mib, plan
 
 
@@ -105,3 +106,12 @@ def test_the_object_store_holds_two_versions_of_the_weights_and_the_batches_unde
     with pytest.raises(ConfigError, match=r"ray\.object_store_mib: 512 .* give at least \d{5}, or leave it out"):
         store("--ray.object_store_mib", "512")
     assert object_store_mib(load_config("tiny"), plan(load_config("tiny"))) == 512
+
+
+@pytest.mark.parametrize(("asked", "given"), [([], 700), (["--ray.object_store_mib", "900"], 900)])
+def test_ray_started_here_has_the_store_that_is_asked_for_or_needed(monkeypatch, asked, given):
+    started: dict[str, object] = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: started.update(options))
+    cluster.connect(load_config("tiny", asked), 700)
+    assert started["object_store_memory"] == given * 2**20
