@@ -19,6 +19,7 @@ from actors.cache import CacheRows
 
 SLOT_ATTENTION = "opdlm_slots"
 EVERYTHING = 2**30  # the window of a layer that is not sliding
+MOST_QUERIES = 64  # of a block for which there is a kernel of its own; a program of it holds those of two
 
 
 def register() -> str:
@@ -112,7 +113,7 @@ def _(
     partner: Tensor | None = None,
 ) -> Tensor:
     from actors.attention_kernels import slot_attention_triton
-    from actors.block_attention_kernels import MOST_QUERIES, block_attention_triton
+    from actors.block_attention_kernels import block_attention_triton
 
     tensors = (query, key, value, keys, values, slots, positions)
     if partner is None or query.shape[2] > MOST_QUERIES:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from actors.attention_kernels import attend_to
 
-MOST_QUERIES = 64  # of a block; a program holds those of two
-
 
 class Fusion(NamedTuple):
     """Norms of query and key heads, then RoPE, as Qwen3 has them."""
@@ -43,7 +41,7 @@ def block_attention_triton(
     partner: Tensor,
     fusion: Fusion | None = None,
 ) -> Tensor:
-    """Same arguments and result as `actors.attention.slot_attention`, for Q <= MOST_QUERIES.
+    """Same arguments and result as `actors.attention.slot_attention`, for Q <= MOST_QUERIES there.
 
     The new positions of a slot must be its last, without a gap.
     """

@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors import attention
+from actors.attention import MOST_QUERIES
 from actors.cache import CacheRows, SlotCache
 from actors.drawing import Decoding, draw
+from actors.fused_qwen3 import FusedQwen3
 from actors.graphs import PassGraphs
 from actors.projections import pack_projections
 from actors.slots import Request, SlotState
@@ -69,12 +71,12 @@ class Sampler:
         self._all_slots = torch.arange(slots, device=self.device)
         self._plan: Callable[..., Any] = plan
         self._settle: Callable[..., Any] = settle
+        self._fused: FusedQwen3 | None = None
         model.set_attn_implementation(attention.register())
         if self.on_cuda:
-            from actors.fused_attention import fuse_attention  # needs triton
-
             pack_projections(model)
-            fuse_attention(model)
+            if FusedQwen3.fits(model):
+                self._fused = FusedQwen3(model, compiled)
         if self.on_cuda and compiled:
             for layer in model.model.layers:  # one compiled layer serves all
                 layer.compile(dynamic=True)
@@ -124,10 +126,15 @@ class Sampler:
         self._state.clear()  # an earlier caller may have left before the end
         return self._state, self._cache
 
-    def _forward(self, ids: Tensor, positions: Tensor, slots: Tensor, partner: Tensor | None = None) -> Tensor:
-        """Hidden states [N, Q, d] of ids [N, Q] at `positions` [N, Q] of `slots` [N], over the cache."""
-        rows = CacheRows(slots, positions, self.block_size, partner)
+    def _forward(self, ids: Tensor, positions: Tensor, rows: CacheRows) -> Tensor:
+        """Hidden states [N, Q, d] of ids [N, Q] at `positions` [N, Q], over the cache."""
         return hidden_states(self.model, ids, positions, self._no_mask, cache_rows=rows)
+
+    def _decode(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor) -> Tensor:
+        """Hidden states [len(wanted), d] at `wanted` int64, places in the flattened ids [N, Q]."""
+        if self._fused and self.block_size <= MOST_QUERIES:
+            return self._fused(ids, positions, rows, wanted)
+        return self._forward(ids, positions, rows).flatten(0, 1)[wanted]
 
     def _keys(self, admitted: dict[int, Request]) -> Tensor:
         keys = [stream_key(self.seed, r.ordinal, r.sample) for r in admitted.values()]
@@ -147,7 +154,7 @@ class Sampler:
         ends = torch.tensor(list(lengths.values()), device=self.device)
         positions = torch.arange(longest, device=self.device).expand(len(lengths), longest)
         positions = torch.where(positions < ends[:, None], positions, -1)
-        self._forward(state.ids[slots, :longest], positions, slots)
+        self._forward(state.ids[slots, :longest], positions, CacheRows(slots, positions, self.block_size))
         twins = [(group[0], slot) for group in samples.values() for slot in group[1:]]
         if twins:
             source, target = torch.tensor(twins, device=self.device).T
@@ -178,8 +185,8 @@ class Sampler:
         get a token. Slots beyond that wait; room beyond the slots is padding.
         """
         ids, positions, rows, partner, drawn, noise, waits = self._plan(state, slots, commits, draws)
-        hidden = self._forward(ids, positions, rows, partner)[: len(slots)].flatten(0, 1)
-        hidden = hidden[drawn.clamp(max=len(hidden) - 1)]
+        cache_rows = CacheRows(rows, positions, self.block_size, partner)
+        hidden = self._decode(ids, positions, cache_rows, drawn.clamp(max=len(slots) * self.block_size - 1))
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
         candidates = draw(logits, noise, decoding, self.mask_token_id)
         return self._settle(state, decoding.unmasking, slots, drawn, candidates, waits, self.eos_token_id)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.cache import CacheRows
 from actors.drawing import Decoding
 from actors.sampler import Sampler
 from actors.slots import Request
@@ -73,7 +74,7 @@ class SeparateCommits(Sampler):
         if commits:
             rows = slots[state.uncommitted[slots]]
             positions = (state.block[rows, None] - 1) * self.block_size + torch.arange(self.block_size)
-            self._forward(state.ids[rows[:, None], positions], positions, rows)
+            self._forward(state.ids[rows[:, None], positions], positions, CacheRows(rows, positions, self.block_size))
             state.uncommitted[rows] = False
         return super()._on_device(state, decoding, slots, 0, draws)
 
