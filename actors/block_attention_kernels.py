@@ -113,12 +113,33 @@ def _attend(
     asked = used[:, None] & within
     low = tl.load(source, mask=asked, other=0.0)
     high = tl.load(source + half, mask=asked, other=0.0)
+
+    # the new keys and values, before the cache: their loads are under way together with those of the queries
+    source = key + (new_row * key_n + h * key_h + new_q * key_q)[:, None] + e[None, :]
+    new_low = tl.load(source, mask=known & within, other=0.0)
+    new_high = tl.load(source + half, mask=known & within, other=0.0)
+    source = value + (new_row * value_n + h * value_h + new_q * value_q)[:, None] + d[None, :]
+    new_value = tl.load(source, mask=known & inside, other=0.0)
     if FUSED:
         low, high = _finished(low, high, query_weight, cos, sin, row * queries + q, epsilon, asked, e, width)
+        angle = new_row * queries + new_q
+        new_low, new_high = _finished(new_low, new_high, key_weight, cos, sin, angle, epsilon, known & within, e, width)
+    if tl.program_id(0) == 0:
+        target = slot + place.to(tl.int64)[:, None] * cache_j
+        tl.store(keys + target + e[None, :], new_low, mask=known & within)
+        tl.store(keys + target + half + e[None, :], new_high, mask=known & within)
+        tl.store(values + target + d[None, :], new_value, mask=known & inside)
 
     highest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     sums = tl.zeros([TILE, WIDTH], tl.float32)
+    visible = tl.where(position < 0, 0, (position // block_size + 1) * block_size)
+    seen = (place >= 0)[None, :] & (place[None, :] < visible[:, None])
+    seen = seen & (position[:, None] - place[None, :] < window)
+    own = tl.dot(low, tl.trans(new_low), input_precision=PRECISION)
+    own = tl.dot(high, tl.trans(new_high), own, input_precision=PRECISION) * scale
+    highest, total, sums = attend_to(own, seen, new_value, highest, total, sums, PRECISION)
+
     for start in range(0, cached, KEYS):
         j = start + tl.arange(0, KEYS)
         before = (j < cached)[None, :] & (position >= 0)[:, None] & (position[:, None] - j[None, :] < window)
@@ -130,26 +151,6 @@ def _attend(
         score = tl.dot(low, tl.trans(k_low), input_precision=PRECISION)
         score = tl.dot(high, tl.trans(k_high), score, input_precision=PRECISION) * scale
         highest, total, sums = attend_to(score, before, v, highest, total, sums, PRECISION)
-
-    source = key + (new_row * key_n + h * key_h + new_q * key_q)[:, None] + e[None, :]
-    new_low = tl.load(source, mask=known & within, other=0.0)
-    new_high = tl.load(source + half, mask=known & within, other=0.0)
-    source = value + (new_row * value_n + h * value_h + new_q * value_q)[:, None] + d[None, :]
-    new_value = tl.load(source, mask=known & inside, other=0.0)
-    if FUSED:
-        angle = new_row * queries + new_q
-        new_low, new_high = _finished(new_low, new_high, key_weight, cos, sin, angle, epsilon, known & within, e, width)
-    if tl.program_id(0) == 0:
-        target = slot + place.to(tl.int64)[:, None] * cache_j
-        tl.store(keys + target + e[None, :], new_low, mask=known & within)
-        tl.store(keys + target + half + e[None, :], new_high, mask=known & within)
-        tl.store(values + target + d[None, :], new_value, mask=known & inside)
-    visible = tl.where(position < 0, 0, (position // block_size + 1) * block_size)
-    seen = (place >= 0)[None, :] & (place[None, :] < visible[:, None])
-    seen = seen & (position[:, None] - place[None, :] < window)
-    score = tl.dot(low, tl.trans(new_low), input_precision=PRECISION)
-    score = tl.dot(high, tl.trans(new_high), score, input_precision=PRECISION) * scale
-    highest, total, sums = attend_to(score, seen, new_value, highest, total, sums, PRECISION)
 
     result = tl.where(total[:, None] > 0, sums / total[:, None], 0.0)
     target = out + ((row * queries + q) * (group * tl.num_programs(1)) + head)[:, None] * width + d[None, :]

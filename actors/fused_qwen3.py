@@ -7,6 +7,7 @@ after its attention at the wanted positions only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +47,8 @@ class FusedQwen3:
         layers = self.model.layers
         self.starts = [LayerStart(x.input_layernorm.weight, x.self_attn.q_proj.product.weight) for x in layers]
         self.ends = [_end(layer) for layer in layers]
-        self._parts = [before, between, after]
-        if compiled:
-            self._parts = [torch.compile(part, dynamic=True) for part in self._parts]
+        parts: list[Callable[..., Any]] = [before, between, after]
+        self._parts = [torch.compile(part, dynamic=True) for part in parts] if compiled else parts
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
@@ -121,14 +121,15 @@ def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: Cache
     heads = packed.unflatten(2, (-1, module.head_dim)).transpose(1, 2)
     kv_heads = module.slot_keys.shape[1]
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    memory = (module.slot_keys, module.slot_values, rows.slots, rows.positions)
-    options = (rows.block_size, module.scaling, module.sliding_window or EVERYTHING, rows.partner)
+    memory = (module.slot_keys, module.slot_values, rows.slots, rows.positions, rows.block_size, module.scaling)
+    window = module.sliding_window or EVERYTHING
     weights, epsilon = (module.q_norm.weight, module.k_norm.weight), module.q_norm.variance_epsilon
     if packed.is_cuda:
+        assert rows.partner is not None  # a decoding pass has partners
         from actors.block_attention_kernels import Fusion, block_attention_triton  # needs triton
 
         fusion = Fusion(*weights, epsilon, cos, sin)
-        return block_attention_triton(query, key, value, *memory, *options, fusion)
+        return block_attention_triton(query, key, value, *memory, window, rows.partner, fusion)
     query, key = (normed(x, weight, epsilon) for x, weight in zip((query, key), weights, strict=True))
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    return slot_attention(query, key, value, *memory, *options)
+    return slot_attention(query, key, value, *memory, window, rows.partner)

@@ -36,7 +36,7 @@ class ObjectStoreTransport(WeightsTransport):
         """`device` is where a reader wants the tensors; `timeout_s` bounds its wait for them."""
         self.device = torch.device(device)
         self.timeout_s = timeout_s
-        self._pieces = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "weights-pieces")
+        self._pieces = ThreadPoolExecutor(min(os.cpu_count() or 1, 16), "weights-pieces")
         self._shipping = ThreadPoolExecutor(_IN_TRANSIT, "weights-shipping")
         self._outgoing = StagedBuckets(torch.device("cpu"), pinned=True)
         self._staged = StagedBuckets(self.device)

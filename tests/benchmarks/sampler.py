@@ -53,17 +53,20 @@ def _on_cuda(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_
     eager = None
     if tokens_per_step == 1:  # first: layers stay compiled
         eager = _speed(_sampler(model, sequences, False), requests, decoding)
-    fast = _sampler(model, sequences, True)
+    fast: Any = _sampler(model, sequences, True, TimedPrefill)
     for _ in range(2):  # first uses, then captures
         for _ in fast.generate(requests, decoding):
             pass
+    fast.prefill_seconds = 0.0
     row: dict[str, Any] = _speed(fast, requests, decoding)
+    row["prefill_share"] = fast.prefill_seconds * row["tokens_per_second"] / row["tokens"]
     if eager:
         row["over_eager"] = row["tokens_per_second"] / eager["tokens_per_second"]
     # at the floor a block costs its denoising passes and one commit, each at the speed of the memory
     floor = pass_floor_seconds(model, sequences, prompt + new_tokens // 2)
     row["floor_tokens_per_second"] = sequences * BLOCK / ((BLOCK // tokens_per_step + 1) * floor)
     row["of_floor"] = row["tokens_per_second"] / row["floor_tokens_per_second"]
+    row["of_floor_without_prefill"] = row["of_floor"] / (1 - row["prefill_share"])
     return row
 
 
@@ -79,13 +82,31 @@ class SeparateCommits(Sampler):
         return super()._on_device(state, decoding, slots, 0, draws)
 
 
+class TimedPrefill(Sampler):
+    """Counts the seconds of prefills, each waited for."""
+
+    prefill_seconds = 0.0
+
+    def _prefill(self, *args: Any) -> None:
+        _synchronise(self.model)
+        start = time.perf_counter()
+        super()._prefill(*args)
+        _synchronise(self.model)
+        self.prefill_seconds += time.perf_counter() - start
+
+
 def _speed(sampler: Sampler, requests: list[Request], decoding: Decoding) -> dict[str, float]:
     _synchronise(sampler.model)
     before, start = sampler.forwards, time.perf_counter()
     tokens = sum(len(t.response_ids) for t in sampler.generate(requests, decoding))
     _synchronise(sampler.model)
     seconds, passes = time.perf_counter() - start, sampler.forwards - before
-    return {"tokens_per_second": tokens / seconds, "ms_per_pass": 1e3 * seconds / passes, "passes": passes}
+    return {
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "ms_per_pass": 1e3 * seconds / passes,
+        "passes": passes,
+    }
 
 
 def _sampler(model: Any, sequences: int, fast: bool, kind: type[Sampler] = Sampler) -> Sampler:
