@@ -1,14 +1,13 @@
 """The forward of a decoding pass of Qwen3, by fewer kernels than transformers' own.
 
-Between two attentions stand four products and what is between them, across the layers' border: one function that is
-compiled once and serves all layers. Norms and RoPE of the heads are in the attention kernel. The last layer goes on
-after its attention at the wanted positions only.
+A layer is four products, attention (with norms and RoPE of the heads inside its kernel), SwiGLU, and twice a residual
+with the norm behind it, the second across the layers' border. The last layer goes on after its attention at the wanted
+positions only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,34 +20,13 @@ from actors.cache import CacheRows
 from actors.projections import PackedLinear
 
 
-class LayerStart(NamedTuple):
-    """Weights up to a layer's attention."""
-
-    norm: Tensor  # [d]
-    packed: Tensor  # [(H + 2 H_kv) D, d], query, key and value
-
-
-class LayerEnd(NamedTuple):
-    """Weights behind it."""
-
-    out: Tensor  # [d, H D]
-    norm: Tensor  # [d]
-    gate_up: Tensor  # [2 f, d]
-    down: Tensor  # [d, f]
-
-
 class FusedQwen3:
     """Reads the model's own parameters, wherever new weights are copied into them, and the cache attached to it."""
 
     def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
         """The model must be what `fits` asks for."""
         self.model: Any = model.model
-        self.epsilon = model.config.rms_norm_eps
-        layers = self.model.layers
-        self.starts = [LayerStart(x.input_layernorm.weight, x.self_attn.q_proj.product.weight) for x in layers]
-        self.ends = [_end(layer) for layer in layers]
-        parts: list[Callable[..., Any]] = [before, between, after]
-        self._parts = [torch.compile(part, dynamic=True) for part in parts] if compiled else parts
+        self._before = torch.compile(before, dynamic=True) if compiled else before
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
@@ -62,42 +40,47 @@ class FusedQwen3:
 
     def __call__(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor) -> Tensor:
         """Final hidden states [len(wanted), d] at `wanted` int64, places in the flattened ids [N, Q]."""
-        first, middle, last = self._parts
-        attentions = [layer.self_attn for layer in self.model.layers]
-        x, cos, sin, packed = first(ids, positions, self.model, self.starts[0], self.epsilon)
-        for module, end, start in zip(attentions, self.ends, self.starts[1:], strict=False):
-            heads = attention(module, packed, cos, sin, rows)
-            x, packed = middle(x, heads, end, start, self.epsilon)
-        heads = attention(attentions[-1], packed, cos, sin, rows)
-        x, heads = x.flatten(0, 1)[wanted], heads.flatten(0, 1)[wanted]
-        return last(x, heads, self.ends[-1], self.model.norm.weight, self.epsilon)
+        model, epsilon = self.model, self.model.norm.variance_epsilon
+        layers = list(model.layers)
+        next_norms = [*(layer.input_layernorm for layer in layers[1:]), model.norm]
+        x, inner, cos, sin = self._before(ids, positions, model)
+        for layer, next_norm in zip(layers, next_norms, strict=True):
+            packed = linear(inner, layer.self_attn.q_proj.product.weight)
+            heads = attention(layer.self_attn, packed, cos, sin, rows)
+            if layer is layers[-1]:
+                x, heads = x.flatten(0, 1)[wanted], heads.flatten(0, 1)[wanted]
+            out = linear(heads.flatten(-2), layer.self_attn.o_proj.weight)
+            x, inner = add_norm(x, out, layer.post_attention_layernorm.weight, epsilon)
+            out = linear(swiglu(linear(inner, layer.mlp.gate_proj.product.weight)), layer.mlp.down_proj.weight)
+            x, inner = add_norm(x, out, next_norm.weight, epsilon)
+        return inner
 
 
-def before(
-    ids: Tensor, positions: Tensor, model: Any, start: LayerStart, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first layer's input [N, Q, d], the angles of RoPE (cos and sin [N, Q, D]), and the first projections."""
+def before(ids: Tensor, positions: Tensor, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first layer's input [N, Q, d] and its RMSNorm, and cos and sin of RoPE [N, Q, D]."""
     x = model.embed_tokens(ids)
     cos, sin = model.rotary_emb(x, positions)
-    return x, cos.contiguous(), sin.contiguous(), linear(normed(x, start.norm, epsilon), start.packed)
+    return x, model.layers[0].input_layernorm(x), cos.contiguous(), sin.contiguous()
 
 
-def between(x: Tensor, heads: Tensor, end: LayerEnd, start: LayerStart, epsilon: float) -> tuple[Tensor, Tensor]:
-    """From a layer's input x [..., d] and what its heads attended to [..., H, D], to the next layer's input and
-    projections."""
-    x = _finished(x, heads, end, epsilon)
-    return x, linear(normed(x, start.norm, epsilon), start.packed)
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x + y [..., d] and its RMSNorm; on CPU the plain way, the reference."""
+    if x.is_cuda:
+        from actors.layer_kernels import add_norm_triton  # needs triton
+
+        return add_norm_triton(x, y, weight, epsilon)
+    x = x + y
+    return x, normed(x, weight, epsilon)
 
 
-def after(x: Tensor, heads: Tensor, end: LayerEnd, norm: Tensor, epsilon: float) -> Tensor:
-    """The same of the last layer, to the final hidden states."""
-    return normed(_finished(x, heads, end, epsilon), norm, epsilon)
+def swiglu(gate_up: Tensor) -> Tensor:
+    """SiLU of the first half of [..., 2 f] times the second [..., f]; on CPU the plain way, the reference."""
+    if gate_up.is_cuda:
+        from actors.layer_kernels import swiglu_triton  # needs triton
 
-
-def _finished(x: Tensor, heads: Tensor, end: LayerEnd, epsilon: float) -> Tensor:
-    x = x + linear(heads.flatten(-2), end.out)
-    gate, up = linear(normed(x, end.norm, epsilon), end.gate_up).chunk(2, dim=-1)
-    return x + linear(silu(gate) * up, end.down)
+        return swiglu_triton(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
 
 
 def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -105,12 +88,6 @@ def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     precise = x.float()
     precise = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + epsilon)
     return weight * precise.to(x.dtype)
-
-
-def _end(layer: Any) -> LayerEnd:
-    mlp = layer.mlp
-    products = mlp.gate_proj.product.weight, mlp.down_proj.weight
-    return LayerEnd(layer.self_attn.o_proj.weight, layer.post_attention_layernorm.weight, *products)
 
 
 def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: CacheRows) -> Tensor:

@@ -7,6 +7,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 
 from actors.attention import EVERYTHING, slot_attention
 from actors.drawing import Decoding, draw
+from actors.fused_qwen3 import add_norm, swiglu
 
 pytest.importorskip("triton")
 
@@ -100,6 +101,19 @@ def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_
     fast_keys, fast_values = empty.clone()
     out = block_attention_triton(*queries_and_keys, value.transpose(1, 2), fast_keys, fast_values, *rows, fusion)
     torch.testing.assert_close((out[:4], fast_keys, fast_values), (expected[:4], keys, values))
+
+
+@pytest.mark.parametrize("width", [24, 1500])
+def test_add_norm_and_swiglu_kernels_equal_their_references(width):
+    from actors.layer_kernels import add_norm_triton, swiglu_triton
+
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 4, width)
+    weight = torch.randn(width)
+    torch.testing.assert_close(add_norm_triton(x, y, weight, 1e-6), add_norm(x, y, weight, 1e-6))
+    gate_up = 10 * torch.randn(3, 4, 2 * width)
+    gate_up[0, 0, :2] = torch.tensor([-200.0, 200.0])
+    torch.testing.assert_close(swiglu_triton(gate_up), swiglu(gate_up))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
