@@ -58,6 +58,7 @@ class RolloutActor:
             eos_token_id=self.tokenizer.eos_token_id,
             slots=config.rollout.slots,
             seed=config.seed,
+            max_batched_tokens=config.rollout.max_batched_tokens,
             cuda_graphs=config.rollout.cuda_graphs,
             compiled=config.rollout.compile,
         )

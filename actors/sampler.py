@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from actors.fused_qwen3 import FusedQwen3
 from actors.graphs import PassGraphs
 from actors.projections import pack_projections
 from actors.slots import Request, SlotState
-from actors.unmasking import choose, tokens_revealed
+from actors.unmasking import choose, tokens_revealed, without_threshold
 from common.config import Unmasking
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
@@ -38,7 +39,8 @@ class Sampler:
     On CUDA a pass always takes all slots, so that its shapes repeat: it is compiled, and replayed as a graph from its
     second use on; weights may be replaced in place. It starts before the host has read what came of the pass before:
     how many rows it needs is then a guess, and slots beyond the guess wait for the next. On CPU a pass takes the
-    running slots only. `forwards` counts the passes of the model after prefill.
+    running slots only. Prompts are cached in forwards of at most `max_batched_tokens`, a longer one alone; `forwards`
+    counts the passes after that.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Sampler:
         eos_token_id: int,
         slots: int,
         seed: int,
+        max_batched_tokens: int = 16384,
         cuda_graphs: bool = True,
         compiled: bool = True,
     ) -> None:
@@ -59,6 +62,7 @@ class Sampler:
         self.eos_token_id = eos_token_id
         self.slots = slots
         self.seed = seed
+        self.max_batched_tokens = max_batched_tokens
         self.device = model.get_output_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
         self.weights_version = 0
@@ -99,6 +103,9 @@ class Sampler:
         if not waiting:
             return
         state, cache = self._memory(max(self._end(r) for r in waiting))
+        rule, threshold = without_threshold(decoding.unmasking)
+        decoding = replace(decoding, unmasking=rule)
+        state.threshold.fill_(threshold)
         while waiting or state.active:
             free = np.flatnonzero(~state.running).tolist() if waiting else []
             admitted = {slot: waiting.popleft() for slot in free[: len(waiting)]}
@@ -141,7 +148,7 @@ class Sampler:
         return torch.tensor(keys, dtype=torch.int64, device=self.device)
 
     def _prefill(self, state: SlotState, cache: SlotCache, admitted: dict[int, Request]) -> None:
-        """Cache the complete prompt blocks of new sequences in one forward, once for all samples of a prompt."""
+        """Cache the complete prompt blocks of new sequences, once for all samples of a prompt."""
         samples: dict[bytes, list[int]] = {}
         for slot, request in admitted.items():
             if state.block_host[slot] > 0:
@@ -149,16 +156,17 @@ class Sampler:
         if not samples:
             return
         lengths = {group[0]: int(state.block_host[group[0]]) * self.block_size for group in samples.values()}
-        longest = max(lengths.values())
-        slots = torch.tensor(list(lengths), device=self.device)
-        ends = torch.tensor(list(lengths.values()), device=self.device)
-        positions = torch.arange(longest, device=self.device).expand(len(lengths), longest)
-        positions = torch.where(positions < ends[:, None], positions, -1)
-        self._forward(state.ids[slots, :longest], positions, CacheRows(slots, positions, self.block_size))
+        for batch in _batches(lengths, self.max_batched_tokens):
+            longest = lengths[batch[0]]
+            slots = torch.tensor(batch, device=self.device)
+            ends = torch.tensor([lengths[slot] for slot in batch], device=self.device)
+            positions = torch.arange(longest, device=self.device).expand(len(batch), longest)
+            positions = torch.where(positions < ends[:, None], positions, -1)
+            self._forward(state.ids[slots, :longest], positions, CacheRows(slots, positions, self.block_size))
         twins = [(group[0], slot) for group in samples.values() for slot in group[1:]]
         if twins:
             source, target = torch.tensor(twins, device=self.device).T
-            cache.copy(source, target, longest)
+            cache.copy(source, target, max(lengths.values()))
 
     def _launch(self, state: SlotState, decoding: Decoding) -> None:
         """Start one forward and one reveal of all running sequences."""
@@ -228,14 +236,26 @@ def settle(
     waits: Tensor,
     eos_token_id: int,
 ) -> Tensor:
-    """Reveal what `rule` chooses among the candidates (token, confidence, entropy) of the positions `drawn`."""
+    """Reveal what `rule`, with the state's threshold, chooses among the candidates (token, confidence, entropy) of the
+    positions `drawn`."""
     masked = state.masked[slots]
     token, confidence, entropy = (
         torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, drawn, x)[:-1].view_as(masked)
         for x in candidates
     )
-    reveal = choose(rule, masked, confidence, entropy)
+    reveal = choose(rule, masked, confidence, entropy, state.threshold)
     return state.reveal(slots, reveal, token, confidence, waits, eos_token_id)
+
+
+def _batches(lengths: dict[int, int], most: int) -> Iterator[list[int]]:
+    """Slots, those of long prompts first, in batches of `most` tokens with their padding, or of one slot."""
+    batch: list[int] = []
+    for slot in sorted(lengths, key=lambda slot: -lengths[slot]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > most:
+            yield batch
+            batch = []
+        batch.append(slot)
+    yield batch
 
 
 def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,7 @@ class SlotState:
         self.prompt_length = zeros(slots)
         self.round = zeros(slots)
         self.key = zeros(slots)
+        self.threshold = zeros(dtype=torch.float32)  # of dynamic unmasking: it may change under a captured graph
 
     def clear(self) -> None:
         """Forget all sequences."""

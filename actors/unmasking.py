@@ -28,18 +28,29 @@ def tokens_revealed(rule: Unmasking, block_size: int) -> tuple[int, bool]:
     return 1, False
 
 
-def choose(rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor) -> Tensor:
+def without_threshold(rule: Unmasking) -> tuple[Unmasking, float]:
+    """The rule with its threshold taken out, and the threshold (0 for other rules)."""
+    if isinstance(rule, DynamicUnmasking):
+        return rule.model_copy(update={"threshold": 0.0}), rule.threshold
+    return rule, 0.0
+
+
+def choose(
+    rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor, threshold: Tensor | None = None
+) -> Tensor:
     """Positions to reveal, bool [S, B], a subset of `masked` with at least one position per unfinished block.
 
     Args:
         masked: bool [S, B].
         confidence: float [S, B], probability of the candidate under the raw softmax.
         entropy: float [S, B], nats, of the raw softmax.
+        threshold: float32 [], in place of the rule's own.
     """
     if isinstance(rule, StaticUnmasking):
         return _most(confidence, masked, tokens_revealed(rule, masked.shape[1])[0])
     if isinstance(rule, DynamicUnmasking):
-        return (masked & (confidence > rule.threshold)) | _most(confidence, masked, rule.min_tokens)
+        sure = confidence > (rule.threshold if threshold is None else threshold)
+        return (masked & sure) | _most(confidence, masked, rule.min_tokens)
     if isinstance(rule, SequentialUnmasking):
         return masked & (masked.cumsum(dim=1) <= rule.tokens_per_step)
     if isinstance(rule, EntropyBoundUnmasking):

@@ -114,8 +114,11 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, ge=0, description="of the sampling softmax; 0: argmax")
     top_k: int = Field(0, ge=0, description="sample from the K most likely tokens only; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off")
+    max_batched_tokens: int = Field(
+        16384, ge=1, description="prompt tokens of one prefill, padding included; a longer prompt is one of its own"
+    )
     dtype: Dtype = Field("bfloat16", description="of weights and activations")
-    compile: bool = Field(True, description="on GPUs, compile the decoder layer: half a minute at the first batch")
+    compile: bool = Field(True, description="on GPUs, compile what has no kernel of its own: half a minute at first")
     cuda_graphs: bool = Field(True, description="on GPUs, replay passes as CUDA graphs")
     resources: Resources = Resources()
 

@@ -161,11 +161,14 @@ def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
     longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
     block_rows = config.rollout.slots * config.block_sizes[-1]
+    prompts = config.rollout.slots * config.data.max_prompt_tokens
+    prefill = min(max(config.rollout.max_batched_tokens, config.data.max_prompt_tokens), prompts)
     staged = config.rollout.resources.gpus or config.weights_transport == "broadcast"
     return {
         "weights": shape.parameters * width,
         "staged weights": shape.parameters * _BYTES[config.learner.dtype] if staged else 0,
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
+        "prefill": prefill * (3 * shape.intermediate_size + 4 * shape.hidden_size) * width,  # one layer's activations
         "logits": block_rows * shape.vocab_size * 4 * 3,
         "runtime": _RUNTIME_BYTES,
     }

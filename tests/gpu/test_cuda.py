@@ -68,6 +68,21 @@ def test_graphs_give_the_cpus_trajectories(path, decoding):
         assert same >= len(cpu) - 1  # a tie within rounding may fall either way
 
 
+def test_a_changed_threshold_needs_no_new_graphs(path):
+    model = load_model(path, torch.float32, "sdpa").to("cuda")
+    mask = model.config.vocab_size - 1
+    sampler = Sampler(model, block_size=BLOCK, mask_token_id=mask, eos_token_id=EOS, slots=8, seed=5, compiled=False)
+
+    def rounds(threshold: float) -> list[list[int]]:
+        done = sampler.generate(requests(), Decoding(DynamicUnmasking(threshold=threshold), 1.0))
+        return [t.reveal_round.tolist() for t in sorted(done, key=lambda t: t.ordinal)]
+
+    low, high = rounds(0.05), rounds(0.6)
+    assert low != high
+    assert [rounds(0.05), rounds(0.6)] == [low, high]  # in graphs, whatever the threshold was at the capture
+    assert all(decoding.unmasking.threshold == 0 for _, _, decoding in sampler._graphs._captured)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity_of_sampler_and_flex_learner(dtype):
     """The shipped model, whose distributions are those of a trained one."""

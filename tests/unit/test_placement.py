@@ -36,6 +36,8 @@ def test_estimates_follow_the_config():
     assert one.processes[-1].memory[states] == 2 * two.processes[-1].memory[states]
     half = plan(load_config("qwen3-8b", ["--rollout.slots", "24"]))
     assert one.processes[0].memory["KV cache"] == 2 * half.processes[0].memory["KV cache"]
+    fewer = plan(load_config("qwen3-8b", ["--rollout.max_batched_tokens", "4096"]))
+    assert one.processes[0].memory["prefill"] == 4 * fewer.processes[0].memory["prefill"]
     # vLLM's prompt log-probabilities, outside its own profile: [tokens of a step, V] in the model's dtype and float32
     assert one.processes[2].memory["logits"] == 8192 * 151936 * (2 + 4)
     fewer = plan(load_config("qwen3-8b", ["--teacher.max_batched_tokens", "1024"]))

@@ -1,5 +1,6 @@
 """Invariant 2: the batched, cached, fused sampler equals the slow one-sequence reference."""
 
+from dataclasses import replace
 from itertools import cycle
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from actors.drawing import Decoding, draw
-from actors.sampler import Sampler
+from actors.sampler import Sampler, _batches
 from actors.slots import PATIENCE, Request, SlotState
 from common.config import (
     DynamicUnmasking,
@@ -90,6 +91,34 @@ def test_trajectories_do_not_depend_on_slots_or_order(model, slots):
         assert t.response_ids.tolist() == other[ordinal].response_ids.tolist()
         assert t.reveal_round.tolist() == other[ordinal].reveal_round.tolist()
         np.testing.assert_allclose(t.confidence, other[ordinal].confidence, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 40])
+def test_prompts_cached_in_several_forwards_change_nothing(model, most):
+    decoding = Decoding(StaticUnmasking(), 1.0)
+    twins = [*requests(12), *(replace(r, sample=1) for r in requests(12))]
+
+    def responses(of):
+        return {(t.ordinal, t.sample): t.response_ids.tolist() for t in of.generate(twins, decoding)}
+
+    base = responses(sampler(model, slots=24))
+    several = sampler(model, slots=24)
+    several.max_batched_tokens = most
+    assert responses(several) == base
+    lengths = dict(enumerate([5, 30, 4, 12, 9]))
+    batches = list(_batches(lengths, most))
+    assert batches == ([[1], [3], [4], [0], [2]] if most == 1 else [[1], [3, 4, 0], [2]])  # 30; 12, 9, 5; 4
+
+
+def test_a_sampler_follows_a_changing_threshold(model):
+    def rounds(of, threshold):
+        done = {t.ordinal: t for t in of.generate(requests(), Decoding(DynamicUnmasking(threshold=threshold), 1.0))}
+        return [done[ordinal].reveal_round.tolist() for ordinal in sorted(done)]
+
+    ramped = sampler(model)
+    fresh = [rounds(sampler(model), threshold) for threshold in (0.05, 0.6, 0.05)]
+    assert [rounds(ramped, threshold) for threshold in (0.05, 0.6, 0.05)] == fresh
+    assert fresh[0] != fresh[1]
 
 
 @pytest.mark.parametrize("unmasking", [rule for rule, _ in RULES])
