@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, apply_rotary_pos_emb
 
@@ -34,7 +34,6 @@ class FusedQwen3:
         return (
             type(model) is Qwen3ForCausalLM
             and isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
-            and not model.config.attention_bias
             and model.config.hidden_act == "silu"
         )
 
@@ -45,13 +44,12 @@ class FusedQwen3:
         next_norms = [*(layer.input_layernorm for layer in layers[1:]), model.norm]
         x, inner, cos, sin = self._before(ids, positions, model)
         for layer, next_norm in zip(layers, next_norms, strict=True):
-            packed = linear(inner, layer.self_attn.q_proj.product.weight)
-            heads = attention(layer.self_attn, packed, cos, sin, rows)
+            heads = attention(layer.self_attn, layer.self_attn.q_proj.product.of(inner), cos, sin, rows)
             if layer is layers[-1]:
                 x, heads = x.flatten(0, 1)[wanted], heads.flatten(0, 1)[wanted]
-            out = linear(heads.flatten(-2), layer.self_attn.o_proj.weight)
+            out = layer.self_attn.o_proj(heads.flatten(-2))
             x, inner = add_norm(x, out, layer.post_attention_layernorm.weight, epsilon)
-            out = linear(swiglu(linear(inner, layer.mlp.gate_proj.product.weight)), layer.mlp.down_proj.weight)
+            out = layer.mlp.down_proj(swiglu(layer.mlp.gate_proj.product.of(inner)))
             x, inner = add_norm(x, out, next_norm.weight, epsilon)
         return inner
 

@@ -59,6 +59,6 @@ def test_it_equals_transformers_forward_at_the_wanted_positions(model, window):
             parameter.mul_(1.1)
 
 
-def test_a_model_with_biases_does_not_fit(model):
-    model.config.attention_bias = True
+def test_a_model_with_another_activation_does_not_fit(model):
+    model.config.hidden_act = "gelu"
     assert not FusedQwen3.fits(model)
