@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RMSNorm, apply_rotary_pos_emb
 
 from actors.attention import EVERYTHING, slot_attention
 from actors.cache import CacheRows
@@ -39,18 +39,17 @@ class FusedQwen3:
 
     def __call__(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor) -> Tensor:
         """Final hidden states [len(wanted), d] at `wanted` int64, places in the flattened ids [N, Q]."""
-        model, epsilon = self.model, self.model.norm.variance_epsilon
-        layers = list(model.layers)
-        next_norms = [*(layer.input_layernorm for layer in layers[1:]), model.norm]
-        x, inner, cos, sin = self._before(ids, positions, model)
+        layers = list(self.model.layers)
+        next_norms = [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
+        x, inner, cos, sin = self._before(ids, positions, self.model)
         for layer, next_norm in zip(layers, next_norms, strict=True):
             heads = attention(layer.self_attn, layer.self_attn.q_proj.product.of(inner), cos, sin, rows)
             if layer is layers[-1]:
                 x, heads = x.flatten(0, 1)[wanted], heads.flatten(0, 1)[wanted]
             out = layer.self_attn.o_proj(heads.flatten(-2))
-            x, inner = add_norm(x, out, layer.post_attention_layernorm.weight, epsilon)
+            x, inner = add_norm(x, out, layer.post_attention_layernorm)
             out = layer.mlp.down_proj(swiglu(layer.mlp.gate_proj.product.of(inner)))
-            x, inner = add_norm(x, out, next_norm.weight, epsilon)
+            x, inner = add_norm(x, out, next_norm)
         return inner
 
 
@@ -61,14 +60,14 @@ def before(ids: Tensor, positions: Tensor, model: Any) -> tuple[Tensor, Tensor, 
     return x, model.layers[0].input_layernorm(x), cos.contiguous(), sin.contiguous()
 
 
-def add_norm(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x + y [..., d] and its RMSNorm; on CPU the plain way, the reference."""
+def add_norm(x: Tensor, y: Tensor, norm: Qwen3RMSNorm) -> tuple[Tensor, Tensor]:
+    """x + y [..., d] and its norm; on CPU the plain way, the reference."""
     if x.is_cuda:
         from actors.layer_kernels import add_norm_triton  # needs triton
 
-        return add_norm_triton(x, y, weight, epsilon)
+        return add_norm_triton(x, y, norm.weight, norm.variance_epsilon)
     x = x + y
-    return x, normed(x, weight, epsilon)
+    return x, norm(x)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -81,13 +80,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return silu(gate) * up
 
 
-def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm, rounded where Qwen3RMSNorm rounds."""
-    precise = x.float()
-    precise = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + epsilon)
-    return weight * precise.to(x.dtype)
-
-
 def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: CacheRows) -> Tensor:
     """What the heads of a Qwen3Attention attend to [N, Q, H, D], from packed projections [N, Q, (H + 2 H_kv) D].
 
@@ -98,13 +90,11 @@ def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: Cache
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     memory = (module.slot_keys, module.slot_values, rows.slots, rows.positions, rows.block_size, module.scaling)
     window = module.sliding_window or EVERYTHING
-    weights, epsilon = (module.q_norm.weight, module.k_norm.weight), module.q_norm.variance_epsilon
     if packed.is_cuda:
         assert rows.partner is not None  # a decoding pass has partners
         from actors.block_attention_kernels import Fusion, block_attention_triton  # needs triton
 
-        fusion = Fusion(*weights, epsilon, cos, sin)
+        fusion = Fusion(module.q_norm.weight, module.k_norm.weight, module.q_norm.variance_epsilon, cos, sin)
         return block_attention_triton(query, key, value, *memory, window, rows.partner, fusion)
-    query, key = (normed(x, weight, epsilon) for x, weight in zip((query, key), weights, strict=True))
-    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    query, key = apply_rotary_pos_emb(module.q_norm(query), module.k_norm(key), cos, sin)
     return slot_attention(query, key, value, *memory, window, rows.partner)

@@ -11,7 +11,8 @@ _CHUNK = 1024
 
 
 def add_norm_triton(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `actors.fused_qwen3.add_norm`; x and y contiguous. A program has a row."""
+    """Same results as `actors.fused_qwen3.add_norm` with a norm of that weight; x and y contiguous. A program has a
+    row."""
     width = x.shape[-1]
     padded = triton.next_power_of_2(width)
     total, out = torch.empty_like(x), torch.empty_like(x)
@@ -35,10 +36,8 @@ def _add_norm(x, y, weight, total, out, epsilon, width, WIDTH: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * width + d
     there = d < width
     kind = x.dtype.element_ty
-    added = tl.load(x + at, mask=there, other=0.0).to(tl.float32) + tl.load(y + at, mask=there, other=0.0).to(
-        tl.float32
-    )
-    rounded = added.to(kind)
+    residual = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    rounded = (residual + tl.load(y + at, mask=there, other=0.0).to(tl.float32)).to(kind)
     tl.store(total + at, rounded, mask=there)
     precise = rounded.to(tl.float32)
     shrink = tl.rsqrt(tl.sum(precise * precise, 0) / width + epsilon)

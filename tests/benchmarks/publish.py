@@ -94,11 +94,9 @@ def _figures(publisher: Any, reader: Any, way: str, repetitions: int) -> dict[st
     sums = ray.get([publisher.fingerprint.remote(), reader.fingerprint.remote()], timeout=TIMEOUT_S)
     assert sums[0] == sums[1], "the reader's weights are not the publisher's"
     figures = {name: median(run[name] for run in runs[WARM_UP:]) for name in runs[0]}
-    return (
-        figures
-        if way == "slow reference"
-        else figures | _beside_a_sampler(publisher, reader, WARM_UP + repetitions + 1)
-    )
+    if way == "slow reference":
+        return figures
+    return figures | _beside_a_sampler(publisher, reader, WARM_UP + repetitions + 1)
 
 
 def _beside_a_sampler(publisher: Any, reader: Any, version: int) -> dict[str, float]:

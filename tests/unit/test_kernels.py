@@ -109,8 +109,9 @@ def test_add_norm_and_swiglu_kernels_equal_their_references(width):
 
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 4, width)
-    weight = torch.randn(width)
-    torch.testing.assert_close(add_norm_triton(x, y, weight, 1e-6), add_norm(x, y, weight, 1e-6))
+    norm = Qwen3RMSNorm(width, 1e-6).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(add_norm_triton(x, y, norm.weight, 1e-6), add_norm(x, y, norm))
     gate_up = 10 * torch.randn(3, 4, 2 * width)
     gate_up[0, 0, :2] = torch.tensor([-200.0, 200.0])
     torch.testing.assert_close(swiglu_triton(gate_up), swiglu(gate_up))
