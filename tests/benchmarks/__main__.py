@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import learner_step, operators, pipeline, publish, sampler, scaling, teacher
+from tests.benchmarks import learner_rank, learner_step, operators, pipeline, publish, sampler, scaling, teacher
 
 # a part's function takes (size, device, *plan) and returns rows, or what else is to be kept
 PARTS: dict[str, Callable[..., Any]] = {
     "sampler": sampler.measure,  # sequences, prompt, new tokens
     "learner": learner_step.measure,  # rows, prompt, response, packing budget
+    "rank": learner_rank.measure,  # as the learner
     "teacher": teacher.measure,  # requests, prompt, response, tokens of one forward
     "publish": publish.measure,
     "pipeline": pipeline.measure,  # rollout batches
@@ -24,27 +25,37 @@ PARTS: dict[str, Callable[..., Any]] = {
 PROFILES: dict[str, Callable[..., list[operators.Operator]]] = {
     "sampler": sampler.profile,
     "learner": learner_step.profile,
+    "rank": learner_rank.profile,
     "teacher": teacher.profile,
 }
 PLANS: dict[str, dict[str, tuple[int, ...]]] = {
     "tiny": {
         "sampler": (32, 80, 40),
         "learner": (8, 80, 40, 4096),
+        "rank": (8, 80, 40, 4096),
         "teacher": (32, 80, 40, 2048),
         "publish": (),
         "pipeline": (20,),
         "scaling": (),
     },
-    "mid": {"sampler": (16, 64, 16), "learner": (4, 64, 32, 1024), "teacher": (16, 64, 32, 1024), "publish": ()},
+    "mid": {
+        "sampler": (16, 64, 16),
+        "learner": (4, 64, 32, 1024),
+        "rank": (4, 64, 32, 1024),
+        "teacher": (16, 64, 32, 1024),
+        "publish": (),
+    },
     "0.6b": {
         "sampler": (128, 128, 512),
         "learner": (2, 128, 2048, 8704),
+        "rank": (2, 128, 2048, 8704),
         "teacher": (32, 128, 1024, 8192),
         "publish": (),
     },
     "4b": {
         "sampler": (128, 128, 512),
         "learner": (2, 128, 2048, 8704),
+        "rank": (2, 128, 2048, 8704),
         "teacher": (32, 128, 1024, 8192),
         "publish": (),
     },

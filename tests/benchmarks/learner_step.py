@@ -37,7 +37,7 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
 
     def variant(name: str, loss: Callable[..., torch.Tensor], padded: bool = False) -> None:
         figures = _time(model, builder, trajectories, loss, padded)
-        flops = _useful_flops(model, figures["tokens"], figures["masked"])
+        flops = useful_flops(model.config, figures["tokens"], figures["masked"])
         figures["useful_tflops"] = flops / figures["seconds"] / 1e12
         if peak:
             figures["mfu"] = flops / figures["seconds"] / peak
@@ -86,7 +86,7 @@ def _ready(
     attention = "flex_attention" if device == "cuda" else "sdpa"
     model.set_attn_implementation(attention)
     model.train()
-    trajectories = _trajectories(model, rows, prompt, response, device == "cuda")
+    trajectories = random_trajectories(model.config.hidden_size, rows, prompt, response, device == "cuda")
     meta = TrajectoryMeta(BLOCK, model.config.vocab_size - 1, "benchmark", "hidden", model.config.hidden_size)
     head = model.lm_head.weight.detach().clone()
     return (
@@ -96,14 +96,14 @@ def _ready(
     )
 
 
-def _useful_flops(model: Any, tokens: float, masked: float) -> float:
+def useful_flops(config: Any, tokens: float, masked: float) -> float:
     """Forward and backward products: the layers at every token of a document, the LM head at masked positions.
 
     Attention's own products and all recomputation are left out.
     """
-    head = model.lm_head.weight.numel()
-    layers = sum(p.numel() for p in model.model.layers.parameters())
-    return 6 * (layers * tokens + head * masked)
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    layers = config.num_hidden_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+    return 6 * (layers * tokens + config.vocab_size * config.hidden_size * masked)
 
 
 def _padded(builder: BatchBuilder, trajectories: list[Trajectory]) -> list[MicroBatch]:
@@ -167,13 +167,14 @@ def _dense_loss(model: Any, hidden: torch.Tensor, x: Any) -> torch.Tensor:
     return (coefficient * divergence(ForwardKL(), log_t, log_s)).sum()
 
 
-def _trajectories(
-    model: Any, rows: int, prompt: int, response: int, cuda: bool, block: int = BLOCK
+def random_trajectories(
+    width: int, rows: int, prompt: int, response: int, cuda: bool, block: int = BLOCK
 ) -> list[Trajectory]:
+    """With hidden states of that width as targets; on CPU of all lengths up to `response`, on CUDA all as long."""
     rng = np.random.default_rng(0)
     made = []
     for i in range(rows):
-        length = -(-int(response * (1 if cuda else (i + 1) / rows)) // block) * block  # on CPU: of all lengths
+        length = -(-int(response * (1 if cuda else (i + 1) / rows)) // block) * block
         t = Trajectory(
             ordinal=i,
             sample=0,
@@ -188,6 +189,6 @@ def _trajectories(
             commit_forwards=0,
         )
         select_states(t, ObjectiveConfig(), block, -1, rng)
-        t.hidden = rng.standard_normal(len(t.target_offsets) * model.config.hidden_size).astype(np.float32)
+        t.hidden = rng.standard_normal(len(t.target_offsets) * width).astype(np.float32)
         made.append(t)
     return made

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -27,18 +30,26 @@ def random_model(size: str, device: str, **changes: int) -> PreTrainedModel:
     return model.eval()
 
 
-def matmul_rate() -> float:
-    """bfloat16 FLOP/s of a large square product."""
+@cache
+def matmul_rate(seconds: float = 2.0) -> float:
+    """bfloat16 FLOP/s of a large square product once it has run for so long: power, not the clock of a cold GPU, sets
+    it. A GPU at rest reaches up to a fifth more for some milliseconds, and what follows depends on what came before.
+    """
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    for _ in range(3):
-        a @ a
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(10):
-        a @ a
-    end.record()
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (start.elapsed_time(end) / 1e3)
+
+    def seconds_of(products: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(products):
+            a @ a
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    seconds_of(3)
+    products = math.ceil(10 * seconds / seconds_of(10))
+    seconds_of(products)
+    return products * 2 * 8192**3 / seconds_of(products)
 
 
 def copy_bandwidth() -> float:

@@ -106,7 +106,7 @@ def _teacher_cost(model: Any, response: int) -> float:
 def _learner_cost(model: Any, response: int, block: int = learner_step.BLOCK) -> float:
     """Forward and backward of one update, targets of the kind `hidden`."""
     model.set_attn_implementation("sdpa")  # the sampler set its own
-    trajectories = learner_step._trajectories(model, _ROWS, _PROMPT, response, False, block)
+    trajectories = learner_step.random_trajectories(model.config.hidden_size, _ROWS, _PROMPT, response, False, block)
     meta = TrajectoryMeta(block, model.config.vocab_size - 1, "benchmark", "hidden", model.config.hidden_size)
     head = model.lm_head.weight.detach().clone()
     builder = BatchBuilder(meta, "row_mean", "bucket", 4096, "sdpa", torch.device("cpu"), head)

@@ -1,0 +1,125 @@
+"""An update as a rank of the learner makes it: ZeRO stage 3 with one rank, forward, backward and AdamW's step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from common.config import RunConfig
+from common.trajectory import TrajectoryMeta
+from deploy.tiny_arlm import build_tokenizer
+from learner.batches import BatchBuilder
+from tests.benchmarks.learner_step import BLOCK, random_trajectories, useful_flops
+from tests.benchmarks.models import matmul_rate, random_model
+from tests.benchmarks.operators import Operator, hottest
+
+_REPEATS = 3
+
+
+def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[dict[str, Any]]:
+    """One row, of updates of `rows` trajectories; on CUDA with Liger's kernels and activations kept."""
+    return [_in_a_process(_figures, size, device, rows, prompt, response, max_tokens)]
+
+
+def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
+    """Of one update."""
+    return _in_a_process(_operators, size, device, rows, prompt, response, max_tokens)
+
+
+def _in_a_process(call: Callable[..., Any], size: str, device: str, *plan: int) -> Any:
+    """DeepSpeed takes its accelerator when it is imported, and its process group stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(size, device).save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(call, folder, size, device, *plan).result()
+
+
+def _figures(folder: str, size: str, device: str, rows: int, *plan: int) -> dict[str, Any]:
+    rank, update = _ready(folder, device, rows, *plan)
+    steps: list[float] = []
+    step = rank.engine.step
+
+    def timed_step() -> None:
+        start = _now(device)
+        step()
+        steps.append(_now(device) - start)
+
+    rank.engine.step = timed_step
+    for _ in range(2):  # compiles, then fills the buffers
+        figures = update()
+    steps.clear()
+    start = _now(device)
+    for _ in range(_REPEATS):
+        figures = update()
+    seconds = (_now(device) - start) / _REPEATS
+    row = {
+        "size": size,
+        "rows": rows,
+        "seconds": seconds,
+        "optimizer_seconds": sum(steps) / _REPEATS,
+        "tokens": int(figures["packed_tokens"]),
+        "masked": int(figures["positions"]),
+    }
+    if device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        flops = useful_flops(rank.model_config, row["tokens"], row["masked"])
+        row["mfu"] = flops / seconds / matmul_rate()
+    return row
+
+
+def _operators(folder: str, size: str, device: str, *plan: int) -> list[Operator]:
+    _, update = _ready(folder, device, *plan)
+    for _ in range(2):
+        update()
+
+    def once() -> int:
+        update()
+        return 1
+
+    return hottest(once, device)
+
+
+def _ready(
+    folder: str, device: str, rows: int, prompt: int, response: int, max_tokens: int
+) -> tuple[Any, Callable[[], dict[str, float]]]:
+    """A rank that has started, and what makes it do an update."""
+    cuda = device == "cuda"
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    from learner.rank import LearnerRank
+
+    learner = {
+        "ranks": 1,
+        "batch_rows": rows,
+        "max_tokens_per_microbatch": max_tokens,
+        "dtype": "bfloat16" if cuda else "float32",
+        "gradient_checkpointing": False,
+        "liger_kernels": cuda,
+        "resources": {"gpus": int(cuda), "threads": torch.get_num_threads()},
+    }
+    config = RunConfig.model_validate(
+        {"block_size": BLOCK, "model": {"path": folder}, "data": {"prompts": folder}, "learner": learner}
+    )
+    rank = LearnerRank(config, 0)
+    rank.start("127.0.0.1", rank.address()[1])
+    width = rank.model_config.hidden_size
+    meta = TrajectoryMeta(BLOCK, rank.model_config.mask_token_id, "benchmark", "hidden", width)
+    trajectories = random_trajectories(width, rows, prompt, response, cuda)
+    builder = BatchBuilder(meta, "row_mean", "bucket", max_tokens, rank.attention, rank.device, rank.teacher_head)
+    return rank, lambda: rank._update(trajectories, builder, 0)
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
