@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.config import ModelShape, RunConfig
 from common.config_file import ConfigError
+from learner.deepspeed_config import WHOLE_ELEMENTS
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _RUNTIME_BYTES = 700 * 2**20  # Python, torch and Ray of one process, about
@@ -197,6 +198,7 @@ def _learner_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -
     return {
         "weights and gradients (sharded)": 2 * shape.parameters * width // ranks,
         "optimiser states (sharded)": states // ranks,
+        "weights kept whole": min(shape.parameters, WHOLE_ELEMENTS) * width * (ranks - 1) // ranks,
         "activations": learner.max_tokens_per_microbatch * shape.layers * per_layer * width,
         "LM head, whole, with its gradient": head * (width + 4),
         "teacher's LM head": teacher_head if config.target_kind == "hidden" else 0,

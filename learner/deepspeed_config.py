@@ -6,6 +6,9 @@ from typing import Any
 
 from common.config import LearnerConfig
 
+# weights that a rank keeps beside its shard: these need no gathering in every forward and backward
+WHOLE_ELEMENTS = 1_000_000_000
+
 
 def deepspeed_config(config: LearnerConfig, on_gpu: bool) -> dict[str, Any]:
     """ZeRO stage 3 with AdamW. Gradient accumulation is driven by the learner, so DeepSpeed sees one step each."""
@@ -20,7 +23,8 @@ def deepspeed_config(config: LearnerConfig, on_gpu: bool) -> dict[str, Any]:
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
             "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 100_000,
+            "stage3_param_persistence_threshold": WHOLE_ELEMENTS,  # of one parameter
+            "stage3_model_persistence_threshold": WHOLE_ELEMENTS,  # of all, in the order of the model
         },
         "optimizer": {
             "type": "AdamW",
@@ -30,6 +34,7 @@ def deepspeed_config(config: LearnerConfig, on_gpu: bool) -> dict[str, Any]:
                 "eps": config.eps,
                 "weight_decay": config.weight_decay,
                 "torch_adam": True,  # DeepSpeed's own would be compiled at the first start
+                "fused": on_gpu,  # one kernel instead of a dozen passes over the states
             },
         },
         "steps_per_print": 10**9,

@@ -51,6 +51,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "rank": (2, 128, 2048, 8704),
         "teacher": (32, 128, 1024, 8192),
         "publish": (),
+        "pipeline": (16,),
     },
     "4b": {
         "sampler": (128, 128, 512),
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(PLANS), nargs="+", default=["tiny"])
     parser.add_argument("--parts", choices=list(PARTS), nargs="+", default=WHOLE)
     parser.add_argument("--sequences", type=int, help="of the sampler; default: by size")
-    parser.add_argument("--batches", type=int, help="rollout batches of the pipeline; default: 20")
+    parser.add_argument("--batches", type=int, help="rollout batches of the pipeline; default: by size")
     parser.add_argument("--profile", action="store_true", help="show also where the time goes")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()

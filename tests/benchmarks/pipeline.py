@@ -1,7 +1,8 @@
-"""The whole loop: where the wall time of the tiny preset's batches goes, at staleness 0 and 1."""
+"""The whole loop: where the wall time of a batch goes, at staleness 0 and 1."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from deploy.tiny_arlm import build_tokenizer
+from tests.benchmarks.models import random_model
 
 _WARM_UP = 2  # the first batches load libraries and allocate
 _STAGES = ("rollout", "teacher", "learner", "publish")
@@ -19,17 +25,47 @@ def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
     """A row per staleness, also printed as a table: mean seconds of a batch and of its stages (busiest actor), the
     share of the wall time in which no actor computes, and how busy rollouts and learner are.
 
-    The curriculum goes through all of its lengths within the run.
+    `tiny` is the preset of that name, whose curriculum goes through all of its lengths within the run. Of other sizes
+    a random model generates 64 responses of 256 tokens a batch, in one rollout actor, for four updates of one rank. On
+    CUDA the learner has a GPU of its own where there are two.
 
     Raises:
         CalledProcessError: a run failed; its output was shown.
     """
     rows = []
-    for staleness in (0, 1):
-        made = run(["--pipeline.staleness", str(staleness), "--curriculum.batches", str(batches)], batches)
-        rows.append({"size": size, "staleness": staleness, "batches": batches, **figures(made)})
-        print(table(rows[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = ["--curriculum.batches", str(batches)] if size == "tiny" else _of_a_size(size, device, folder)
+        overrides += _on_gpus() if device == "cuda" else []
+        for staleness in (0, 1):
+            made = run(["--pipeline.staleness", str(staleness), *overrides], batches)
+            rows.append({"size": size, "staleness": staleness, "batches": batches, **figures(made)})
+            print(table(rows[-1]), flush=True)
     return rows
+
+
+def _of_a_size(size: str, device: str, folder: str) -> list[str]:
+    random_model(size, device).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return [
+        "--model.path", folder, "--curriculum.min_tokens", "256", "--curriculum.max_tokens", "256",
+        "--rollout.actors", "1", "--rollout.prompts_per_batch", "64", "--rollout.slots", "64",
+        "--rollout.unmasking", "{rule: static}", "--learner.ranks", "1", "--learner.batch_rows", "16",
+        "--learner.max_tokens_per_microbatch", "12288", "--teacher.max_batched_tokens", "8192",
+        "--pipeline.stage_timeout_s", "600",
+    ]  # fmt: skip
+
+
+def _on_gpus() -> list[str]:
+    share = 1 if torch.cuda.device_count() > 1 else 0.5
+    backend = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    made = [
+        "--learner.ranks", "1", "--learner.resources.gpus", str(share), "--learner.liger_kernels", "true",
+        "--rollout.actors", "1", "--rollout.resources.gpus", str(share / 2), "--teacher.backend", backend,
+        "--teacher.resources.gpus", str(share / 2), "--teacher.gpu_memory_utilization", "0.4",
+    ]  # fmt: skip
+    return made + [text for role in ("rollout", "teacher", "learner") for text in (f"--{role}.dtype", "bfloat16")]
 
 
 def table(row: dict[str, Any]) -> str:

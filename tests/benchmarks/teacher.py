@@ -33,7 +33,8 @@ def measure(size: str, device: str, requests: int, prompt: int, response: int, m
     positions. `one at a time` asks it request by request. The predecessor reads every row doubled, x0 and behind it
     the noised response; `doubled` is that with the LM head where it is needed, `doubled, every position` with float32
     log-probabilities of all. Peak memory, on CUDA, is over the weights, and also that of four times the requests.
-    vLLM's engine, where it is installed, answers the same requests.
+    vLLM's engine, where it is installed, answers the same requests with either kind of target; its peak is over what it
+    holds at rest, KV cache included.
     """
     config = _config(device, max_tokens)
     model = random_model(size, device)
@@ -45,8 +46,9 @@ def measure(size: str, device: str, requests: int, prompt: int, response: int, m
             del model
             gc.collect()
             torch.cuda.empty_cache()
-            rows.append({"size": size, "variant": "vLLM", "requests": requests, **_of_vllm(config, folder, asked)})
-        rows[-1]["times_the_first"] = rows[0]["tokens_per_second"] / rows[-1]["tokens_per_second"]
+            for target in ("topk", "hidden"):
+                row = {"size": size, "variant": f"vLLM, {target}", **_of_vllm(config, target, folder, asked)}
+                rows.append(row | {"times_the_first": rows[0]["tokens_per_second"] / row["tokens_per_second"]})
     return rows
 
 
@@ -153,19 +155,20 @@ def _time(run: Callable[[], object], device: str) -> tuple[float, float]:
     return min(times), (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0.0
 
 
-def _of_vllm(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> dict[str, float]:
+def _of_vllm(config: TeacherConfig, target: str, folder: str, requests: list[TargetRequest]) -> dict[str, float]:
     """vLLM in a process of its own, which gives its memory back."""
-    changes = {"backend": "vllm", "gpu_memory_utilization": 0.5}
+    config = config.model_copy(update={"backend": "vllm", "gpu_memory_utilization": 0.5, "target": target})
     # a child must not inherit an initialised CUDA
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        speed = pool.submit(_vllm_speed, config.model_copy(update=changes), folder, requests).result()
-    return {"tokens_per_second": speed}
+        return pool.submit(_vllm_figures, config, folder, requests).result()
 
 
-def _vllm_speed(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> float:
+def _vllm_figures(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> dict[str, float]:
     from actors.teacher import build_backend
 
     backend = build_backend(config, folder)
-    seconds, _ = _time(lambda: backend.targets(requests), "cpu")
+    cuda = config.resources.gpus > 0
+    seconds, peak = _time(lambda: backend.targets(requests), "cuda" if cuda else "cpu")
     backend.close()
-    return sum(len(r.ids) for r in requests) / seconds
+    row = {"requests": len(requests), "tokens_per_second": sum(len(r.ids) for r in requests) / seconds}
+    return row | {"peak_gib": peak} if cuda else row

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 BLOCK = 4
 
 
-def config(path: str, ranks: int) -> RunConfig:
+def config(path: str, ranks: int, deepspeed: dict) -> RunConfig:
     return RunConfig(
         block_size=BLOCK,
         model={"path": path},
@@ -40,15 +40,20 @@ def config(path: str, ranks: int) -> RunConfig:
             "dtype": "float32",
             "gradient_checkpointing": ranks == 2,
             "max_tokens_per_microbatch": 128,
+            "deepspeed": deepspeed,
             "resources": {"cpus": 0.5},
         },
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, ranks):
+# a model this small is kept whole on every rank; a large one is gathered parameter by parameter
+PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+@pytest.mark.parametrize(("ranks", "deepspeed"), [(1, {}), (2, {}), (2, PARTITIONED)], ids=["1", "2", "2-partitioned"])
+def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, ranks, deepspeed):
     path = tiny_qwen3(tmp_path / "model", seed=1)
-    settings = config(path, ranks)
+    settings = config(path, ranks, deepspeed)
     model, tokenizer = load_model(path, torch.float32, "sdpa"), load_tokenizer(path)
     rows = trajectories(model, tokenizer, DynamicUnmasking(threshold=0.05))
     for t in rows:

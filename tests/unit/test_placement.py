@@ -9,6 +9,7 @@ from safetensors import safe_open
 from common.config_file import ConfigError, load_config
 from deploy import cluster
 from deploy.placement import check_resources, model_shape, object_store_mib, plan
+from learner.deepspeed_config import WHOLE_ELEMENTS
 
 
 def test_every_process_is_listed_with_its_resources():
@@ -34,6 +35,7 @@ def test_estimates_follow_the_config():
     one, two = (plan(load_config("qwen3-8b", ["--learner.ranks", n])) for n in ("1", "2"))
     states = "optimiser states (sharded)"
     assert one.processes[-1].memory[states] == 2 * two.processes[-1].memory[states]
+    assert [p.processes[-1].memory["weights kept whole"] for p in (one, two)] == [0, WHOLE_ELEMENTS * 2 // 2]
     half = plan(load_config("qwen3-8b", ["--rollout.slots", "24"]))
     assert one.processes[0].memory["KV cache"] == 2 * half.processes[0].memory["KV cache"]
     fewer = plan(load_config("qwen3-8b", ["--rollout.max_batched_tokens", "4096"]))
