@@ -27,11 +27,12 @@ def test_page_is_as_generated():
 
 
 def test_rates_are_those_of_the_results():
-    """By hand: 4.3 TB/s and 790 to 840 TFLOP/s were measured on this device."""
+    """By hand: 4.3 TB/s and, after two seconds of them, products at 640 to 670 TFLOP/s were measured on this device."""
     assert 4e12 < RATES.copy < 4.8e12
-    assert 7.5e14 < RATES.products < 9e14
+    assert 6e14 < RATES.products < 7e14
     row = {"size": "4b", "variant": "causal", "tokens_per_second": RATES.products * 0.3 / (2 * 3.633e9)}
-    measured = rates(RESULTS | {"teacher 4b": [row], "publish 4b": [{"way": "broadcast", "gb_per_s": 20.0}]})
+    published = [{"way": "object_store", "gb_per_s": 20.0}, {"way": "broadcast", "gb_per_s": 60.0}]
+    measured = rates(RESULTS | {"teacher 4b": [row], "publish 4b": published})
     assert measured.teacher == pytest.approx(0.3, rel=1e-3) and measured.publish == 20e9
     with pytest.raises(ValueError, match="lack the sampler"):
         rates({"device": "x"})
@@ -74,7 +75,7 @@ def test_stages_bound_the_batch_and_more_gpus_never_slow_it(config):
         assert overlapped <= in_turn
         times.append(overlapped)
     assert all(later <= 1.03 * before for before, later in pairwise(times))
-    faster = replace(RATES, of_floor=2 * RATES.of_floor)
+    faster = replace(RATES, of_floor=2 * RATES.of_floor, learner=2 * RATES.learner)
     assert best_split(config, 64, faster, ASSUMED).batch_seconds[1] < times[2]
 
 
