@@ -34,12 +34,15 @@ def deepspeed_config(config: LearnerConfig, on_gpu: bool) -> dict[str, Any]:
                 "eps": config.eps,
                 "weight_decay": config.weight_decay,
                 "torch_adam": True,  # DeepSpeed's own would be compiled at the first start
-                "fused": on_gpu,  # one kernel instead of a dozen passes over the states
             },
         },
         "steps_per_print": 10**9,
     }
-    return merge(generated, config.deepspeed)
+    merged = merge(generated, config.deepspeed)
+    params = merged["optimizer"]["params"]
+    if on_gpu and params.get("torch_adam"):
+        params.setdefault("fused", True)  # torch's one kernel, instead of a dozen passes over the states
+    return merged
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""What the learner gives DeepSpeed, and the user's keys over it."""
+
+from typing import Any
+
+import pytest
+
+from common.config import LearnerConfig
+from learner.deepspeed_config import deepspeed_config
+
+
+def made(on_gpu: bool, **over: Any) -> dict[str, Any]:
+    return deepspeed_config(LearnerConfig(lr=1e-3, deepspeed=over), on_gpu)
+
+
+def test_users_keys_win_and_leave_the_others():
+    config = made(False, zero_optimization={"reduce_bucket_size": 7}, optimizer={"params": {"eps": 0.5}})
+    assert config["zero_optimization"]["reduce_bucket_size"] == 7
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["optimizer"]["params"]["eps"] == 0.5 and config["optimizer"]["params"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "params", "fused"),
+    [(True, {}, True), (True, {"fused": False}, False), (True, {"torch_adam": False}, None), (False, {}, None)],
+)
+def test_torchs_fused_kernel_is_for_torchs_adam_on_gpus(on_gpu, params, fused):
+    assert made(on_gpu, optimizer={"params": params})["optimizer"]["params"].get("fused") == fused
