@@ -22,9 +22,7 @@ class Evaluator:
         self.pools = pools
 
     def before(self) -> dict[str, Any]:
-        """The greedy teacher and the converted, untrained student; empty where there are no problems."""
-        if not self.problems:
-            return {}
+        """The greedy teacher and the converted, untrained student."""
         summary: dict[str, Any] = {}
         if self.config.evaluation.teacher:
             limit = self.config.evaluation.max_new_tokens
@@ -33,9 +31,7 @@ class Evaluator:
         return summary
 
     def after(self, block_size: int) -> dict[str, Any]:
-        """The student under static and under dynamic decoding; empty where there are no problems."""
-        if not self.problems:
-            return {}
+        """The student under static and under dynamic decoding."""
         return {"student": {"static": self.student(StaticUnmasking(), block_size), "dynamic": self.dynamic(block_size)}}
 
     def dynamic(self, block_size: int, idle: Callable[[], Any] | None = None) -> dict[str, float]:

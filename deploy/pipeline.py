@@ -130,7 +130,7 @@ class Pipeline:
             self.figures = BatchFigures(config, self.pools, self.status, self.epoch_prompts)
             if checkpoint:
                 self._restore(checkpoint[0])
-            else:
+            elif self.problems:
                 self._note("evaluating the teacher and the untrained student", "evaluating")
                 self.state.summary = self.evaluator.before()
             self._note("training", "training")
@@ -143,8 +143,9 @@ class Pipeline:
             }
             self.state.summary["versions"] = installed_versions()
             self._save("final")
-            self._note("evaluating the trained student", "evaluating")
-            self.state.summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
+            if self.problems:
+                self._note("evaluating the trained student", "evaluating")
+                self.state.summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
         (config.run_dir / "summary.json").write_text(json.dumps(self.state.summary, indent=2) + "\n")
         return self.state.summary
 

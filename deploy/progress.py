@@ -25,7 +25,7 @@ class Progress:
         self.total = total_batches
         self.figures: dict[str, float] = {}
         self.started = self.training_started = time.monotonic()
-        self.first_batch: int | None = None
+        self.first: tuple[float, int] | None = None  # when the first batch of this process was through, and its number
         label = TextColumn(f"{{task.description:>{_LABEL_WIDTH}}}")
         count = MofNCompleteColumn()
         self._run_bar = Bars(
@@ -61,11 +61,12 @@ class Progress:
         """A rollout batch is through; `metrics` as in common/metrics.py."""
         self.figures = metrics
         done = int(metrics["batch"]) + 1
-        if self.first_batch is None:
-            self.first_batch = done - 1  # above 0 where a run goes on from a checkpoint
+        now = time.monotonic()
+        started, before = self.first or (self.training_started, done - 1)
+        self.first = self.first or (now, done)
         self._run_bar.update(self._run, completed=done)
         if not self.console.is_terminal:
-            per_batch = (time.monotonic() - self.training_started) / (done - self.first_batch)
+            per_batch = (now - started) / (done - before)  # from the second on without the first, which compiles
             rates = "  ".join(f"{s} {metrics[f'{s}/tokens_per_second']:.0f} tok/s" for s in _STAGES[:3])
             left = timedelta(seconds=round(per_batch * (self.total - done)))
             times = f"{metrics['seconds/batch']:.2f} s  left {left}"

@@ -42,6 +42,14 @@ def test_a_resumed_run_goes_on_counting():
     assert "batch 8/10" in shown(False, [7])
 
 
+def test_expected_end_leaves_out_the_first_batch(monkeypatch):
+    """Which compiles: 100 s, then 2 s each."""
+    clock = iter([0.0, 0.0, 0.0, 100.0, 102.0, 104.0])
+    monkeypatch.setattr("deploy.progress.time.monotonic", lambda: next(clock))
+    lines = shown(False, [0, 1, 2]).splitlines()[1:]
+    assert [line.split("left ")[1] for line in lines] == ["0:15:00", "0:00:16", "0:00:14"]
+
+
 def test_live_display_shows_bars_stages_and_figures():
     text = shown(True, [0, 1])
     for part in ("demo", "2/10", "rollout", "3/8", "publish", "50%", "KL 0.1250"):
