@@ -15,13 +15,17 @@ BATCHES = 3
 
 
 def trained(folder, *overrides: str):
-    """Rows by batch, metrics and final weights of a short run on two rollout actors and two ranks."""
+    """Rows by batch, metrics and final weights of a short run on two rollout actors and two ranks.
+
+    The teacher reads every sequence alone: what arrives together depends on timing, and changes its last bits.
+    """
     config = load_config(
         "tiny",
         [
             "--output_dir", str(folder), "--pipeline.max_batches", str(BATCHES), "--pipeline.spool", "true",
             "--rollout.prompts_per_batch", "16", "--learner.batch_rows", "4", "--learner.warmup_batches", "1",
-            "--teacher.backend", "transformers", "--evaluation.problems", "null", *overrides,
+            "--teacher.backend", "transformers", "--teacher.max_batched_tokens", "16",
+            "--evaluation.problems", "null", *overrides,
         ],
     )  # fmt: skip
     run(config)
