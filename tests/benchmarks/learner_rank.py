@@ -14,10 +14,9 @@ import torch
 
 from common.config import RunConfig
 from common.trajectory import TrajectoryMeta
-from deploy.tiny_arlm import build_tokenizer
 from learner.batches import BatchBuilder
 from tests.benchmarks.learner_step import BLOCK, random_trajectories, useful_flops
-from tests.benchmarks.models import matmul_rate, random_model
+from tests.benchmarks.models import matmul_rate, save_random_model
 from tests.benchmarks.operators import Operator, hottest
 
 _REPEATS = 3
@@ -36,10 +35,7 @@ def profile(size: str, device: str, rows: int, prompt: int, response: int, max_t
 def _in_a_process(call: Callable[..., Any], size: str, device: str, *plan: int) -> Any:
     """DeepSpeed takes its accelerator when it is imported, and its process group stays."""
     with tempfile.TemporaryDirectory() as folder:
-        random_model(size, device).save_pretrained(folder)
-        build_tokenizer().save_pretrained(folder)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        save_random_model(size, device, folder)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(call, folder, size, device, *plan).result()
 

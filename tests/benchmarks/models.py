@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from deploy.tiny_arlm import build_tokenizer
+
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 263},
@@ -28,6 +30,14 @@ def random_model(size: str, device: str, **changes: int) -> PreTrainedModel:
     with torch.device(device):
         model = Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
     return model.eval()
+
+
+def save_random_model(size: str, device: str, folder: str) -> None:
+    """With the tiny ARLM's tokenizer, as the processes of a run load it."""
+    random_model(size, device).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 @cache

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from deploy.tiny_arlm import build_tokenizer
-from tests.benchmarks.models import random_model
+from tests.benchmarks.models import save_random_model
 
 _WARM_UP = 2  # the first batches load libraries and allocate
 _STAGES = ("rollout", "teacher", "learner", "publish")
@@ -26,8 +25,8 @@ def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
     share of the wall time in which no actor computes, and how busy rollouts and learner are.
 
     `tiny` is the preset of that name, whose curriculum goes through all of its lengths within the run. Of other sizes
-    a random model generates 64 responses of 256 tokens a batch, in one rollout actor, for four updates of one rank. On
-    CUDA the learner has a GPU of its own where there are two.
+    a random model generates 64 responses of 256 tokens a batch for four updates. On CUDA there are one rollout actor
+    and one rank, and this has a GPU of its own where there are two.
 
     Raises:
         CalledProcessError: a run failed; its output was shown.
@@ -44,14 +43,11 @@ def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
 
 
 def _of_a_size(size: str, device: str, folder: str) -> list[str]:
-    random_model(size, device).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    save_random_model(size, device, folder)
     return [
         "--model.path", folder, "--curriculum.min_tokens", "256", "--curriculum.max_tokens", "256",
-        "--rollout.actors", "1", "--rollout.prompts_per_batch", "64", "--rollout.slots", "64",
-        "--rollout.unmasking", "{rule: static}", "--learner.ranks", "1", "--learner.batch_rows", "16",
+        "--rollout.prompts_per_batch", "64", "--rollout.slots", "64", "--rollout.unmasking", "{rule: static}",
+        "--learner.batch_rows", "16",
         "--learner.max_tokens_per_microbatch", "12288", "--teacher.max_batched_tokens", "8192",
         "--pipeline.stage_timeout_s", "600",
     ]  # fmt: skip
