@@ -69,12 +69,10 @@ def test_installs_as_the_makefile_does(image: str) -> None:
 @pytest.mark.parametrize("image", IMAGES)
 def test_copies_what_the_project_is_made_of(image: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    packages = set(project["tool"]["setuptools"]["packages"])
-    folders = {name.split(".")[0] for name in packages}
+    folders = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert folders | {"pyproject.toml", project["project"]["readme"]} <= copied(image)
     environment = next(rest for word, rest in lineage(f"{image}-environment") if "mkdir" in rest)
-    wanted = {name.replace(".", "/") for name in packages}
-    assert wanted <= set(environment.split("&&")[0].split()), "an editable install wants these folders"
+    assert folders <= set(re.split(r"[\s;]+", environment.split("&&")[0])), "an editable install wants these packages"
     ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
     assert "*" in ignored and {f"!{path}" for path in copied(image)} <= set(ignored)
     assert all((REPOSITORY / path).exists() for path in copied(image) - {project["project"]["readme"]})
