@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable
 
 from common.config import AnswerFormat
-from common.word_problems import extract_answer
 
+_ANSWER_LINE = re.compile(r"Answer: (-?\d+)")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _PLAIN_NUMBER = re.compile(r"-?[\d,]*\d(?:\.\d+)?")
 _BOXED = "\\boxed{"
@@ -43,6 +43,11 @@ def normalised(answer: str) -> str:
     return answer
 
 
+def _answer_line(text: str) -> str | None:
+    found = _ANSWER_LINE.findall(text)
+    return found[-1] if found else None
+
+
 def _boxed(text: str) -> str | None:
     """Braces inside the box are matched; a box that is never closed is no answer."""
     start = text.rfind(_BOXED)
@@ -62,7 +67,7 @@ def _last_number(text: str) -> str | None:
 
 
 _READERS: dict[AnswerFormat, Callable[[str], str | None]] = {
-    "answer_line": extract_answer,
+    "answer_line": _answer_line,
     "boxed": _boxed,
     "last_number": _last_number,
 }

@@ -10,7 +10,6 @@ of the SHA-256 of its text is below `HELDOUT_BYTES`, whatever the seed.
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -28,8 +27,6 @@ CLOSINGS = ("How many now?", "How many {objects} now?", "How many {objects} does
 
 FIRST_STEPS = ("First {equation}.", "{name} has {equation} {objects}.", "We get {equation}.")
 LATER_STEPS = ("Then {equation}.", "So {equation} {objects}.", "Now {equation}.")
-
-_ANSWER = re.compile(r"Answer: (-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -80,17 +77,6 @@ def stream(seed: int, split: Split = "train", difficulty: Difficulty = STANDARD)
 def generate(seed: int, count: int, split: Split = "train", difficulty: Difficulty = STANDARD) -> list[WordProblem]:
     """The first `count` problems of `stream`."""
     return list(islice(stream(seed, split, difficulty), count))
-
-
-def extract_answer(text: str) -> str | None:
-    """The number after the last ``Answer:`` of a response, or None where there is none."""
-    found = _ANSWER.findall(text)
-    return found[-1] if found else None
-
-
-def is_correct(response_text: str, answer: str) -> bool:
-    """Whether the response's final number is `answer`: exact match of the strings."""
-    return extract_answer(response_text) == answer
 
 
 def _draw(rng: random.Random, difficulty: Difficulty) -> WordProblem:

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from common.answers import is_correct
 from common.word_problems import (
     DIFFICULTIES,
     STANDARD,
@@ -29,7 +30,6 @@ from common.word_problems import (
     Split,
     WordProblem,
     generate,
-    is_correct,
     stream,
 )
 
@@ -151,7 +151,7 @@ def exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
             max_new_tokens=MAX_RESPONSE,
         )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(is_correct(t, p.answer) for t, p in zip(texts, problems, strict=True)) / len(problems)
+    return sum(is_correct(t, p.answer, "answer_line") for t, p in zip(texts, problems, strict=True)) / len(problems)
 
 
 def make_tiny_arlm(

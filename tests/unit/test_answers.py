@@ -10,7 +10,11 @@ from common.config import AnswerFormat
     ("answer_format", "text", "answer"),
     [
         ("answer_line", "Answer: 3. No, Answer: -4", "-4"),
+        ("answer_line", "First 7+5=12. Answer: 12", "12"),
+        ("answer_line", "Answer: 3 Answer: 14<|im_end|>", "14"),
+        ("answer_line", "Answer: -2", "-2"),
         ("answer_line", "so it is 4", None),
+        ("answer_line", "", None),
         ("boxed", r"first \boxed{1}, then \boxed{\frac{1}{2}} holds", r"\frac{1}{2}"),
         ("boxed", r"\boxed{1", None),
         ("boxed", "1", None),
@@ -31,5 +35,8 @@ def test_normalised(given: str, same: str) -> None:
 def test_correct_means_equal_after_normalisation() -> None:
     assert is_correct("The total is 1,200", "3 * 400 = <<3*400=1200>>1200 #### 1200", "last_number")
     assert not is_correct("The total is 120", "1200", "last_number")
+    assert is_correct("Answer: 12", "12", "answer_line")
+    assert not is_correct("Answer: 12", "1", "answer_line")
+    assert not is_correct("12", "12", "answer_line")
     assert not is_correct("I do not know", "", "last_number")
     assert is_correct(r"\boxed{x+1}", "x+1", "boxed")
