@@ -137,7 +137,7 @@ def make_tiny(
 
         opdlm make-tiny-arlm --out my-arlm --seed 1
     """
-    from deploy.tiny_arlm import make_tiny_arlm
+    from deploy.demo.tiny_arlm import make_tiny_arlm
 
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
     figures = make_tiny_arlm(out, seed=seed, threads=threads, **options)

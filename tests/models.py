@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from deploy.tiny_arlm import build_tokenizer
+from deploy.demo.tiny_arlm import build_tokenizer
 
 
 def tiny_qwen3(

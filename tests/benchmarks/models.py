@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from deploy.tiny_arlm import build_tokenizer
+from deploy.demo.tiny_arlm import build_tokenizer
 
 SIZES = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,

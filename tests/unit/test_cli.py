@@ -199,7 +199,7 @@ def test_the_shipped_arlm_solves_problems_autoregressively(opdlm):
 def test_make_tiny_arlm_passes_its_options_on(monkeypatch, tmp_path):
     calls: list[tuple[Path, dict[str, int]]] = []
     monkeypatch.setattr(
-        "deploy.tiny_arlm.make_tiny_arlm", lambda out, **o: calls.append((out, o)) or {"exact_match": 1}
+        "deploy.demo.tiny_arlm.make_tiny_arlm", lambda out, **o: calls.append((out, o)) or {"exact_match": 1}
     )
     result = CliRunner().invoke(cli.app, ["make-tiny-arlm", "--out", str(tmp_path), "--seed", "3", "--steps", "5"])
     assert result.exit_code == 0

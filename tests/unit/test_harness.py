@@ -23,7 +23,7 @@ from actors.slots import Request
 from common.config import DynamicUnmasking
 from common.config_file import REPOSITORY, ConfigError
 from common.student import convert_folder
-from common.word_problems import generate
+from deploy.demo.word_problems import generate
 from deploy.harness import BlockDiffusionLM, cut
 
 TASKS = Path(__file__).parents[1] / "lm_eval_tasks"

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from common.config import DataConfig
 from common.prompts import PromptError, load_prompts, prompt_ids, read_records
-from deploy.tiny_arlm import build_tokenizer
+from deploy.demo.tiny_arlm import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 ROWS = [{"question": f"What is {i} + 1?", "answer": i + 1, "domain": "math", "tests": ["x"]} for i in range(6)]

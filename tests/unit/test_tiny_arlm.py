@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from common.word_problems import generate, split_of
-from deploy.tiny_arlm import (
+from deploy.demo.tiny_arlm import (
     DATA_SEED,
     IGNORED,
     MAX_RESPONSE,
@@ -19,6 +18,7 @@ from deploy.tiny_arlm import (
     prompt_text,
     write_problems,
 )
+from deploy.demo.word_problems import generate, split_of
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SHIPPED = DEPLOY / "models" / "tiny-arlm"

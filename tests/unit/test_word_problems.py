@@ -5,7 +5,7 @@ import re
 import pytest
 
 from common.answers import is_correct
-from common.word_problems import (
+from deploy.demo.word_problems import (
     DIFFICULTIES,
     STANDARD,
     Difficulty,

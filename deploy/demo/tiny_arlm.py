@@ -1,7 +1,7 @@
 """A tiny autoregressive language model, trained from scratch to solve word problems: the smallest real teacher.
 
 `deploy/models/tiny-arlm` and `deploy/data/word_problems_*.jsonl` are shipped; both are made again, from the
-repository's root, by ``python -m deploy.tiny_arlm --out deploy/models/tiny-arlm --data deploy/data``.
+repository's root, by ``python -m deploy.demo.tiny_arlm --out deploy/models/tiny-arlm --data deploy/data``.
 
 The model is an ordinary `Qwen3ForCausalLM` with an ordinary fast tokenizer, so everything that loads a Qwen3
 folder loads it: one token per byte, the role names and Qwen's chat markers as whole tokens, and a mask token.
@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from common.answers import is_correct
-from common.word_problems import (
+from deploy.demo.word_problems import (
     DIFFICULTIES,
     STANDARD,
     Difficulty,
