@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from actors.evaluation import Evaluation
 from common.answers import is_correct
-from common.config import AnswerFormat
+from common.config.run import AnswerFormat
 from common.prompts import Prompt
 from common.student import load_tokenizer
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.config import DynamicUnmasking, EntropyBoundUnmasking, Unmasking
+from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, Unmasking
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from actors.drawing import Decoding
 from actors.sampler import Sampler
 from actors.slots import Request
 from common.answers import is_correct
-from common.config import AnswerFormat
+from common.config.run import AnswerFormat
 from common.prompts import Prompt
 
 _COUNTS = ("correct", "response_tokens", "denoise_forwards", "commit_forwards", "ended")

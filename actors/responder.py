@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from common.config import RunConfig, TeacherConfig
+from common.config.run import RunConfig, TeacherConfig
 from common.seeds import stream_key
 from common.student import load_model
 

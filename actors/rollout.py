@@ -21,7 +21,7 @@ from actors.slots import Request
 from actors.weights_inbox import WeightsInbox
 from common.broadcast_transport import BroadcastTransport, connect
 from common.busy import BusySpans, computes
-from common.config import RunConfig, Unmasking
+from common.config.run import RunConfig, Unmasking
 from common.object_store_transport import ObjectStoreTransport
 from common.prompts import Prompt
 from common.responses import stored_trajectory

@@ -27,7 +27,7 @@ from actors.graphs import PassGraphs
 from actors.projections import pack_projections
 from actors.slots import Request, SlotState
 from actors.unmasking import choose, tokens_revealed, without_threshold
-from common.config import Unmasking
+from common.config.run import Unmasking
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
 from common.trajectory import Trajectory

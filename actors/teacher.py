@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from common.busy import BusySpans
-from common.config import RunConfig, TeacherConfig
-from common.objective_config import AS_IT_IS, TeacherTarget
+from common.config.objective import AS_IT_IS, TeacherTarget
+from common.config.run import RunConfig, TeacherConfig
 from common.reshaping import reshape
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, from_batch, to_batch
 

@@ -18,7 +18,7 @@ from actors.teacher import (
     hidden_array,
     log_rest,
 )
-from common.config import TeacherConfig
+from common.config.run import TeacherConfig
 from common.student import lm_head_weight, load_model
 
 LOGITS_ROWS = 1024  # positions per product with the LM head: 0.6 GiB of float32 at a vocabulary of 152k

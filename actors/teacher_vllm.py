@@ -23,7 +23,7 @@ from actors.teacher import (
     hidden_array,
     log_rest,
 )
-from common.config import TeacherConfig
+from common.config.run import TeacherConfig
 
 TOKENS_PER_SLOT = 16  # a batch of max_batched_tokens holds at most so many sequences: tokens / 16
 MOST_SLOTS = 256

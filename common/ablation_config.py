@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from common.section import Section
+from common.config.section import Section
 
 
 class RespondConfig(Section):

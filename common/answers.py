@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from common.config import AnswerFormat
+from common.config.run import AnswerFormat
 
 _ANSWER_LINE = re.compile(r"Answer: (-?\d+)")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

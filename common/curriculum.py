@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from common.config import CurriculumConfig, DynamicUnmasking, RolloutConfig, RunConfig, Unmasking
-from common.schedule_config import PlateauGrowth, StepGrowth
+from common.config.run import CurriculumConfig, DynamicUnmasking, RolloutConfig, RunConfig, Unmasking
+from common.config.schedule import PlateauGrowth, StepGrowth
 
 
 @dataclass

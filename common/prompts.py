@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from common.config import DataConfig
+from common.config.run import DataConfig
 
 
 class PromptError(ValueError):

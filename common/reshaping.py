@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.objective_config import TeacherTarget
+from common.config.objective import TeacherTarget
 
 
 def reshape(logits: Tensor, target: TeacherTarget) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config import DataConfig
-from common.objective_config import MixtureSource, Source, StoredSource
+from common.config.objective import MixtureSource, Source, StoredSource
+from common.config.run import DataConfig
 from common.prompts import Prompt, PromptError, read_records
 from common.seeds import source_rng
 from common.student import tokenizer_fingerprint

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.objective_config import (
+from common.config.objective import (
     AllRoundsState,
     ComplementaryState,
     GlobalState,

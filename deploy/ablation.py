@@ -20,10 +20,10 @@ import yaml
 from pydantic import ValidationError
 
 from common.ablation_config import AblationConfig
-from common.config import RunConfig
-from common.config_errors import explain
-from common.config_file import PRESETS, ConfigError, load_config
-from common.yaml_loader import ConfigLoader
+from common.config.errors import explain
+from common.config.file import PRESETS, ConfigError, load_config
+from common.config.run import RunConfig
+from common.config.yaml_loader import ConfigLoader
 from deploy.errors import WorkerError
 
 

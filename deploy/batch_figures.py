@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from common.busy import Span
-from common.config import DynamicUnmasking, RunConfig
+from common.config.run import DynamicUnmasking, RunConfig
 from deploy.checkpoints import RunState
 from deploy.cluster import Pools
 from deploy.occupancy import Window

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from common.config import RunConfig
-from common.config_file import ConfigError
+from common.config.file import ConfigError
+from common.config.run import RunConfig
 from common.curriculum import Feedback
 
 _MANIFEST = "manifest.json"

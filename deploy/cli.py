@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from common.config_file import ConfigError, load_config, preset_names
+from common.config.file import ConfigError, load_config, preset_names
 from deploy import ablate_command, eval_command, generate_command, job_commands, respond_command
 from deploy.dashboard.command import dashboard
 from deploy.decoding_options import DtypeName

@@ -13,8 +13,8 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import rollout, teacher
-from common.config import RunConfig
-from common.config_file import ConfigError
+from common.config.file import ConfigError
+from common.config.run import RunConfig
 from deploy.placement import LEAST_STORE_MIB, check_resources, on_cluster, plan
 from deploy.waiting import wait_all
 from learner import rank

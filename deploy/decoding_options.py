@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from common.config import (
+from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from common.config import RunConfig
-from common.config_file import ConfigError
+from common.config.file import ConfigError
+from common.config.run import RunConfig
 from common.prompts import PromptError, read_records
 from deploy.placement import Placement, object_store_mib, on_cluster, plan
 from deploy.preflight import check_model_folder

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from common.config import AnswerFormat, DataConfig
-from common.config_file import ConfigError
+from common.config.file import ConfigError
+from common.config.run import AnswerFormat, DataConfig
 from deploy.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student
 
 console = Console()

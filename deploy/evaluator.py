@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.evaluation import Evaluation
-from common.config import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
+from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools
 from deploy.waiting import wait_all

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from rich.table import Table
 
-from common.config import RunConfig
-from common.config_fields import is_tag, sections_of, tag_of
+from common.config.fields import is_tag, sections_of, tag_of
+from common.config.run import RunConfig
 
 
 def field_table() -> Table:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from common.config_file import ConfigError
+from common.config.file import ConfigError
 from common.prompts import PromptError, read_records
 from deploy.decoding_options import (
     DEFAULT_THRESHOLD,

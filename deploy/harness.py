@@ -27,7 +27,7 @@ from actors.drawing import Decoding
 from actors.generation import load_student, sampler_of
 from actors.likelihood import Estimate, Method, log_likelihoods
 from actors.slots import Request
-from common.config_file import ConfigError
+from common.config.file import ConfigError
 from deploy.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.preflight import check_student_folder
 

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from common.config_file import ConfigError, load_config
+from common.config.file import ConfigError, load_config
 from deploy.errors import StuckError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

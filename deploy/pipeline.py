@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import ray
 import yaml
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.curriculum import block_size_at, response_limit, unmasking_at
 from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet

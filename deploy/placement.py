@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import ModelShape, RunConfig
-from common.config_file import ConfigError
+from common.config.file import ConfigError
+from common.config.run import ModelShape, RunConfig
 from learner.deepspeed_config import WHOLE_ELEMENTS
 
 _BYTES = {"float32": 4, "bfloat16": 2}

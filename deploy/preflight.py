@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common.config import DataConfig, RunConfig
-from common.config_file import ConfigError
+from common.config.file import ConfigError
+from common.config.run import DataConfig, RunConfig
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run, copy_target
 from deploy.dashboard.process import free_port, read_token

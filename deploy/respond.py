@@ -30,8 +30,8 @@ import ray
 from pyarrow import parquet
 
 from actors.responder import ResponseRequest, Sampling, as_remote
-from common.config import RunConfig
-from common.config_file import ConfigError
+from common.config.file import ConfigError
+from common.config.run import RunConfig
 from common.prompts import Prompt
 from common.student import tokenizer_fingerprint
 from deploy import preflight

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.config_file import load_config
+from common.config.file import load_config
 
 console = Console()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from common.config import RolloutConfig, Unmasking
+from common.config.run import RolloutConfig, Unmasking
 from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools

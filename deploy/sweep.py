@@ -21,7 +21,8 @@ from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
 from actors.generation import load_student, sampler_of
 from actors.sampler import Sampler
-from common.config import (
+from common.config.file import ConfigError
+from common.config.run import (
     AnswerFormat,
     DynamicUnmasking,
     EntropyBoundUnmasking,
@@ -29,7 +30,6 @@ from common.config import (
     StaticUnmasking,
     Unmasking,
 )
-from common.config_file import ConfigError
 from common.prompts import Prompt
 from common.versions import installed_versions
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.metrics import METRICS
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.config.objective import ObjectiveConfig
 from common.masks import packed_mask, per_layer_kind
-from common.objective_config import ObjectiveConfig
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
 from learner.packing import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.config import LearnerConfig
+from common.config.run import LearnerConfig
 
 # weights that a rank keeps beside its shard: these need no gathering in every forward and backward
 WHOLE_ELEMENTS = 1_000_000_000

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.objective_config import AS_IT_IS, Divergence, ForwardKL, JensenShannon, MixedKL, ReverseKL, TeacherTarget
+from common.config.objective import AS_IT_IS, Divergence, ForwardKL, JensenShannon, MixedKL, ReverseKL, TeacherTarget
 from common.reshaping import reshape
 from common.student import full_precision_logits
 from learner.terms import LogitTerms, entropy_of

@@ -21,9 +21,9 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from common.broadcast_transport import BroadcastTransport, open_store
 from common.busy import BusySpans, computes
-from common.config import RunConfig
+from common.config.objective import ForwardKL
+from common.config.run import RunConfig
 from common.object_store_transport import ObjectStoreTransport
-from common.objective_config import ForwardKL
 from common.student import (
     attention_windows,
     convert,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from common.config import LearnerConfig
+from common.config.run import LearnerConfig
 
 
 def learning_rate(config: LearnerConfig, update: int, updates_per_batch: int, total_updates: int) -> float:

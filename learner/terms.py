@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.objective_config import ObjectiveConfig
+from common.config.objective import ObjectiveConfig
 
 
 @dataclass(frozen=True)

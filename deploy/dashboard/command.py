@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from common.config_file import ConfigError
-from common.dashboard_config import is_loopback
+from common.config.dashboard import is_loopback
+from common.config.file import ConfigError
 
 
 def dashboard(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import deploy
-from common.config_file import ConfigError
-from common.dashboard_config import DashboardConfig
+from common.config.dashboard import DashboardConfig
+from common.config.file import ConfigError
 
 _LEAST_TOKEN = 16
 _FAREWELL_SECONDS = 2.5  # open pages hear of the run's end before the server goes

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config_file import ConfigError
+from common.config.file import ConfigError
 from common.metrics import METRICS
 from deploy.dashboard.charts import ROLES
 from deploy.dashboard.decimation import min_max, moving_average

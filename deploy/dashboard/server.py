@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from sse_starlette.sse import EventSourceResponse
 
-from common.dashboard_config import is_loopback
+from common.config.dashboard import is_loopback
 from common.metrics import METRICS
 from deploy.dashboard.charts import CHARTS, described
 from deploy.dashboard.run_reader import SMOOTH, RunReader

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
 from tests.benchmarks.learner_step import BLOCK, random_trajectories, useful_flops

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.objective_config import ForwardKL, ObjectiveConfig
+from common.config.objective import ForwardKL, ObjectiveConfig
 from common.states import select_states
 from common.student import hidden_states
 from common.trajectory import Trajectory, TrajectoryMeta

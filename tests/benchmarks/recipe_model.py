@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import ModelShape, RunConfig
+from common.config.run import ModelShape, RunConfig
 from deploy.placement import plan
 from tests.benchmarks.models import SIZES
 

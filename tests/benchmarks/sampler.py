@@ -12,7 +12,7 @@ from actors.cache import CacheRows
 from actors.drawing import Decoding
 from actors.sampler import Sampler
 from actors.slots import Request
-from common.config import StaticUnmasking
+from common.config.run import StaticUnmasking
 from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model
 from tests.benchmarks.operators import Operator, hottest
 

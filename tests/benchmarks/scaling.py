@@ -15,7 +15,7 @@ import torch
 
 from actors.drawing import Decoding
 from actors.sampler import Sampler
-from common.config import Resources, StaticUnmasking, TeacherConfig
+from common.config.run import Resources, StaticUnmasking, TeacherConfig
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
 from tests.benchmarks import learner_step, pipeline, sampler, scaling_page, teacher

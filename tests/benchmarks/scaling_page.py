@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.config import RunConfig
-from common.config_file import load_config
+from common.config.file import load_config
+from common.config.run import RunConfig
 from deploy.placement import plan
 from tests.benchmarks.recipe_model import Assumed, Estimate, Rates, Split, best_split, estimate, read_rates
 

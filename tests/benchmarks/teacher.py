@@ -17,7 +17,7 @@ import torch
 
 from actors.teacher import TargetRequest, Targets, TeacherBackend
 from actors.teacher_transformers import TransformersBackend
-from common.config import Resources, TeacherConfig
+from common.config.run import Resources, TeacherConfig
 from tests.benchmarks.models import random_model
 from tests.benchmarks.operators import Operator, hottest
 

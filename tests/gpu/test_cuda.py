@@ -10,9 +10,9 @@ import torch
 from actors.drawing import Decoding
 from actors.sampler import Sampler
 from actors.slots import Request
-from common.config import DynamicUnmasking, StaticUnmasking
+from common.config.objective import ForwardKL, ObjectiveConfig
+from common.config.run import DynamicUnmasking, StaticUnmasking
 from common.masks import dense_mask, flex_mask
-from common.objective_config import ForwardKL, ObjectiveConfig
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import full_precision_logits, hidden_states, load_model

@@ -14,7 +14,7 @@ from actors.sampler import Sampler
 from actors.weights_inbox import WeightsInbox
 from common.broadcast_transport import BroadcastTransport, connect, open_store
 from common.checksums import device_checksums
-from common.config import StaticUnmasking
+from common.config.run import StaticUnmasking
 from common.object_store_transport import ObjectStoreTransport
 from common.student import load_model
 from learner.publish import parameter_buckets

@@ -5,7 +5,7 @@ import time
 import pytest
 import ray
 
-from common.config_file import ConfigError, load_config
+from common.config.file import ConfigError, load_config
 from deploy.cluster import reserve
 
 pytestmark = pytest.mark.integration

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.config_file import load_config
+from common.config.file import load_config
 from common.student import load_tokenizer
 from deploy.pipeline import run
 from tests.models import tiny_family

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from common.config_file import load_config
+from common.config.file import load_config
 from common.curriculum import Feedback
 from common.student import load_model
 from common.trajectory import from_batch, read_spool

@@ -5,9 +5,9 @@ import pytest
 import ray
 import torch
 
-from common.config import DynamicUnmasking, RunConfig
+from common.config.objective import ObjectiveConfig
+from common.config.run import DynamicUnmasking, RunConfig
 from common.object_store_transport import ObjectStoreTransport
-from common.objective_config import ObjectiveConfig
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint

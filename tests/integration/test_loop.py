@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config_file import load_config
+from common.config.file import load_config
 from common.student import load_model
 from common.trajectory import from_batch, read_spool
 from deploy.pipeline import run

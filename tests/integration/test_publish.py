@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.config_file import load_config
+from common.config.file import load_config
 from common.trajectory import from_batch, read_spool
 from deploy.pipeline import run
 

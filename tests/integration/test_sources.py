@@ -6,7 +6,7 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
-from common.config_file import ConfigError, load_config
+from common.config.file import ConfigError, load_config
 from common.trajectory import from_batch, read_spool
 from deploy import cli
 from deploy.pipeline import run

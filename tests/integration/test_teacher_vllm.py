@@ -15,7 +15,7 @@ import torch
 from actors import responder
 from actors.responder import ResponseRequest, Sampling
 from actors.teacher import TargetRequest, as_remote, build_backend
-from common.config import DataConfig, ModelConfig, RunConfig, TeacherConfig
+from common.config.run import DataConfig, ModelConfig, RunConfig, TeacherConfig
 from common.student import lm_head_weight, load_model
 from common.trajectory import from_batch, to_batch
 from tests.models import tiny_qwen3

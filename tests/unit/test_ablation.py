@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from common.ablation_config import AblationConfig, Claim
-from common.config_file import ConfigError
+from common.config.file import ConfigError
 from deploy.ablation import arms_of, load_ablation, responses_file, run_all
 from deploy.ablation_report import Result, verdict, write_report
 from deploy.errors import WorkerError

@@ -3,7 +3,7 @@
 import pytest
 
 from common.answers import final_answer, is_correct, normalised
-from common.config import AnswerFormat
+from common.config.run import AnswerFormat
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 from pyarrow import fs
 
-from common.config_file import ConfigError, load_config
+from common.config.file import ConfigError, load_config
 from common.curriculum import Feedback
 from deploy import preflight
 from deploy.checkpoints import Checkpoints, RunState

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from common.config import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
-from common.config_file import REPOSITORY, load_config
+from common.config.file import REPOSITORY, load_config
+from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
 from deploy import cli, pipeline
 from deploy.decoding_options import unmasking_of
 from deploy.errors import WorkerError

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from common.config import CurriculumConfig, LearnerConfig, ModelShape, RunConfig
-from common.config_fields import leaves
+from common.config.fields import leaves
+from common.config.run import CurriculumConfig, LearnerConfig, ModelShape, RunConfig
 
 
 def run_config(**changes: Any) -> RunConfig:
@@ -18,7 +18,7 @@ def run_config(**changes: Any) -> RunConfig:
 def test_config_and_help_load_neither_torch_nor_ray():
     code = """
 import sys
-import common.config, common.config_file, deploy.cli
+import common.config.run, common.config.file, deploy.cli
 sys.argv = ["opdlm", "train", "--help"]
 try:
     deploy.cli.main()

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import DynamicUnmasking, RunConfig, StaticUnmasking
-from common.config_file import REPOSITORY, ConfigError, load_config, parse_overrides
-from common.objective_config import JensenShannon, MixedKL
+from common.config.file import REPOSITORY, ConfigError, load_config, parse_overrides
+from common.config.objective import JensenShannon, MixedKL
+from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking
 
 MINIMAL = "model: {path: deploy/models/tiny-arlm}\ndata: {prompts: questions.jsonl}\n"
 

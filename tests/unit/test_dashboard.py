@@ -13,8 +13,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config_file import ConfigError, load_config
-from common.dashboard_config import is_loopback
+from common.config.dashboard import is_loopback
+from common.config.file import ConfigError, load_config
 from common.metrics import METRICS
 from deploy.dashboard.charts import CHARTS
 from deploy.dashboard.decimation import min_max, moving_average

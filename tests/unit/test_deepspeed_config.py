@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from common.config import LearnerConfig
+from common.config.run import LearnerConfig
 from learner.deepspeed_config import deepspeed_config
 
 

@@ -6,7 +6,7 @@ import pytest
 from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
 from actors.generation import load_student, sampler_of
-from common.config import StaticUnmasking
+from common.config.run import StaticUnmasking
 from common.prompts import Prompt
 from common.student import convert_folder
 from tests.models import tiny_qwen3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from actors.evaluation import Evaluation
-from common.config_file import load_config
+from common.config.file import load_config
 from common.metrics import METRICS
 from common.prompts import Prompt
 from deploy import evaluator as evaluator_module

@@ -20,8 +20,8 @@ from actors.drawing import Decoding
 from actors.generation import load_student, sampler_of
 from actors.likelihood import Estimate, log_likelihoods
 from actors.slots import Request
-from common.config import DynamicUnmasking
-from common.config_file import REPOSITORY, ConfigError
+from common.config.file import REPOSITORY, ConfigError
+from common.config.run import DynamicUnmasking
 from common.student import convert_folder
 from deploy.demo.word_problems import generate
 from deploy.harness import BlockDiffusionLM, cut

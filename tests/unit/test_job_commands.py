@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from common.config_file import REPOSITORY, ConfigError
+from common.config.file import REPOSITORY, ConfigError
 from deploy import cli, job_commands
 
 JOB = "raysubmit_1"

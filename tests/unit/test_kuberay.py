@@ -15,8 +15,8 @@ import pytest
 import typer
 import yaml
 
-from common.config import RunConfig
-from common.config_file import PRESETS, load_config
+from common.config.file import PRESETS, load_config
+from common.config.run import RunConfig
 from deploy.cli import app
 from deploy.placement import Process, plan
 from tests.manifests import (

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config.objective import ObjectiveConfig
 from common.masks import dense_mask
-from common.objective_config import ObjectiveConfig
 from common.states import select_states
 from learner.packing import (
     PAD_DOCUMENT,

@@ -7,8 +7,8 @@ import torch
 from actors.drawing import Decoding
 from actors.sampler import Sampler
 from actors.slots import Request
-from common.config import DynamicUnmasking, StaticUnmasking
-from common.objective_config import ObjectiveConfig
+from common.config.objective import ObjectiveConfig
+from common.config.run import DynamicUnmasking, StaticUnmasking
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from common.config_file import ConfigError, load_config
+from common.config.file import ConfigError, load_config
 from deploy import preflight
 from tests.models import tiny_qwen3
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from common.config_file import load_config, preset_names
+from common.config.file import load_config, preset_names
 from deploy.dry_run import show
 from deploy.placement import plan
 

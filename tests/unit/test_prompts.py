@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from common.config import DataConfig
+from common.config.run import DataConfig
 from common.prompts import PromptError, load_prompts, prompt_ids, read_records
 from deploy.demo.tiny_arlm import build_tokenizer
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from actors.responder import ResponseRequest, Sampling, TransformersEngine
-from common.config import DataConfig
-from common.config_file import ConfigError, load_config
-from common.objective_config import MixtureSource, ObjectiveConfig, StoredSource, StudentSource
+from common.config.file import ConfigError, load_config
+from common.config.objective import MixtureSource, ObjectiveConfig, StoredSource, StudentSource
+from common.config.run import DataConfig
 from common.prompts import Prompt, PromptError
 from common.responses import load_responses, stored_share, stored_trajectory, with_responses
 from common.seeds import state_rng

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.objective_config import ForwardKL
+from common.config.objective import ForwardKL
 from common.student import load_tokenizer
 from common.trajectory import STORED
 from learner import rollout_samples

@@ -10,7 +10,7 @@ import torch
 from actors.drawing import Decoding, draw
 from actors.sampler import Sampler, _batches
 from actors.slots import PATIENCE, Request, SlotState
-from common.config import (
+from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from common.config_file import load_config
+from common.config.file import load_config
 from learner.packing import assign_ranks
 from tests.benchmarks import pipeline, scaling, scaling_page
 from tests.benchmarks.recipe_model import Assumed, Batch, Split, _dealt, _lengths, best_split, estimate, rates

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.objective_config import ObjectiveConfig
+from common.config.objective import ObjectiveConfig
 from common.prompts import Prompt
 from common.responses import stored_trajectory
 from common.states import select_states

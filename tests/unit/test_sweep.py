@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from actors.evaluation import Evaluation
-from common.config import DynamicUnmasking, StaticUnmasking
-from common.config_file import REPOSITORY, ConfigError
+from common.config.file import REPOSITORY, ConfigError
+from common.config.run import DynamicUnmasking, StaticUnmasking
 from deploy import cli, eval_command
 from deploy.sweep import Row, Setting, Sweep, row_of, settings_of
 from deploy.sweep_report import pareto_front, plot, table

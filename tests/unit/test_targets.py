@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from actors.teacher import TopkTargets, log_rest, reshape_topk
-from common.objective_config import ForwardKL, JensenShannon, ObjectiveConfig, TeacherTarget
+from common.config.objective import ForwardKL, JensenShannon, ObjectiveConfig, TeacherTarget
 from common.reshaping import reshape
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, divergence, empty_sums
 from tests.unit.test_config import run_config

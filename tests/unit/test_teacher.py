@@ -24,7 +24,7 @@ from actors.teacher import (
     build_backend,
     log_rest,
 )
-from common.config import Resources, TeacherConfig
+from common.config.run import Resources, TeacherConfig
 from common.student import lm_head_weight, load_model
 from common.trajectory import Trajectory, TrajectoryMeta, from_batch, to_batch
 from tests.models import tiny_qwen3

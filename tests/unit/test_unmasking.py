@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.unmasking import choose
-from common.config import DynamicUnmasking, EntropyBoundUnmasking, SequentialUnmasking, StaticUnmasking
+from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, SequentialUnmasking, StaticUnmasking
 from tests.reference import chosen_positions
 
 RULES = st.one_of(

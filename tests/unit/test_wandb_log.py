@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.config_file import ConfigError, load_config
+from common.config.file import ConfigError, load_config
 from common.metrics import METRICS
 from deploy import preflight
 from deploy.wandb_log import WandbLog

@@ -6,7 +6,7 @@ import ipaddress
 
 from pydantic import Field, model_validator
 
-from common.section import Section
+from common.config.section import Section
 
 
 class DashboardConfig(Section):

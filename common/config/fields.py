@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from common.config import RunConfig
+from common.config.run import RunConfig
 
 _TAGS = ("rule", "kind")  # fields that choose among sections
 

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from common.config import RunConfig
-from common.config_errors import explain
-from common.config_fields import default_tag, is_tag
-from common.yaml_loader import ConfigLoader
+from common.config.errors import explain
+from common.config.fields import default_tag, is_tag
+from common.config.run import RunConfig
+from common.config.yaml_loader import ConfigLoader
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PRESETS = REPOSITORY / "deploy" / "presets"
 _EXAMPLE = "overrides look like --learner.lr 1e-4"
 

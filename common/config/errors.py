@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from common.config_fields import leaves, section_at, tag_of
+from common.config.fields import leaves, section_at, tag_of
 
 
 def explain(error: Any) -> str:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from common.dashboard_config import DashboardConfig
-from common.objective_config import ObjectiveConfig
-from common.schedule_config import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
-from common.section import Section
-from common.wandb_config import WandbConfig
+from common.config.dashboard import DashboardConfig
+from common.config.objective import ObjectiveConfig
+from common.config.schedule import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
+from common.config.section import Section
+from common.config.wandb import WandbConfig
 
 Dtype = Literal["float32", "bfloat16"]
 AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.section import Section
+from common.config.section import Section
 
 
 class CurriculumConfig(Section):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from common.section import Section
+from common.config.section import Section
 
 
 class PerBlockState(Section):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from common.section import Section
+from common.config.section import Section
 
 
 class WandbConfig(Section):
