@@ -19,17 +19,17 @@ from actors.evaluation import Evaluation, evaluate_shard
 from actors.sampler import Sampler
 from actors.slots import Request
 from actors.weights_inbox import WeightsInbox
-from common.broadcast_transport import BroadcastTransport, connect
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
-from common.object_store_transport import ObjectStoreTransport
 from common.prompts import Prompt
 from common.responses import stored_trajectory
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import convert, load_model, tokenizer_fingerprint
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
-from common.weights import WeightsHandle, WeightsTransport
+from common.weights.broadcast import BroadcastTransport, connect
+from common.weights.object_store import ObjectStoreTransport
+from common.weights.transport import WeightsHandle, WeightsTransport
 
 
 class RolloutActor:

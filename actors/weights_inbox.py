@@ -8,7 +8,7 @@ from queue import Empty, Queue
 import torch
 from torch import Tensor, nn
 
-from common.weights import WeightsHandle, WeightsTransport, load_weights
+from common.weights.transport import WeightsHandle, WeightsTransport, load_weights
 
 
 class WeightsInbox:

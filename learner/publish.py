@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from common.weights import Bucket
+from common.weights.transport import Bucket
 
 
 def gathered_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[Bucket]:

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from common.broadcast_transport import BroadcastTransport, open_store
 from common.busy import BusySpans, computes
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
-from common.object_store_transport import ObjectStoreTransport
 from common.student import (
     attention_windows,
     convert,
@@ -36,7 +34,9 @@ from common.student import (
     tokenizer_fingerprint,
 )
 from common.trajectory import Trajectory, TrajectoryMeta, from_batch, write_spool
-from common.weights import WeightsHandle, WeightsTransport
+from common.weights.broadcast import BroadcastTransport, open_store
+from common.weights.object_store import ObjectStoreTransport
+from common.weights.transport import WeightsHandle, WeightsTransport
 from learner.batches import BatchBuilder, TrainingBatch
 from learner.deepspeed_config import deepspeed_config
 from learner.liger import use_liger_kernels

@@ -21,10 +21,10 @@ import xxhash
 from torch import Tensor
 
 from actors.weights_inbox import WeightsInbox
-from common.broadcast_transport import BroadcastTransport, connect, open_store
-from common.checksums import device_checksums
-from common.object_store_transport import ObjectStoreTransport
-from common.weights import WeightsTransport, load_weights
+from common.weights.broadcast import BroadcastTransport, connect, open_store
+from common.weights.checksums import device_checksums
+from common.weights.object_store import ObjectStoreTransport
+from common.weights.transport import WeightsTransport, load_weights
 from learner.publish import parameter_buckets
 from tests.benchmarks.models import random_model
 

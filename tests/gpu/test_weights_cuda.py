@@ -12,11 +12,11 @@ import torch
 from actors.drawing import Decoding
 from actors.sampler import Sampler
 from actors.weights_inbox import WeightsInbox
-from common.broadcast_transport import BroadcastTransport, connect, open_store
-from common.checksums import device_checksums
 from common.config.run import StaticUnmasking
-from common.object_store_transport import ObjectStoreTransport
 from common.student import load_model
+from common.weights.broadcast import BroadcastTransport, connect, open_store
+from common.weights.checksums import device_checksums
+from common.weights.object_store import ObjectStoreTransport
 from learner.publish import parameter_buckets
 from tests.gpu.test_cuda import BLOCK, EOS, requests
 from tests.models import tiny_qwen3

@@ -7,12 +7,12 @@ import torch
 
 from common.config.objective import ObjectiveConfig
 from common.config.run import DynamicUnmasking, RunConfig
-from common.object_store_transport import ObjectStoreTransport
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
 from common.trajectory import TrajectoryMeta, read_spool, to_batch
-from common.weights import load_weights
+from common.weights.object_store import ObjectStoreTransport
+from common.weights.transport import load_weights
 from learner import rank
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, empty_sums

@@ -6,7 +6,7 @@ from torch import nn
 
 from actors.projections import PackedLinear, pack_projections
 from common.student import load_model
-from common.weights import load_weights
+from common.weights.transport import load_weights
 from tests.models import tiny_qwen3
 
 

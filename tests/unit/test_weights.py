@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from actors.weights_inbox import WeightsInbox
-from common import checksums
-from common.broadcast_transport import BroadcastTransport, connect, open_store
-from common.object_store_transport import ObjectStoreTransport
-from common.staged_buckets import StagedBuckets, as_tensor
-from common.weights import WeightsHandle, WeightsTransport, load_weights
+from common.weights import checksums
+from common.weights.broadcast import BroadcastTransport, connect, open_store
+from common.weights.object_store import ObjectStoreTransport
+from common.weights.staged_buckets import StagedBuckets, as_tensor
+from common.weights.transport import WeightsHandle, WeightsTransport, load_weights
 from learner.publish import parameter_buckets
 
 pytestmark = pytest.mark.timeout(120)

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.checksums import device_checksums, host_checksums
-from common.staged_buckets import StagedBuckets, as_tensor
-from common.weights import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
+from common.weights.checksums import device_checksums, host_checksums
+from common.weights.staged_buckets import StagedBuckets, as_tensor
+from common.weights.transport import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
 
 _POLL_SECONDS = 0.002
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.weights import TensorSpec
+from common.weights.transport import TensorSpec
 
 _ALIGNMENT = 64
 

@@ -22,9 +22,9 @@ import ray
 import torch
 from torch import Tensor
 
-from common.checksums import PIECE_BYTES, combined, host_checksums, piece_digest, pieces
-from common.staged_buckets import StagedBuckets, as_tensor
-from common.weights import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
+from common.weights.checksums import PIECE_BYTES, combined, host_checksums, piece_digest, pieces
+from common.weights.staged_buckets import StagedBuckets, as_tensor
+from common.weights.transport import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
 
 _IN_TRANSIT = 2  # buckets that are hashed and put while the next is gathered, each in a buffer of its own
 
