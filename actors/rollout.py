@@ -14,10 +14,10 @@ import ray
 import torch
 
 from actors.autoregressive import evaluate_autoregressive, load_autoregressive
-from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
-from actors.sampler import Sampler
-from actors.slots import Request
+from actors.sampler.sampler import Sampler
+from actors.sampler.sampling import Decoding
+from actors.sampler.slots import Request
 from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking

@@ -68,8 +68,8 @@ def generate(
     from deploy.preflight import check_student_folder
 
     check_student_folder(model)
-    from actors.drawing import Decoding
     from actors.generation import generate_texts, load_student, sampler_of
+    from actors.sampler.sampling import Decoding
     from deploy.unmasking_view import unmasking_view
 
     student, tokenizer = load_student(model, dtype)

@@ -23,10 +23,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from actors.drawing import Decoding
 from actors.generation import load_student, sampler_of
 from actors.likelihood import Estimate, Method, log_likelihoods
-from actors.slots import Request
+from actors.sampler.sampling import Decoding
+from actors.sampler.slots import Request
 from common.config.file import ConfigError
 from deploy.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.preflight import check_student_folder

@@ -17,10 +17,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.autoregressive import evaluate_autoregressive, load_autoregressive
-from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
 from actors.generation import load_student, sampler_of
-from actors.sampler import Sampler
+from actors.sampler.sampler import Sampler
+from actors.sampler.sampling import Decoding
 from common.config.file import ConfigError
 from common.config.run import (
     AnswerFormat,

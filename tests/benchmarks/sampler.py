@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.cache import CacheRows
-from actors.drawing import Decoding
-from actors.sampler import Sampler
-from actors.slots import Request
+from actors.sampler.cache import CacheRows
+from actors.sampler.sampler import Sampler
+from actors.sampler.sampling import Decoding
+from actors.sampler.slots import Request
 from common.config.run import StaticUnmasking
 from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model
 from tests.benchmarks.operators import Operator, hottest

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from actors.drawing import Decoding
-from actors.sampler import Sampler
+from actors.sampler.sampler import Sampler
+from actors.sampler.sampling import Decoding
 from common.config.run import Resources, StaticUnmasking, TeacherConfig
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder

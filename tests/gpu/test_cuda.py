@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.drawing import Decoding
-from actors.sampler import Sampler
-from actors.slots import Request
+from actors.sampler.sampler import Sampler
+from actors.sampler.sampling import Decoding
+from actors.sampler.slots import Request
 from common.config.objective import ForwardKL, ObjectiveConfig
 from common.config.run import DynamicUnmasking, StaticUnmasking
 from common.masks import dense_mask, flex_mask

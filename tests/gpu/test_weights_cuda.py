@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from actors.drawing import Decoding
-from actors.sampler import Sampler
+from actors.sampler.sampler import Sampler
+from actors.sampler.sampling import Decoding
 from actors.weights_inbox import WeightsInbox
 from common.config.run import StaticUnmasking
 from common.student import load_model

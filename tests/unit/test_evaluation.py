@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from actors.drawing import Decoding
 from actors.evaluation import Evaluation, evaluate_shard
 from actors.generation import load_student, sampler_of
+from actors.sampler.sampling import Decoding
 from common.config.run import StaticUnmasking
 from common.prompts import Prompt
 from common.student import convert_folder

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from actors import attention
-from actors.cache import CacheRows, SlotCache
-from actors.fused_qwen3 import FusedQwen3
-from actors.projections import pack_projections
+from actors.sampler import attention
+from actors.sampler.cache import CacheRows, SlotCache
+from actors.sampler.fused_qwen3 import FusedQwen3
+from actors.sampler.projections import pack_projections
 from common.student import hidden_states, load_model
 from tests.models import tiny_qwen3
 

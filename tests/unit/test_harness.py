@@ -16,10 +16,10 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from actors.drawing import Decoding
 from actors.generation import load_student, sampler_of
 from actors.likelihood import Estimate, log_likelihoods
-from actors.slots import Request
+from actors.sampler.sampling import Decoding
+from actors.sampler.slots import Request
 from common.config.file import REPOSITORY, ConfigError
 from common.config.run import DynamicUnmasking
 from common.student import convert_folder

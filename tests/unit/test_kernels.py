@@ -5,9 +5,9 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from actors.attention import EVERYTHING, slot_attention
-from actors.drawing import Decoding, draw
-from actors.fused_qwen3 import add_norm, swiglu
+from actors.sampler.attention import EVERYTHING, slot_attention
+from actors.sampler.fused_qwen3 import add_norm, swiglu
+from actors.sampler.sampling import Decoding, draw
 
 pytest.importorskip("triton")
 
@@ -32,7 +32,7 @@ def naive_attention(query, keys, values, slots, positions, block_size, scale, wi
 )
 @pytest.mark.parametrize("window", [EVERYTHING, 6])
 def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads, width, queries, window):
-    from actors.attention_kernels import slot_attention_triton
+    from actors.sampler.kernels.slot_attention import slot_attention_triton
 
     torch.manual_seed(0)
     block_size, rows = 4, 5
@@ -69,7 +69,7 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
 @pytest.mark.parametrize("window", [EVERYTHING, 6])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_heads, width, queries, window, fused):
-    from actors.block_attention_kernels import Fusion, block_attention_triton
+    from actors.sampler.kernels.block_attention import Fusion, block_attention_triton
 
     torch.manual_seed(0)
     slots = torch.tensor([2, 0, 1, 0, 3])  # row 3 commits the block before row 1's; row 4 is padding
@@ -105,7 +105,7 @@ def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_
 
 @pytest.mark.parametrize("width", [24, 1500])
 def test_add_norm_and_swiglu_kernels_equal_their_references(width):
-    from actors.layer_kernels import add_norm_triton, swiglu_triton
+    from actors.sampler.kernels.layers import add_norm_triton, swiglu_triton
 
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 4, width)
@@ -120,7 +120,7 @@ def test_add_norm_and_swiglu_kernels_equal_their_references(width):
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
 @pytest.mark.parametrize("vocabulary", [50, 4096, 9000])
 def test_draw_kernel_equals_the_plain_draw(temperature, vocabulary):
-    from actors.drawing_kernels import draw_triton
+    from actors.sampler.kernels.sampling import draw_triton
 
     torch.manual_seed(1)
     logits = 4 * torch.randn(6, 4, vocabulary)
@@ -140,7 +140,7 @@ def test_draw_kernel_equals_the_plain_draw(temperature, vocabulary):
 
 
 def test_draw_kernel_follows_the_distribution():
-    from actors.drawing_kernels import draw_triton
+    from actors.sampler.kernels.sampling import draw_triton
 
     count = 200
     logits = torch.randn(1, 5000).expand(count, -1).contiguous() * 3
@@ -155,7 +155,7 @@ def test_draw_kernel_follows_the_distribution():
 
 
 def test_draw_kernel_reports_what_is_not_finite():
-    from actors.drawing_kernels import draw_triton
+    from actors.sampler.kernels.sampling import draw_triton
 
     logits = torch.full((2, 100), float("nan"))
     _, confidence = draw_triton(logits, torch.full((2,), 0.5), 1.0, 3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from actors.projections import PackedLinear, pack_projections
+from actors.sampler.projections import PackedLinear, pack_projections
 from common.student import load_model
 from common.weights.transport import load_weights
 from tests.models import tiny_qwen3

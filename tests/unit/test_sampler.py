@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.drawing import Decoding, draw
-from actors.sampler import Sampler, _batches
-from actors.slots import PATIENCE, Request, SlotState
+from actors.sampler.sampler import Sampler, _batches
+from actors.sampler.sampling import Decoding, draw
+from actors.sampler.slots import PATIENCE, Request, SlotState
 from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.unmasking import choose
+from actors.sampler.unmasking import choose
 from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, SequentialUnmasking, StaticUnmasking
 from tests.reference import chosen_positions
 

@@ -39,7 +39,7 @@ def draw(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int) 
         entropy in nats float32 [...] (zeros where no rule asks for it).
     """
     if logits.is_cuda and not (decoding.truncated or decoding.needs_entropy):
-        from actors.drawing_kernels import draw_triton
+        from actors.sampler.kernels.sampling import draw_triton
 
         tokens, confidence = draw_triton(logits, noise, decoding.temperature, mask_token_id)
         return tokens, confidence, torch.zeros_like(confidence)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.attention_kernels import attend_to
+from actors.sampler.kernels.slot_attention import attend_to
 
 
 class Fusion(NamedTuple):
@@ -41,7 +41,7 @@ def block_attention_triton(
     partner: Tensor,
     fusion: Fusion | None = None,
 ) -> Tensor:
-    """Same arguments and result as `actors.attention.slot_attention`, for Q <= MOST_QUERIES there.
+    """Same arguments and result as `actors.sampler.attention.slot_attention`, for Q <= MOST_QUERIES there.
 
     The new positions of a slot must be its last, without a gap.
     """

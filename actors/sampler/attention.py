@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from actors.cache import CacheRows
+from actors.sampler.cache import CacheRows
 
 SLOT_ATTENTION = "opdlm_slots"
 EVERYTHING = 2**30  # the window of a layer that is not sliding
@@ -112,8 +112,8 @@ def _(
     window: int = EVERYTHING,
     partner: Tensor | None = None,
 ) -> Tensor:
-    from actors.attention_kernels import slot_attention_triton
-    from actors.block_attention_kernels import block_attention_triton
+    from actors.sampler.kernels.block_attention import block_attention_triton
+    from actors.sampler.kernels.slot_attention import slot_attention_triton
 
     tensors = (query, key, value, keys, values, slots, positions)
     if partner is None or query.shape[2] > MOST_QUERIES:

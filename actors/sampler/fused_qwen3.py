@@ -15,9 +15,9 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RMSNorm, apply_rotary_pos_emb
 
-from actors.attention import EVERYTHING, slot_attention
-from actors.cache import CacheRows
-from actors.projections import PackedLinear
+from actors.sampler.attention import EVERYTHING, slot_attention
+from actors.sampler.cache import CacheRows
+from actors.sampler.projections import PackedLinear
 
 
 class FusedQwen3:
@@ -63,7 +63,7 @@ def before(ids: Tensor, positions: Tensor, model: Any) -> tuple[Tensor, Tensor, 
 def add_norm(x: Tensor, y: Tensor, norm: Qwen3RMSNorm) -> tuple[Tensor, Tensor]:
     """x + y [..., d] and its norm; on CPU the plain way, the reference."""
     if x.is_cuda:
-        from actors.layer_kernels import add_norm_triton  # needs triton
+        from actors.sampler.kernels.layers import add_norm_triton  # needs triton
 
         return add_norm_triton(x, y, norm.weight, norm.variance_epsilon)
     x = x + y
@@ -73,7 +73,7 @@ def add_norm(x: Tensor, y: Tensor, norm: Qwen3RMSNorm) -> tuple[Tensor, Tensor]:
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU of the first half of [..., 2 f] times the second [..., f]; on CPU the plain way, the reference."""
     if gate_up.is_cuda:
-        from actors.layer_kernels import swiglu_triton  # needs triton
+        from actors.sampler.kernels.layers import swiglu_triton  # needs triton
 
         return swiglu_triton(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -92,7 +92,7 @@ def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: Cache
     window = module.sliding_window or EVERYTHING
     if packed.is_cuda:
         assert rows.partner is not None  # a decoding pass has partners
-        from actors.block_attention_kernels import Fusion, block_attention_triton  # needs triton
+        from actors.sampler.kernels.block_attention import Fusion, block_attention_triton  # needs triton
 
         fusion = Fusion(module.q_norm.weight, module.k_norm.weight, module.q_norm.variance_epsilon, cos, sin)
         return block_attention_triton(query, key, value, *memory, window, rows.partner, fusion)

@@ -1,4 +1,4 @@
-"""Triton kernels of attention over the slot cache, rows of any length; actors/attention.py has the reference."""
+"""Triton kernels of attention over the slot cache, rows of any length. The reference: actors/sampler/attention.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.attention import EVERYTHING
+from actors.sampler.attention import EVERYTHING
 
 
 def slot_attention_triton(
@@ -22,7 +22,7 @@ def slot_attention_triton(
     scale: float,
     window: int = EVERYTHING,
 ) -> Tensor:
-    """Same arguments and result as `actors.attention.slot_attention`.
+    """Same arguments and result as `actors.sampler.attention.slot_attention`.
 
     One program per row, key-value head and tile of queries reads the slot's keys as far as its queries see, so
     short sequences cost what they are long.

@@ -1,4 +1,4 @@
-"""Triton kernels of drawing by inverse CDF or argmax; actors/drawing.py has the reference.
+"""Triton kernels of drawing by inverse CDF or argmax; actors/sampler/sampling.py has the reference.
 
 The vocabulary is read once in chunks, whose maxima and sums are enough to find the chunk that holds the drawn token;
 only that chunk is read again. Logits are [P, V]: P positions.
@@ -15,7 +15,7 @@ CHUNK = 4096
 
 
 def draw_triton(logits: Tensor, noise: Tensor, temperature: float, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens and raw confidences, as `actors.drawing.draw` gives them without truncation.
+    """Tokens and raw confidences, as `actors.sampler.sampling.draw` gives them without truncation.
 
     Args:
         logits: float32 [..., V], contiguous; noise: float32 [...] in (0, 1), unused at temperature 0.

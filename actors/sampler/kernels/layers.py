@@ -1,4 +1,4 @@
-"""Triton kernels of what stands between the products of a layer; actors/fused_qwen3.py has the references."""
+"""Triton kernels of what stands between the products of a layer; actors/sampler/fused_qwen3.py has the references."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _CHUNK = 1024
 
 
 def add_norm_triton(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Same results as `actors.fused_qwen3.add_norm` with a norm of that weight; x and y contiguous. A program has a
-    row."""
+    """Same results as `actors.sampler.fused_qwen3.add_norm` with a norm of that weight; x and y contiguous.
+    A program has a row."""
     width = x.shape[-1]
     padded = triton.next_power_of_2(width)
     total, out = torch.empty_like(x), torch.empty_like(x)
@@ -23,7 +23,7 @@ def add_norm_triton(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tup
 
 
 def swiglu_triton(gate_up: Tensor) -> Tensor:
-    """Same argument and result as `actors.fused_qwen3.swiglu`; contiguous."""
+    """Same argument and result as `actors.sampler.fused_qwen3.swiglu`; contiguous."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     _swiglu[(triton.cdiv(width, _CHUNK), out.numel() // width)](gate_up, out, width, CHUNK=_CHUNK)

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors import attention
-from actors.attention import MOST_QUERIES
-from actors.cache import CacheRows, SlotCache
-from actors.drawing import Decoding, draw
-from actors.fused_qwen3 import FusedQwen3
-from actors.graphs import PassGraphs
-from actors.projections import pack_projections
-from actors.slots import Request, SlotState
-from actors.unmasking import choose, tokens_revealed, without_threshold
+from actors.sampler import attention
+from actors.sampler.attention import MOST_QUERIES
+from actors.sampler.cache import CacheRows, SlotCache
+from actors.sampler.fused_qwen3 import FusedQwen3
+from actors.sampler.graphs import PassGraphs
+from actors.sampler.projections import pack_projections
+from actors.sampler.sampling import Decoding, draw
+from actors.sampler.slots import Request, SlotState
+from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
 from common.config.run import Unmasking
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
