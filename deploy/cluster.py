@@ -12,7 +12,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import rollout, teacher
+from actors import rollout
+from actors.teacher import actor as teacher
 from common.config.file import ConfigError
 from common.config.run import RunConfig
 from deploy.placement import LEAST_STORE_MIB, check_resources, on_cluster, plan

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import ray
 from pyarrow import parquet
 
-from actors.responder import ResponseRequest, Sampling, as_remote
+from actors.teacher.responder import ResponseRequest, Sampling, as_remote
 from common.config.file import ConfigError
 from common.config.run import RunConfig
 from common.prompts import Prompt

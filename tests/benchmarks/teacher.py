@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.teacher import TargetRequest, Targets, TeacherBackend
-from actors.teacher_transformers import TransformersBackend
+from actors.teacher.actor import TargetRequest, Targets, TeacherBackend
+from actors.teacher.transformers_backend import TransformersBackend
 from common.config.run import Resources, TeacherConfig
 from tests.benchmarks.models import random_model
 from tests.benchmarks.operators import Operator, hottest
@@ -164,7 +164,7 @@ def _of_vllm(config: TeacherConfig, target: str, folder: str, requests: list[Tar
 
 
 def _vllm_figures(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> dict[str, float]:
-    from actors.teacher import build_backend
+    from actors.teacher.actor import build_backend
 
     backend = build_backend(config, folder)
     cuda = config.resources.gpus > 0

@@ -12,9 +12,9 @@ import pytest
 import ray
 import torch
 
-from actors import responder
-from actors.responder import ResponseRequest, Sampling
-from actors.teacher import TargetRequest, as_remote, build_backend
+from actors.teacher import responder
+from actors.teacher.actor import TargetRequest, as_remote, build_backend
+from actors.teacher.responder import ResponseRequest, Sampling
 from common.config.run import DataConfig, ModelConfig, RunConfig, TeacherConfig
 from common.student import lm_head_weight, load_model
 from common.trajectory import from_batch, to_batch

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.responder import ResponseRequest, Sampling, TransformersEngine
+from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
 from common.config.file import ConfigError, load_config
 from common.config.objective import MixtureSource, ObjectiveConfig, StoredSource, StudentSource
 from common.config.run import DataConfig

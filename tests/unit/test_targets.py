@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.teacher import TopkTargets, log_rest, reshape_topk
+from actors.teacher.actor import TopkTargets, log_rest, reshape_topk
 from common.config.objective import ForwardKL, JensenShannon, ObjectiveConfig, TeacherTarget
 from common.reshaping import reshape
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, divergence, empty_sums

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import actors.teacher
-import actors.teacher_transformers
-from actors.teacher import (
+import actors.teacher.actor
+import actors.teacher.transformers_backend
+from actors.teacher.actor import (
     LEAST_REST,
     HiddenTargets,
     TargetRequest,
@@ -208,7 +208,7 @@ def test_nothing_is_computed_or_shipped_for_positions_that_are_not_asked(
         head_rows += len(hidden)
         return torch.nn.functional.linear(hidden, weight)
 
-    monkeypatch.setattr(actors.teacher_transformers, "linear", counted)
+    monkeypatch.setattr(actors.teacher.transformers_backend, "linear", counted)
     backend.model.model.layers[0].register_forward_pre_hook(count_rows)
     asked, silent = trajectory(0, [1, 4]), trajectory(1, [])
     annotate(backend, [silent, asked])
@@ -220,7 +220,7 @@ def test_nothing_is_computed_or_shipped_for_positions_that_are_not_asked(
 
 
 def test_no_forward_or_product_grows_with_the_number_of_requests(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.teacher_transformers, "LOGITS_ROWS", 16)
+    monkeypatch.setattr(actors.teacher.transformers_backend, "LOGITS_ROWS", 16)
     largest: dict[str, int] = {}
 
     def counted(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -230,7 +230,7 @@ def test_no_forward_or_product_grows_with_the_number_of_requests(path: str, monk
     def widest(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         largest["layers"] = max(largest.get("layers", 0), inputs[0].shape[:2].numel())
 
-    monkeypatch.setattr(actors.teacher_transformers, "linear", counted)
+    monkeypatch.setattr(actors.teacher.transformers_backend, "linear", counted)
     backend = build_backend(config(), path)
     backend.model.model.layers[0].register_forward_pre_hook(widest)
     backend.targets(requests() * 8)
@@ -301,7 +301,7 @@ class _Picky(TeacherBackend):
 
 
 def test_a_failure_reaches_only_the_request_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.teacher, "build_backend", lambda *_: _Picky())
+    monkeypatch.setattr(actors.teacher.actor, "build_backend", lambda *_: _Picky())
     actor = TeacherActor(config(max_batched_tokens=8192), "nowhere")
     batches = [[trajectory(i, [3])] for i in range(4)]
     for (row,) in batches:
@@ -316,7 +316,7 @@ def test_a_failure_reaches_only_the_request_at_fault(monkeypatch: pytest.MonkeyP
 
 
 def test_a_cancelled_caller_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.teacher, "build_backend", lambda *_: _Picky())
+    monkeypatch.setattr(actors.teacher.actor, "build_backend", lambda *_: _Picky())
     actor = TeacherActor(config(max_wait_ms=50), "nowhere")
     rows = [trajectory(i, [3]) for i in range(2)]
     for row in rows:

@@ -152,10 +152,10 @@ def build_backend(config: TeacherConfig, model_path: str) -> TeacherBackend:
     torch.set_num_threads(config.resources.threads)
     # each engine is imported only where it is used: vLLM takes seconds
     if config.backend == "vllm":
-        from actors.teacher_vllm import VllmBackend
+        from actors.teacher.vllm_backend import VllmBackend
 
         return VllmBackend(config, model_path)
-    from actors.teacher_transformers import TransformersBackend
+    from actors.teacher.transformers_backend import TransformersBackend
 
     return TransformersBackend(config, model_path)
 

@@ -51,7 +51,7 @@ class VllmEngine(ResponseEngine):
     """Continuous batching; every response has a seed of its own."""
 
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
-        from actors.teacher_vllm import build_llm, whole_prompts
+        from actors.teacher.vllm_backend import build_llm, whole_prompts
 
         # a seeded request whose prompt is read in pieces rewinds its generator, which CPU generators cannot
         pieces = {} if config.resources.gpus else whole_prompts(config, model_path)

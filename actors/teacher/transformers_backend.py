@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from actors.teacher import (
+from actors.teacher.actor import (
     HiddenTargets,
     TargetRequest,
     Targets,

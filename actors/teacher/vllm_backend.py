@@ -14,7 +14,7 @@ import numpy as np
 import torch._dynamo
 from transformers import AutoConfig
 
-from actors.teacher import (
+from actors.teacher.actor import (
     HiddenTargets,
     TargetRequest,
     Targets,
