@@ -13,8 +13,8 @@ import pyarrow as pa
 import ray
 import torch
 
-from actors.autoregressive import evaluate_autoregressive, load_autoregressive
-from actors.evaluation import Evaluation, evaluate_shard
+from actors.evaluation.autoregressive import evaluate_autoregressive, load_autoregressive
+from actors.evaluation.evaluation import Evaluation, evaluate_shard
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from actors.sampler.slots import Request

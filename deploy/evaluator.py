@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from actors.evaluation import Evaluation
+from actors.evaluation.evaluation import Evaluation
 from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools

@@ -68,7 +68,7 @@ def generate(
     from deploy.preflight import check_student_folder
 
     check_student_folder(model)
-    from actors.generation import generate_texts, load_student, sampler_of
+    from actors.evaluation.generation import generate_texts, load_student, sampler_of
     from actors.sampler.sampling import Decoding
     from deploy.unmasking_view import unmasking_view
 

@@ -6,7 +6,7 @@ lm_eval finds models in a registry that its own modules fill and has no discover
 import this module first: `opdlm lm_eval` does, and then hands its arguments to lm_eval's command line. In Python,
 `import deploy.harness` before `lm_eval.simple_evaluate(model="opdlm", ...)` does the same.
 
-Generation tasks decode by block diffusion; likelihood tasks use an estimate of actors/likelihood.py.
+Generation tasks decode by block diffusion; likelihood tasks use an estimate of actors/evaluation/likelihood.py.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from actors.generation import load_student, sampler_of
-from actors.likelihood import Estimate, Method, log_likelihoods
+from actors.evaluation.generation import load_student, sampler_of
+from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
 from actors.sampler.sampling import Decoding
 from actors.sampler.slots import Request
 from common.config.file import ConfigError
@@ -41,7 +41,8 @@ class BlockDiffusionLM(TemplateLM):
     Args (of `--model_args`):
         pretrained: folder of a trained or converted student.
         rule, threshold, block_size: how generation tasks are decoded, as in `opdlm eval`.
-        likelihood, mc_samples: the estimate of likelihood tasks, `sequential` or `bound`; see actors/likelihood.py.
+        likelihood, mc_samples: the estimate of likelihood tasks, `sequential` or `bound`; see
+            actors/evaluation/likelihood.py.
         max_length: tokens of context and response; default: the model's positions.
         max_gen_toks: response length limit where the task names none.
         slots: sequences decoded at the same time; no result depends on it. lm_eval's own `--batch_size` (1 unless

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.autoregressive import evaluate_autoregressive, load_autoregressive
-from actors.evaluation import Evaluation, evaluate_shard
-from actors.generation import load_student, sampler_of
+from actors.evaluation.autoregressive import evaluate_autoregressive, load_autoregressive
+from actors.evaluation.evaluation import Evaluation, evaluate_shard
+from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.config.file import ConfigError

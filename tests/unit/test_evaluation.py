@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from actors.evaluation import Evaluation, evaluate_shard
-from actors.generation import load_student, sampler_of
+from actors.evaluation.evaluation import Evaluation, evaluate_shard
+from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.sampling import Decoding
 from common.config.run import StaticUnmasking
 from common.prompts import Prompt

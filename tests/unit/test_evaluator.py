@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.evaluation import Evaluation
+from actors.evaluation.evaluation import Evaluation
 from common.config.file import load_config
 from common.metrics import METRICS
 from common.prompts import Prompt

@@ -16,8 +16,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from actors.generation import load_student, sampler_of
-from actors.likelihood import Estimate, log_likelihoods
+from actors.evaluation.generation import load_student, sampler_of
+from actors.evaluation.likelihood import Estimate, log_likelihoods
 from actors.sampler.sampling import Decoding
 from actors.sampler.slots import Request
 from common.config.file import REPOSITORY, ConfigError

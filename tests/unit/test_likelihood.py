@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.likelihood import Estimate, block_states, log_likelihoods
+from actors.evaluation.likelihood import Estimate, block_states, log_likelihoods
 from tests.reference import block_causal_logits
 
 VOCABULARY, MASK = 4, 4  # four tokens and the mask

@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from actors.evaluation import Evaluation
+from actors.evaluation.evaluation import Evaluation
 from common.config.file import REPOSITORY, ConfigError
 from common.config.run import DynamicUnmasking, StaticUnmasking
 from deploy import cli, eval_command

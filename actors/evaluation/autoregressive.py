@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.evaluation import Evaluation
+from actors.evaluation.evaluation import Evaluation
 from common.answers import is_correct
 from common.config.run import AnswerFormat
 from common.prompts import Prompt
