@@ -16,8 +16,12 @@ from rich.console import Console
 from rich.text import Text
 
 from common.config.file import ConfigError, load_config, preset_names
-from deploy import ablate_command, eval_command, generate_command, job_commands, respond_command
-from deploy.dashboard.command import dashboard
+from deploy.commands import ablate as ablate_command
+from deploy.commands import eval as eval_command
+from deploy.commands import generate as generate_command
+from deploy.commands import jobs as job_commands
+from deploy.commands import respond as respond_command
+from deploy.commands.dashboard import dashboard
 from deploy.decoding_options import DtypeName
 from deploy.errors import RunError, Stopped
 
@@ -78,7 +82,7 @@ def train(
     """
     settings = load_config(config, context.args)
     if dry_run:
-        from deploy.dry_run import show
+        from deploy.commands.dry_run import show
 
         show(settings, console)
         return
@@ -149,7 +153,7 @@ def make_tiny(
 @app.command()
 def fields() -> None:
     """List every field of the config with its type, default and meaning."""
-    from deploy.field_table import field_table
+    from deploy.commands.fields import field_table
 
     console.print(field_table())
 

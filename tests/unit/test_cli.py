@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from common.config.file import REPOSITORY, load_config
 from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
 from deploy import cli, pipeline
+from deploy.commands.fields import rows
 from deploy.decoding_options import unmasking_of
 from deploy.errors import WorkerError
-from deploy.field_table import rows
 from tests.models import tiny_qwen3
 
 HELDOUT = str(REPOSITORY / "deploy/data/word_problems_heldout.jsonl")

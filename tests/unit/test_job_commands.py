@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from common.config.file import REPOSITORY, ConfigError
-from deploy import cli, job_commands
+from deploy import cli
+from deploy.commands import jobs as job_commands
 
 JOB = "raysubmit_1"
 

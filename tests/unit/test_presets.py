@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from common.config.file import load_config, preset_names
-from deploy.dry_run import show
+from deploy.commands.dry_run import show
 from deploy.placement import plan
 
 GENERAL = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"]

@@ -10,7 +10,8 @@ from rich.console import Console
 from actors.evaluation.evaluation import Evaluation
 from common.config.file import REPOSITORY, ConfigError
 from common.config.run import DynamicUnmasking, StaticUnmasking
-from deploy import cli, eval_command
+from deploy import cli
+from deploy.commands import eval as eval_command
 from deploy.sweep import Row, Setting, Sweep, row_of, settings_of
 from deploy.sweep_report import pareto_front, plot, table
 from tests.models import tiny_qwen3

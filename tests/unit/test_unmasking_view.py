@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 
 from common.trajectory import Trajectory
-from deploy.unmasking_view import colour_of, unmasking_view
+from deploy.commands.unmasking_view import colour_of, unmasking_view
 
 
 class Letters:

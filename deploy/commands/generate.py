@@ -70,7 +70,7 @@ def generate(
     check_student_folder(model)
     from actors.evaluation.generation import generate_texts, load_student, sampler_of
     from actors.sampler.sampling import Decoding
-    from deploy.unmasking_view import unmasking_view
+    from deploy.commands.unmasking_view import unmasking_view
 
     student, tokenizer = load_student(model, dtype)
     sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(records)), seed=seed)
