@@ -11,9 +11,9 @@ from common.busy import Span
 from common.config.run import DynamicUnmasking, RunConfig
 from deploy.checkpoints import RunState
 from deploy.cluster import Pools
-from deploy.occupancy import Window
+from deploy.monitoring.occupancy import Window
+from deploy.monitoring.status import RunStatus
 from deploy.rollout_batch import RolloutBatch
-from deploy.status import RunStatus
 from deploy.waiting import wait_all
 
 

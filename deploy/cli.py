@@ -86,8 +86,8 @@ def train(
 
         show(settings, console)
         return
+    from deploy.monitoring.progress import summary_table
     from deploy.pipeline import run
-    from deploy.progress import summary_table
 
     if overwrite and resume:
         raise ConfigError("--overwrite and --resume exclude each other; give one of them")

@@ -19,7 +19,6 @@ import yaml
 
 from common.config.run import RunConfig
 from common.curriculum import block_size_at, response_limit, unmasking_at
-from common.metrics import RunLog
 from common.prompts import Prompt, PromptSet
 from common.responses import stored_share, with_responses
 from common.versions import installed_versions
@@ -30,17 +29,18 @@ from deploy.cluster import Pools, connect, start_pools
 from deploy.dashboard.process import DashboardProcess
 from deploy.errors import WorkerError
 from deploy.evaluator import Evaluator
-from deploy.health import Health
-from deploy.occupancy import Window
+from deploy.monitoring.health import Health
+from deploy.monitoring.metrics import RunLog
+from deploy.monitoring.occupancy import Window
+from deploy.monitoring.progress import Progress
+from deploy.monitoring.ray_metrics import RayMetrics
+from deploy.monitoring.rollout_log import RolloutLog
+from deploy.monitoring.status import RunStatus
+from deploy.monitoring.wandb_log import WandbLog
 from deploy.placement import object_store_mib, on_cluster, plan
-from deploy.progress import Progress
-from deploy.ray_metrics import RayMetrics
 from deploy.rollout_batch import RolloutBatch, advance, drive
-from deploy.rollout_log import RolloutLog
-from deploy.status import RunStatus
 from deploy.stop_signals import StopSignals
 from deploy.waiting import wait_all
-from deploy.wandb_log import WandbLog
 
 
 def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.metrics import METRICS
+from deploy.monitoring.metrics import METRICS
 
 ROLES = ("rollout", "teacher", "learner")
 

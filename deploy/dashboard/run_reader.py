@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from common.config.file import ConfigError
-from common.metrics import METRICS
 from deploy.dashboard.charts import ROLES
 from deploy.dashboard.decimation import min_max, moving_average
+from deploy.monitoring.metrics import METRICS
 
 _RECENT_BATCHES = 10  # shares and bottleneck are means over these
 _OLD_SECONDS = 15.0  # status.json is written every second

@@ -21,9 +21,9 @@ from fastapi.staticfiles import StaticFiles
 from sse_starlette.sse import EventSourceResponse
 
 from common.config.dashboard import is_loopback
-from common.metrics import METRICS
 from deploy.dashboard.charts import CHARTS, described
 from deploy.dashboard.run_reader import SMOOTH, RunReader
+from deploy.monitoring.metrics import METRICS
 
 _STATIC = Path(__file__).parent / "static"
 _POLL_SECONDS = 1.0

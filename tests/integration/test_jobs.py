@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.grafana import queries
+from deploy.monitoring.grafana import queries
 from tests.heads import RAY, Head
 from tests.prometheus import Prometheus
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.busy import BusySpans, computes
-from deploy.occupancy import Window
+from deploy.monitoring.occupancy import Window
 
 
 class Actor:

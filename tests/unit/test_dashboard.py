@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from common.config.dashboard import is_loopback
 from common.config.file import ConfigError, load_config
-from common.metrics import METRICS
 from deploy.dashboard.charts import CHARTS
 from deploy.dashboard.decimation import min_max, moving_average
 from deploy.dashboard.process import DashboardProcess, free_port, read_token
 from deploy.dashboard.run_reader import RunReader, check_run_folder, duration, health
 from deploy.dashboard.server import create_app
+from deploy.monitoring.metrics import METRICS
 
 ROLLOUT = {
     "batch": 3, "ordinal": 7, "sample": 0, "domain": "math", "weights_version": 3, "finish_reason": "eos",

@@ -7,11 +7,11 @@ import pytest
 
 from actors.evaluation.evaluation import Evaluation
 from common.config.file import load_config
-from common.metrics import METRICS
 from common.prompts import Prompt
 from deploy import evaluator as evaluator_module
 from deploy.cluster import Pools
 from deploy.evaluator import Evaluator
+from deploy.monitoring.metrics import METRICS
 
 PROBLEMS = [Prompt(0, "1 + 1?", np.zeros(3, dtype=np.int32), answer="2")]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.live_metrics import LIVE_METRICS, help_text, prometheus_name
-from common.metrics import METRICS
-from deploy.grafana import FILE, dashboard, families, queries
+from deploy.monitoring.grafana import FILE, dashboard, families, queries
+from deploy.monitoring.live_metrics import LIVE_METRICS, help_text, prometheus_name
+from deploy.monitoring.metrics import METRICS
 
 RULES = sorted(FILE.parent.glob("*rules.yaml"))
 NAMES = {prometheus_name(name) for name in (*METRICS, *LIVE_METRICS)}
@@ -32,7 +32,7 @@ def promtool(*arguments: str, folder: Path) -> None:
 
 
 def test_committed_dashboard_is_up_to_date() -> None:
-    assert json.loads(FILE.read_text()) == dashboard(), "run `python -m deploy.grafana` and commit the file"
+    assert json.loads(FILE.read_text()) == dashboard(), "run `python -m deploy.monitoring.grafana` and commit the file"
 
 
 def test_every_metric_is_shown_under_its_name() -> None:

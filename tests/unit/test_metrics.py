@@ -5,7 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.metrics import METRICS, RunLog
+from deploy.monitoring.metrics import METRICS, RunLog
 
 
 def figures(batch: int) -> dict[str, float]:

@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from common.metrics import METRICS
-from deploy.progress import Progress, summary_table
+from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.progress import Progress, summary_table
 
 
 def figures(batch: int) -> dict[str, float]:
@@ -45,7 +45,7 @@ def test_a_resumed_run_goes_on_counting():
 def test_expected_end_leaves_out_the_first_batch(monkeypatch):
     """Which compiles: 100 s, then 2 s each."""
     clock = iter([0.0, 0.0, 0.0, 100.0, 102.0, 104.0])
-    monkeypatch.setattr("deploy.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("deploy.monitoring.progress.time.monotonic", lambda: next(clock))
     lines = shown(False, [0, 1, 2]).splitlines()[1:]
     assert [line.split("left ")[1] for line in lines] == ["0:15:00", "0:00:16", "0:00:14"]
 

@@ -6,12 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from common.metrics import METRICS
 from deploy.errors import Stopped, WorkerError
-from deploy.health import Health
-from deploy.occupancy import Window
-from deploy.rollout_log import OLDER, RECENT, RolloutLog
-from deploy.status import RunStatus
+from deploy.monitoring.health import Health
+from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.occupancy import Window
+from deploy.monitoring.rollout_log import OLDER, RECENT, RolloutLog
+from deploy.monitoring.status import RunStatus
 
 READY = {
     "rollout-0": {"role": "rollout", "node": "10.0.0.1", "pid": 11, "weights_version": 0},

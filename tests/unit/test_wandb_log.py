@@ -3,9 +3,9 @@
 import pytest
 
 from common.config.file import ConfigError, load_config
-from common.metrics import METRICS
 from deploy import preflight
-from deploy.wandb_log import WandbLog
+from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.wandb_log import WandbLog
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install opdlm[wandb]")
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deploy.status import replace_text
+from deploy.monitoring.status import replace_text
 
 RECENT, OLDER = 16, 16
 _WRITE_SECONDS = 2.0

@@ -1,4 +1,4 @@
-"""The Grafana dashboard of runs, generated from the metric registries: `python -m deploy.grafana` writes it.
+"""The Grafana dashboard of runs, generated from the metric registries: `python -m deploy.monitoring.grafana` writes it.
 
 Every metric has a panel. Those that belong together share one: `seconds/rollout`, `seconds/teacher`, ... lie on one
 axis, and so do `rollout/tokens_per_second`, `teacher/tokens_per_second`, .... A new entry of a registry needs nothing
@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.live_metrics import LIVE_METRICS, help_text, prometheus_name
-from common.metrics import METRICS
+from deploy.monitoring.live_metrics import LIVE_METRICS, help_text, prometheus_name
+from deploy.monitoring.metrics import METRICS
 
-FILE = Path(__file__).parent / "kuberay" / "monitoring" / "opdlm-run.json"
+FILE = Path(__file__).parents[1] / "kuberay" / "monitoring" / "opdlm-run.json"
 
 _ROLES = ("rollout", "teacher", "learner")
 _UNITS = {"s": "s", "bytes": "bytes", "share": "percentunit", "": "short"}  # Grafana's names

@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-from common.live_metrics import LIVE_METRICS, help_text, ray_name
-from common.metrics import METRICS
+from deploy.monitoring.live_metrics import LIVE_METRICS, help_text, ray_name
+from deploy.monitoring.metrics import METRICS
 from deploy.waiting import last_heard
 
 # Ray forgets a gauge that was not recorded for two of its report intervals, of 10 s by default

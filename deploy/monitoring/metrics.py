@@ -49,7 +49,7 @@ METRICS: dict[str, MetricSpec] = {
     "queue/rollout": MetricSpec("trajectories", "admitted at the start of the batch"),
     "queue/teacher": MetricSpec("record batches", "most that waited for targets at once"),
     "queue/learner": MetricSpec("record batches", "handed to the learner"),
-    # shares of a batch's wall time, see deploy/occupancy.py
+    # shares of a batch's wall time, see deploy/monitoring/occupancy.py
     "busy/rollout": MetricSpec("share", "wall time in which a rollout actor generates, mean over actors"),
     "waiting/rollout": MetricSpec("share", "wall time in which a rollout actor waits for others of the batch"),
     "blocked/rollout": MetricSpec("share", "wall time in which the staleness bound holds rollouts back"),

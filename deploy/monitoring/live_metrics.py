@@ -1,4 +1,4 @@
-"""Metrics beside those of common/metrics.py: facts of the run and of single actors, for Prometheus only.
+"""Metrics beside those of deploy/monitoring/metrics.py: facts of the run and of single actors, for Prometheus only.
 
 They change while a batch is under way, or never; a row of `metrics.jsonl` has no place for them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.metrics import METRICS
+from deploy.monitoring.metrics import METRICS
 
 
 @dataclass(frozen=True)

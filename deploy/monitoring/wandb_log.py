@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from common.config.run import RunConfig
-from common.metrics import METRICS
+from deploy.monitoring.metrics import METRICS
 
 
 class WandbLog:

@@ -58,7 +58,7 @@ class Progress:
         self._run_bar.start_task(self._run)
 
     def batch(self, metrics: dict[str, float]) -> None:
-        """A rollout batch is through; `metrics` as in common/metrics.py."""
+        """A rollout batch is through; `metrics` as in deploy/monitoring/metrics.py."""
         self.figures = metrics
         done = int(metrics["batch"]) + 1
         now = time.monotonic()
