@@ -22,8 +22,8 @@ from deploy.commands import generate as generate_command
 from deploy.commands import jobs as job_commands
 from deploy.commands import respond as respond_command
 from deploy.commands.dashboard import dashboard
-from deploy.decoding_options import DtypeName
 from deploy.errors import RunError, Stopped
+from deploy.evaluation.decoding_options import DtypeName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -176,7 +176,7 @@ def lm_eval(context: typer.Context) -> None:
     """
     if find_spec("lm_eval") is None:
         raise ConfigError("lm_eval: lm-evaluation-harness is not installed; install opdlm[eval]")
-    from deploy import harness
+    from deploy.evaluation import lm_eval_model as harness
 
     harness.main(context.args)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from common.config.file import ConfigError
 from common.config.run import AnswerFormat, DataConfig
-from deploy.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student
+from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student
 
 console = Console()
 
@@ -103,7 +103,7 @@ def evaluate(
     sizes = block_size or ([int(model_json("MODEL", model)["block_size"])] if not autoregressive else [1])
     limit = response_limit("--max-new-tokens", model, held_out, max_new_tokens, max(sizes))
 
-    from deploy.sweep import Row, Sweep, settings_of
+    from deploy.evaluation.sweep import Row, Sweep, settings_of
 
     settings = settings_of(rules, threshold or [DEFAULT_THRESHOLD], tokens_per_step or [1], bound or [0.1], sizes)
     sweep = Sweep(held_out, limit, temperature, seeds, slots, dtype, answer_format)
@@ -139,7 +139,7 @@ def _check_options(
 
 def _show(rows: list[Any]) -> None:
     """A list of figures for a single run, else the table."""
-    from deploy.sweep_report import table
+    from deploy.evaluation.sweep_report import table
 
     if len(rows) == 1 and len(rows[0].runs) == 1:
         for name, value in rows[0].mean.items():
@@ -149,7 +149,7 @@ def _show(rows: list[Any]) -> None:
 
 
 def _write(report: dict[str, Any], rows: list[Any], output: Path | None, plot: Path | None, title: str) -> None:
-    from deploy import sweep_report
+    from deploy.evaluation import sweep_report
 
     if output:
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from common.config.file import ConfigError
 from common.prompts import PromptError, read_records
-from deploy.decoding_options import (
+from deploy.evaluation.decoding_options import (
     DEFAULT_THRESHOLD,
     BlockSize,
     DtypeName,

@@ -14,8 +14,8 @@ from common.config.file import REPOSITORY, load_config
 from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
 from deploy import cli, pipeline
 from deploy.commands.fields import rows
-from deploy.decoding_options import unmasking_of
 from deploy.errors import WorkerError
+from deploy.evaluation.decoding_options import unmasking_of
 from tests.models import tiny_qwen3
 
 HELDOUT = str(REPOSITORY / "deploy/data/word_problems_heldout.jsonl")

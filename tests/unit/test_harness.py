@@ -24,7 +24,7 @@ from common.config.file import REPOSITORY, ConfigError
 from common.config.run import DynamicUnmasking
 from common.student import convert_folder
 from deploy.demo.word_problems import generate
-from deploy.harness import BlockDiffusionLM, cut
+from deploy.evaluation.lm_eval_model import BlockDiffusionLM, cut
 
 TASKS = Path(__file__).parents[1] / "lm_eval_tasks"
 ARLM = str(REPOSITORY / "deploy/models/tiny-arlm")

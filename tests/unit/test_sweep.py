@@ -12,8 +12,8 @@ from common.config.file import REPOSITORY, ConfigError
 from common.config.run import DynamicUnmasking, StaticUnmasking
 from deploy import cli
 from deploy.commands import eval as eval_command
-from deploy.sweep import Row, Setting, Sweep, row_of, settings_of
-from deploy.sweep_report import pareto_front, plot, table
+from deploy.evaluation.sweep import Row, Setting, Sweep, row_of, settings_of
+from deploy.evaluation.sweep_report import pareto_front, plot, table
 from tests.models import tiny_qwen3
 
 HELDOUT = str(REPOSITORY / "deploy/data/word_problems_heldout.jsonl")

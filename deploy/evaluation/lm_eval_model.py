@@ -4,7 +4,7 @@
 
 lm_eval finds models in a registry that its own modules fill and has no discovery of plug-ins, so somebody has to
 import this module first: `opdlm lm_eval` does, and then hands its arguments to lm_eval's command line. In Python,
-`import deploy.harness` before `lm_eval.simple_evaluate(model="opdlm", ...)` does the same.
+`import deploy.evaluation.lm_eval_model` before `lm_eval.simple_evaluate(model="opdlm", ...)` does the same.
 
 Generation tasks decode by block diffusion; likelihood tasks use an estimate of actors/evaluation/likelihood.py.
 """
@@ -28,7 +28,7 @@ from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
 from actors.sampler.sampling import Decoding
 from actors.sampler.slots import Request
 from common.config.file import ConfigError
-from deploy.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
+from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.preflight import check_student_folder
 
 DEFAULT_MAX_TOKENS = 256

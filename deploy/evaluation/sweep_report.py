@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from deploy.sweep import Row
+from deploy.evaluation.sweep import Row
 
 _WIDE = 110  # characters from which on a figure and its deviation share a line
 _COLUMNS = {  # figure: (heading, factor, format)
