@@ -26,11 +26,11 @@ def ablate(
 
         opdlm ablate deploy/presets/ablation.yaml
     """
-    from deploy.ablation import arms_of, load_ablation, run_all
+    from deploy.ablation.runs import arms_of, load_ablation, run_all
 
     settings = load_ablation(ablation)
     runs = arms_of(settings)
-    from deploy.ablation_report import write_report
+    from deploy.ablation.report import write_report
 
     finished = sum(arm.done for arm in runs)
     if report_only:

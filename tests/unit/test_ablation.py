@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from common.ablation_config import AblationConfig, Claim
 from common.config.file import ConfigError
-from deploy.ablation import arms_of, load_ablation, responses_file, run_all
-from deploy.ablation_report import Result, verdict, write_report
+from deploy.ablation.config import AblationConfig, Claim
+from deploy.ablation.report import Result, verdict, write_report
+from deploy.ablation.runs import arms_of, load_ablation, responses_file, run_all
 from deploy.errors import WorkerError
 
 
@@ -144,8 +144,8 @@ def test_a_failed_run_is_named_and_stops_those_that_have_not_started(tmp_path, m
         time.sleep(0.5 if len(started) > 2 else 0)  # long enough for the others to be cancelled
         finish(arm, 0.9, 0.8)
 
-    monkeypatch.setattr("deploy.ablation._respond", lambda *_: None)
-    monkeypatch.setattr("deploy.ablation._train", train)
+    monkeypatch.setattr("deploy.ablation.runs._respond", lambda *_: None)
+    monkeypatch.setattr("deploy.ablation.runs._train", train)
     with pytest.raises(WorkerError, match="rollout-0 died"):
         run_all(settings, runs, lambda text: None, lambda: None)
     assert len(started) < len(runs)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from common.ablation_config import AblationConfig, Claim
-from deploy.ablation import Arm
+from deploy.ablation.config import AblationConfig, Claim
+from deploy.ablation.runs import Arm
 
 _SIGNIFICANT = 0.05
 

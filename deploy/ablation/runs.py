@@ -19,11 +19,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from common.ablation_config import AblationConfig
 from common.config.errors import explain
 from common.config.file import PRESETS, ConfigError, load_config
 from common.config.run import RunConfig
 from common.config.yaml_loader import ConfigLoader
+from deploy.ablation.config import AblationConfig
 from deploy.errors import WorkerError
 
 
@@ -136,7 +136,7 @@ def _command(arguments: list[str], log: Path) -> None:
         output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(arguments)}\n")
         output.flush()
         command = [sys.executable, "-m", "deploy", *arguments]
-        here = str(Path(__file__).resolve().parent.parent)
+        here = str(Path(__file__).resolve().parents[2])
         paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
         status = subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": paths}
