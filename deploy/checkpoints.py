@@ -19,7 +19,7 @@ import yaml
 
 from common.config.file import ConfigError
 from common.config.run import RunConfig
-from common.curriculum import Feedback
+from deploy.curriculum import Feedback
 
 _MANIFEST = "manifest.json"
 # sections that do not change what is trained, and may differ when a run goes on

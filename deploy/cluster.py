@@ -17,7 +17,7 @@ from actors.teacher import actor as teacher
 from common.config.file import ConfigError
 from common.config.run import RunConfig
 from deploy.placement import LEAST_STORE_MIB, check_resources, on_cluster, plan
-from deploy.waiting import wait_all
+from deploy.remote_calls import wait_all
 from learner import rank
 
 _FIELDS = {"rollout": "rollout.actors", "teacher": "teacher.actors", "learner": "learner.ranks"}

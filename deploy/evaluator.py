@@ -10,7 +10,7 @@ from actors.evaluation.evaluation import Evaluation
 from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools
-from deploy.waiting import wait_all
+from deploy.remote_calls import wait_all
 
 
 class Evaluator:

@@ -18,14 +18,13 @@ import ray
 import yaml
 
 from common.config.run import RunConfig
-from common.curriculum import block_size_at, response_limit, unmasking_at
 from common.prompts import Prompt, PromptSet
 from common.responses import stored_share, with_responses
-from common.versions import installed_versions
 from deploy import preflight
-from deploy.batch_figures import BatchFigures
+from deploy.batch_metrics import BatchFigures
 from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
 from deploy.cluster import Pools, connect, start_pools
+from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
 from deploy.errors import WorkerError
 from deploy.evaluator import Evaluator
@@ -38,9 +37,10 @@ from deploy.monitoring.rollout_log import RolloutLog
 from deploy.monitoring.status import RunStatus
 from deploy.monitoring.wandb_log import WandbLog
 from deploy.placement import object_store_mib, on_cluster, plan
+from deploy.remote_calls import wait_all
 from deploy.rollout_batch import RolloutBatch, advance, drive
 from deploy.stop_signals import StopSignals
-from deploy.waiting import wait_all
+from deploy.versions import installed_versions
 
 
 def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:

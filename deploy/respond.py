@@ -37,7 +37,7 @@ from common.student import tokenizer_fingerprint
 from deploy import preflight
 from deploy.cluster import connect
 from deploy.errors import StuckError
-from deploy.waiting import result_of, wait_all
+from deploy.remote_calls import result_of, wait_all
 
 _CHUNK = 64  # prompts of one call, and of one part
 

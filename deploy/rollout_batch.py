@@ -13,7 +13,7 @@ from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
 from deploy.errors import StuckError
-from deploy.waiting import last_heard, result_of
+from deploy.remote_calls import last_heard, result_of
 
 _POLL_SECONDS = 0.2
 

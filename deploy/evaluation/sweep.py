@@ -31,7 +31,7 @@ from common.config.run import (
     Unmasking,
 )
 from common.prompts import Prompt
-from common.versions import installed_versions
+from deploy.versions import installed_versions
 
 FORMAT_VERSION = 1
 

@@ -12,7 +12,7 @@ from ray.util.metrics import Gauge
 
 from deploy.monitoring.live_metrics import LIVE_METRICS, help_text, ray_name
 from deploy.monitoring.metrics import METRICS
-from deploy.waiting import last_heard
+from deploy.remote_calls import last_heard
 
 # Ray forgets a gauge that was not recorded for two of its report intervals, of 10 s by default
 _RECORD_SECONDS = 2.0

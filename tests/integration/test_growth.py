@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from common.config.file import load_config
-from common.curriculum import Feedback
 from common.student import load_model
 from common.trajectory import from_batch, read_spool
 from deploy.checkpoints import Checkpoints
+from deploy.curriculum import Feedback
 from deploy.pipeline import run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

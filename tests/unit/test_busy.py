@@ -44,7 +44,7 @@ def test_overhead_is_what_no_actor_covers():
 
 def test_figures_join_the_spans_of_all_roles(monkeypatch):
     """Answers that are queued behind rollouts come later, and only where rollouts overlap training."""
-    from deploy import batch_figures
+    from deploy import batch_metrics as batch_figures
 
     answers = {"a": [(100.0, 104.0)], "b": [(104.0, 109.0)], "late": [(111.0, 115.0)]}
     monkeypatch.setattr(batch_figures, "wait_all", lambda refs, *_: [{"spans": answers[ref]} for ref in refs])

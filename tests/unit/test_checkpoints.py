@@ -6,9 +6,9 @@ import pytest
 from pyarrow import fs
 
 from common.config.file import ConfigError, load_config
-from common.curriculum import Feedback
 from deploy import preflight
 from deploy.checkpoints import Checkpoints, RunState
+from deploy.curriculum import Feedback
 
 
 def save(checkpoints: Checkpoints, state: RunState) -> str:

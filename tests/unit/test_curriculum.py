@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from common.config.run import CurriculumConfig, LearnerConfig, RolloutConfig, RunConfig
-from common.curriculum import Feedback, block_size_at, response_limit, unmasking_at
+from deploy.curriculum import Feedback, block_size_at, response_limit, unmasking_at
 from learner.schedule import learning_rate
 
 

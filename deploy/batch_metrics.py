@@ -13,8 +13,8 @@ from deploy.checkpoints import RunState
 from deploy.cluster import Pools
 from deploy.monitoring.occupancy import Window
 from deploy.monitoring.status import RunStatus
+from deploy.remote_calls import wait_all
 from deploy.rollout_batch import RolloutBatch
-from deploy.waiting import wait_all
 
 
 class BatchFigures:
