@@ -117,7 +117,7 @@ def convert(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT: {str(out)!r} exists; choose another folder, or remove it")
-    from deploy.preflight import check_model_folder
+    from deploy.model_checks import check_model_folder
 
     check_model_folder("MODEL", model)
     import torch

@@ -13,8 +13,8 @@ from rich.table import Table
 from common.config.file import ConfigError
 from common.config.run import RunConfig
 from common.prompts import PromptError, read_records
+from deploy.model_checks import check_model_folder
 from deploy.placement import Placement, object_store_mib, on_cluster, plan
-from deploy.preflight import check_model_folder
 
 
 def show(config: RunConfig, console: Console) -> None:

@@ -89,7 +89,8 @@ def evaluate(
     }
     rules = [str(r) for r in rule or [RuleName.dynamic]]
     _check_options(rules, student_only, autoregressive, output, plot)
-    from deploy.preflight import check_model_folder, check_student_folder, model_json, read_problems, response_limit
+    from deploy.model_checks import check_model_folder, check_student_folder, model_json
+    from deploy.preflight import read_problems, response_limit
 
     if autoregressive:
         check_model_folder("MODEL", model)

@@ -65,7 +65,7 @@ def generate(
     if output and (output.suffix != ".jsonl" or not output.parent.is_dir()):
         raise ConfigError(f"--output: {str(output)!r} must be a .jsonl file in a folder that exists")
     records = read_prompt_file(file, question_field) if file else [{question_field: prompt}]
-    from deploy.preflight import check_student_folder
+    from deploy.model_checks import check_student_folder
 
     check_student_folder(model)
     from actors.evaluation.generation import generate_texts, load_student, sampler_of

@@ -29,7 +29,7 @@ from actors.sampler.sampling import Decoding
 from actors.sampler.slots import Request
 from common.config.file import ConfigError
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
-from deploy.preflight import check_student_folder
+from deploy.model_checks import check_student_folder
 
 DEFAULT_MAX_TOKENS = 256
 

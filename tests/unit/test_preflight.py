@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from common.config.file import ConfigError, load_config
 from deploy import preflight
+from deploy.model_checks import looks_local
 from tests.models import tiny_qwen3
 
 
@@ -161,4 +162,4 @@ def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
     ],
 )
 def test_hub_ids_are_told_from_folders(path, local):
-    assert preflight.looks_local(path) is local
+    assert looks_local(path) is local
