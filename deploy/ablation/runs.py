@@ -6,7 +6,6 @@ it says that it is done.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from common.config.file import PRESETS, ConfigError, load_config
 from common.config.run import RunConfig
 from common.config.yaml_loader import ConfigLoader
 from deploy.ablation.config import AblationConfig
+from deploy.child_environment import child_environment
 from deploy.errors import WorkerError
 
 
@@ -136,11 +136,7 @@ def _command(arguments: list[str], log: Path) -> None:
         output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(arguments)}\n")
         output.flush()
         command = [sys.executable, "-m", "deploy", *arguments]
-        here = str(Path(__file__).resolve().parents[2])
-        paths = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
-        status = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": paths}
-        ).returncode
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment()).returncode
     if status:
         raise WorkerError(f"`opdlm {' '.join(arguments)}` ended with status {status}; its output is in {log}")
 

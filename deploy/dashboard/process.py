@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import deploy
 from common.config.dashboard import DashboardConfig
 from common.config.file import ConfigError
+from deploy.child_environment import child_environment
 
 _LEAST_TOKEN = 16
 _FAREWELL_SECONDS = 2.5  # open pages hear of the run's end before the server goes
@@ -73,11 +72,10 @@ class DashboardProcess:
             command += ["--host", self.config.host, "--port", str(port), "--with-parent"]
             if self.config.token_file:
                 command += ["--token-file", self.config.token_file]
-            # the job's working directory is not always that of the package
-            paths = [str(Path(deploy.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
             # a session of its own: Ctrl-C ends the run first, and its page says so
-            self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, env=child_environment(), stdin=subprocess.DEVNULL, start_new_session=True
+            )
             self.url = address(self.config.host, port)
         return self
 
