@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from common.config.dashboard import DashboardConfig
 from common.config.objective import ObjectiveConfig
 from common.config.schedule import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
-from common.config.section import Section
+from common.config.section import OPERATION, Section
 from common.config.wandb import WandbConfig
 
 Dtype = Literal["float32", "bfloat16"]
@@ -52,7 +52,9 @@ class ModelConfig(Section):
 
     path: str = Field(description="folder of a Hugging Face causal LM, or its hub id")
     mask_token: str = Field("<|mask|>", description="added by the conversion where the tokenizer has no mask token")
-    shape: ModelShape | None = Field(None, description="sizes for --dry-run where the model is not on this disk")
+    shape: ModelShape | None = Field(
+        None, description="sizes for --dry-run where the model is not on this disk", json_schema_extra=OPERATION
+    )
 
 
 class StaticUnmasking(Section):
@@ -104,23 +106,34 @@ class Resources(Section):
 class RolloutConfig(Section):
     """The pool of rollout actors and how they decode."""
 
-    actors: int = Field(2, ge=1, description="processes in the pool")
-    slots: int = Field(64, ge=1, description="sequences decoded at the same time in one actor")
+    actors: int = Field(2, ge=1, description="processes in the pool", json_schema_extra=OPERATION)
+    slots: int = Field(
+        64, ge=1, description="sequences decoded at the same time in one actor", json_schema_extra=OPERATION
+    )
     prompts_per_batch: int = Field(128, ge=1, description="prompts of one rollout batch, over all actors")
     samples_per_prompt: int = Field(1, ge=1, description="trajectories per prompt")
-    stream_rows: int = Field(8, ge=1, description="finished trajectories per record batch sent on")
+    stream_rows: int = Field(
+        8, ge=1, description="finished trajectories per record batch sent on", json_schema_extra=OPERATION
+    )
     unmasking: Unmasking = Field(DynamicUnmasking(), description="which masked positions a step reveals")
     threshold_ramp: ThresholdRamp = ThresholdRamp()
     temperature: float = Field(1.0, ge=0, description="of the sampling softmax; 0: argmax")
     top_k: int = Field(0, ge=0, description="sample from the K most likely tokens only; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off")
     max_batched_tokens: int = Field(
-        16384, ge=1, description="prompt tokens of one prefill, padding included; a longer prompt is one of its own"
+        16384,
+        ge=1,
+        description="prompt tokens of one prefill, padding included; a longer prompt is one of its own",
+        json_schema_extra=OPERATION,
     )
     dtype: Dtype = Field("bfloat16", description="of weights and activations")
-    compile: bool = Field(True, description="on GPUs, compile what has no kernel of its own: half a minute at first")
-    cuda_graphs: bool = Field(True, description="on GPUs, replay passes as CUDA graphs")
-    resources: Resources = Resources()
+    compile: bool = Field(
+        True,
+        description="on GPUs, compile what has no kernel of its own: half a minute at first",
+        json_schema_extra=OPERATION,
+    )
+    cuda_graphs: bool = Field(True, description="on GPUs, replay passes as CUDA graphs", json_schema_extra=OPERATION)
+    resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
 
     @model_validator(mode="after")
     def _ramp_has_a_threshold(self) -> RolloutConfig:
@@ -143,13 +156,21 @@ class TeacherConfig(Section):
         "to which the learner applies the teacher's LM head (exact full vocabulary)",
     )
     top_k: int = Field(16, ge=1, description="K of target topk")
-    actors: int = Field(1, ge=1, description="processes in the pool")
+    actors: int = Field(1, ge=1, description="processes in the pool", json_schema_extra=OPERATION)
     dtype: Dtype = Field("bfloat16", description="of weights and activations")
-    max_batched_tokens: int = Field(8192, ge=16, description="tokens of one teacher forward")
-    max_wait_ms: float = Field(20.0, ge=0, description="how long a request waits for others to join its batch")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="vLLM's share of its GPU's memory")
-    kv_cache_mib: int = Field(256, ge=16, description="vLLM's KV cache on a machine without a GPU")
-    resources: Resources = Resources()
+    max_batched_tokens: int = Field(
+        8192, ge=16, description="tokens of one teacher forward", json_schema_extra=OPERATION
+    )
+    max_wait_ms: float = Field(
+        20.0, ge=0, description="how long a request waits for others to join its batch", json_schema_extra=OPERATION
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="vLLM's share of its GPU's memory", json_schema_extra=OPERATION
+    )
+    kv_cache_mib: int = Field(
+        256, ge=16, description="vLLM's KV cache on a machine without a GPU", json_schema_extra=OPERATION
+    )
+    resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
 
 
 class DataConfig(Section):
@@ -181,6 +202,7 @@ class LearnerConfig(Section):
         16384,
         ge=8,
         description="token budget of one packed forward on one rank, clean and noised copies counted",
+        json_schema_extra=OPERATION,
     )
     lr: float = Field(1e-5, gt=0, description="AdamW learning rate after warm-up")
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine or of the decay")
@@ -194,16 +216,22 @@ class LearnerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     grad_clip: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
     dtype: Dtype = Field("bfloat16", description="of the forward; bfloat16 keeps float32 master weights")
-    logits_chunk_rows: int = Field(1024, ge=1, description="masked positions per chunk of the LM head and the loss")
-    gradient_checkpointing: bool = Field(True, description="recompute activations: less memory, a third more work")
+    logits_chunk_rows: int = Field(
+        1024, ge=1, description="masked positions per chunk of the LM head and the loss", json_schema_extra=OPERATION
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="recompute activations: less memory, a third more work", json_schema_extra=OPERATION
+    )
     liger_kernels: bool = Field(
-        False, description="Liger's fused RMSNorm, RoPE and SwiGLU, on GPUs: a quarter less time and activation memory"
+        False,
+        description="Liger's fused RMSNorm, RoPE and SwiGLU, on GPUs: a quarter less time and activation memory",
+        json_schema_extra=OPERATION,
     )
     deepspeed: dict[str, Any] = Field(
         {},
         description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer",
     )
-    resources: Resources = Resources()
+    resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
 
     @model_validator(mode="after")
     def _rows_cover_ranks(self) -> LearnerConfig:
@@ -255,15 +283,26 @@ class PipelineConfig(Section):
         0, description="0: strictly on-policy; 1: rollouts of the next batch overlap training on this one"
     )
     max_batches: int | None = Field(None, ge=1, description="stop after N rollout batches; default: all prompts")
-    stage_timeout_s: float = Field(1800.0, gt=0, description="deadline of every remote wait")
-    start_timeout_s: float = Field(900.0, gt=0, description="deadline for the actors to load their models")
-    checkpoint_every_batches: int = Field(0, ge=0, description="0: only at the end")
-    keep_checkpoints: int = Field(2, ge=1, description="older checkpoints of batches are deleted")
+    stage_timeout_s: float = Field(
+        1800.0, gt=0, description="deadline of every remote wait", json_schema_extra=OPERATION
+    )
+    start_timeout_s: float = Field(
+        900.0, gt=0, description="deadline for the actors to load their models", json_schema_extra=OPERATION
+    )
+    checkpoint_every_batches: int = Field(0, ge=0, description="0: only at the end", json_schema_extra=OPERATION)
+    keep_checkpoints: int = Field(
+        2, ge=1, description="older checkpoints of batches are deleted", json_schema_extra=OPERATION
+    )
     copy_checkpoints_to: str | None = Field(
         None,
         description="folder or URL (s3://, gs://, fsspec+PROTOCOL://) to which finished checkpoints are copied",
+        json_schema_extra=OPERATION,
     )
-    spool: bool = Field(False, description="write every trained record batch as Arrow IPC to the run's folder")
+    spool: bool = Field(
+        False,
+        description="write every trained record batch as Arrow IPC to the run's folder",
+        json_schema_extra=OPERATION,
+    )
 
 
 class RayConfig(Section):
@@ -282,8 +321,13 @@ class RayConfig(Section):
 class RunConfig(Section):
     """Everything a run needs. See deploy/presets for complete examples."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder under output_dir")
-    output_dir: Path = Field(Path("runs"), description="parent of the runs' folders")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="folder under output_dir",
+        json_schema_extra=OPERATION,
+    )
+    output_dir: Path = Field(Path("runs"), description="parent of the runs' folders", json_schema_extra=OPERATION)
     seed: int = Field(0, ge=0, description="of prompt order, sampling and state selection")
     block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid, at first")
     block_growth: BlockGrowth = Field(NoGrowth(), description="how it grows during training")
@@ -294,12 +338,12 @@ class RunConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     learner: LearnerConfig = LearnerConfig()
-    publish: PublishConfig = PublishConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    publish: PublishConfig = Field(PublishConfig(), json_schema_extra=OPERATION)
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), json_schema_extra=OPERATION)
     pipeline: PipelineConfig = PipelineConfig()
-    ray: RayConfig = RayConfig()
-    wandb: WandbConfig = WandbConfig()
-    dashboard: DashboardConfig = DashboardConfig()
+    ray: RayConfig = Field(RayConfig(), json_schema_extra=OPERATION)
+    wandb: WandbConfig = Field(WandbConfig(), json_schema_extra=OPERATION)
+    dashboard: DashboardConfig = Field(DashboardConfig(), json_schema_extra=OPERATION)
 
     @property
     def run_dir(self) -> Path:

@@ -1,6 +1,12 @@
 """The base of all configuration models."""
 
+from typing import Any, Final
+
 from pydantic import BaseModel, ConfigDict
+
+# Mark of a field, or of a whole section, that changes how a run goes but not what it trains, rounding aside. It may
+# differ when a run goes on. Every field without it changes what is trained.
+OPERATION: Final[dict[str, Any]] = {"changes_training": False}
 
 
 class Section(BaseModel):

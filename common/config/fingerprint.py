@@ -1,0 +1,63 @@
+"""What of a config changes what is trained, as one value: the identity of a training, whatever machine runs it.
+
+It stands in the manifest of every checkpoint and in `summary.json`, and is compared before a run or an arm of an
+ablation is believed finished, and before one is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from common.config.fields import is_tag
+from common.config.run import RunConfig
+
+
+def fingerprint(config: RunConfig) -> str:
+    """64 hexadecimal digits over the fields that change what is trained.
+
+    A field with its default value does not count, so that a field that a later version adds leaves old runs as they
+    are.
+    """
+    chosen = {path: value for path, value, is_default in _training_fields(config) if not is_default}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def evaluation_fingerprint(config: RunConfig) -> str:
+    """64 hexadecimal digits over what decides the results of the evaluations."""
+    text = json.dumps(config.evaluation.model_dump(mode="json", exclude={"every_batches"}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """The fields that would train something else now, each with both values."""
+    old, new = ({path: value for path, value, _ in _training_fields(config)} for config in (before, now))
+    return [
+        f"{path} was {old.get(path)!r} and is {new.get(path)!r}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+
+
+def changes_training(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return bool(extra.get("changes_training", True)) if isinstance(extra, dict) else True
+
+
+def _training_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(dotted path, value as JSON, whether it is the default) of every plain field; the choice itself never counts as
+    default, since the fields of two choices may all be."""
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        if not changes_training(field):
+            continue
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _training_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, values[name], value == field.default and not is_tag([name])
