@@ -22,7 +22,7 @@ from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
 from common.prompts import Prompt
-from common.responses import stored_trajectory
+from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import convert, load_model, tokenizer_fingerprint
@@ -108,7 +108,7 @@ class RolloutActor:
     def rollout(
         self, prompts: list[Prompt], max_new_tokens: int, block_size: int, unmasking: Unmasking
     ) -> Iterator[pa.RecordBatch | BatchInfo]:
-        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows; stored responses of
+        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows; offline responses of
         prompts that have them come first.
 
         Where no teacher comes after, each is followed by its BatchInfo.
@@ -127,14 +127,14 @@ class RolloutActor:
             if not p.responses
             for sample in range(rollout.samples_per_prompt)
         ]
-        stored = (
-            stored_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id)
+        offline = (
+            offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id)
             for p in prompts
             for sample in range(len(p.responses))
         )
         start = time.perf_counter()
         pending: list[Trajectory] = []
-        for trajectory in chain(stored, self.sampler.generate(requests, decoding)):
+        for trajectory in chain(offline, self.sampler.generate(requests, decoding)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             select_states(trajectory, self.config.objective, block_size, self.tokenizer.eos_token_id, rng)
             pending.append(trajectory)

@@ -1,6 +1,6 @@
 """When an actor computed: spans of Unix time, from which the pipeline derives how long nobody did.
 
-Spans of different nodes are compared as they are. Clocks that differ by x move the figures of a batch by at most x per
+Spans of different nodes are compared as they are. Clocks that differ by x move the metrics of a batch by at most x per
 hand-over; nodes that keep time by NTP agree to milliseconds.
 """
 

@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the run's order, how many were dropped for which reason, and the stored responses by question."""
+    """Prompts in the run's order, how many were dropped for which reason, and the offline responses by question."""
 
     prompts: list[Prompt]
     dropped: dict[str, int]

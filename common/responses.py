@@ -1,6 +1,6 @@
-"""Stored responses: trajectories that the student did not make, from a file of questions and responses.
+"""Offline responses: trajectories that the student did not make, from a file of questions and responses.
 
-They take the place of rollouts (objective.source `stored`) or of a share of them (`mixture`) and go the same way from
+They take the place of rollouts (objective.source `offline`) or of a share of them (`mixture`) and go the same way from
 there: states, teacher, Arrow, learner. A response has no realised rounds, so its states are random masks.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from common.config.objective import MixtureSource, Source, StoredSource
+from common.config.objective import MixtureSource, OfflineSource, Source
 from common.config.run import DataConfig
 from common.prompts import Prompt, PromptError, read_records
 from common.seeds import source_rng
 from common.student import tokenizer_fingerprint
-from common.trajectory import NO_ROUND, STORED, Trajectory
+from common.trajectory import NO_ROUND, OFFLINE, Trajectory
 
 
 def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
@@ -73,23 +73,23 @@ def _ids(place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerp
     return ids
 
 
-def stored_share(source: Source, batch: int) -> float:
-    """Probability that a prompt of rollout batch `batch` (from 0) takes its stored response.
+def offline_share(source: Source, batch: int) -> float:
+    """Probability that a prompt of rollout batch `batch` (from 0) takes its offline response.
 
     A mixture with p = min(1, batch / batches) goes from start to end with p (`linear`) or with (1 - cos(pi p)) / 2
     (`cosine`: slow at both ends).
     """
     if not isinstance(source, MixtureSource):
-        return float(isinstance(source, StoredSource))
+        return float(isinstance(source, OfflineSource))
     p = min(1.0, batch / source.batches)
     progress = {"constant": 0.0, "linear": p, "cosine": (1 - math.cos(math.pi * p)) / 2}[source.schedule]
     return source.start + progress * (source.end - source.start)
 
 
 def with_responses(
-    prompts: list[Prompt], share: float, stored: dict[str, list[np.ndarray]], samples: int, seed: int
+    prompts: list[Prompt], share: float, offline: dict[str, list[np.ndarray]], samples: int, seed: int
 ) -> list[Prompt]:
-    """The prompts, those with `responses` set that take their stored ones.
+    """The prompts, those with `responses` set that take their offline ones.
 
     Which do, and with which responses, is seeded by the ordinal alone; a prompt's samples get different responses
     while there are enough.
@@ -99,17 +99,17 @@ def with_responses(
         rng = source_rng(seed, prompt.ordinal)
         if rng.random() >= share:
             return prompt
-        known = stored[prompt.question]
+        known = offline[prompt.question]
         first = int(rng.integers(len(known)))
         return replace(prompt, responses=tuple(known[(first + s) % len(known)] for s in range(samples)))
 
     return [choose(p) for p in prompts]
 
 
-def stored_trajectory(
+def offline_trajectory(
     prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int
 ) -> Trajectory:
-    """A stored response as a trajectory: cut where a rollout would have ended, its last block filled with masks.
+    """An offline response as a trajectory: cut where a rollout would have ended, its last block filled with masks.
 
     The fill is what decoding sees there until it reveals more; like a rollout's tail it is context and never trained.
     """
@@ -127,7 +127,7 @@ def stored_trajectory(
         tail_ids=np.full(tail, mask_token_id, np.int32),
         reveal_round=np.full(len(response) + tail, NO_ROUND, np.int16),
         confidence=np.zeros(len(response) + tail, np.float32),
-        weights_version=STORED,
+        weights_version=OFFLINE,
         finish_reason="length" if cut else "eos",
         denoise_forwards=0,
         commit_forwards=0,

@@ -28,7 +28,7 @@ def state_rng(run_seed: int, ordinal: int, sample: int) -> np.random.Generator:
 
 
 def source_rng(run_seed: int, ordinal: int) -> np.random.Generator:
-    """The generator that chooses whether a prompt takes a stored response, and which."""
+    """The generator that chooses whether a prompt takes an offline response, and which."""
     return np.random.default_rng([run_seed, ordinal, 0, 2])
 
 

@@ -75,8 +75,8 @@ def select_states(
 
 def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelection:
     """The state selection of a trajectory's source."""
-    if trajectory.is_stored and isinstance(objective.source, MixtureSource):
-        return objective.source.stored_state
+    if trajectory.is_offline and isinstance(objective.source, MixtureSource):
+        return objective.source.offline_state
     return objective.state
 
 

@@ -1,4 +1,4 @@
-"""The figures of a rollout batch: what actors, learner and control loop report, as one row of the run's metrics."""
+"""The metrics of a rollout batch: what actors, learner and control loop report, as one row of the run's metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deploy.remote_calls import wait_all
 from deploy.rollout_batch import RolloutBatch
 
 
-class BatchFigures:
+class BatchMetrics:
     """Rows with a value for every metric that is not optional; keeps the actors' counters from row to row."""
 
     def __init__(self, config: RunConfig, pools: Pools, status: RunStatus, epoch_prompts: int) -> None:
@@ -43,7 +43,7 @@ class BatchFigures:
         complete: float,
         state: RunState,
     ) -> dict[str, float]:
-        """The figures of the oldest batch in flight, counted into `state`; `complete` is the Unix time at which the
+        """The metrics of the oldest batch in flight, counted into `state`; `complete` is the Unix time at which the
         learner had it."""
         batch, seconds, waited = in_flight[0], window.seconds, complete - window.begin
         infos = batch.infos
@@ -72,7 +72,7 @@ class BatchFigures:
             "grad_norm": learner["grad_norm"],
             "lr": learner["lr"],
             "tokens_per_step": generated / max(sum(info.denoise_forwards for info in infos), 1),
-            "stored_share": sum(info.stored_rows for info in infos) / rows,
+            "offline_share": sum(info.offline_rows for info in infos) / rows,
             "share_eos": sum(info.ended for info in infos) / rows,
             "response_length": tokens / rows,
             "response_limit": batch.max_new_tokens,
@@ -107,26 +107,25 @@ class BatchFigures:
 
     def _totals(self, counter: str) -> dict[str, float]:
         """A counter of the actors that have it, as they reported it last."""
-        return {name: figures[counter] for name, figures in self.previous_stats.items() if counter in figures}
+        return {name: stats[counter] for name, stats in self.previous_stats.items() if counter in stats}
 
     def _busy(self, stats: dict[ray.ObjectRef, str]) -> list[float]:
         """Busy seconds of each of a role's actors since the last batch."""
-        figures = self._reported(stats)
         busy = []
-        for name, figure in zip(stats.values(), figures, strict=True):
+        for name, reported in zip(stats.values(), self._reported(stats), strict=True):
             before = self.previous_stats.get(name, {"busy_seconds": 0.0, "tokens": 0.0})
-            if figure["busy_seconds"] < before["busy_seconds"]:  # a restarted actor counts from zero
+            if reported["busy_seconds"] < before["busy_seconds"]:  # a restarted actor counts from zero
                 before = dict.fromkeys(before, 0.0)
-            busy.append(figure["busy_seconds"] - before["busy_seconds"])
-            rate = (figure["tokens"] - before["tokens"]) / max(busy[-1], 1e-9)
-            self.status.heard(name, rate=rate, pid=figure["pid"])
-            self.previous_stats[name] = figure
+            busy.append(reported["busy_seconds"] - before["busy_seconds"])
+            rate = (reported["tokens"] - before["tokens"]) / max(busy[-1], 1e-9)
+            self.status.heard(name, rate=rate, pid=reported["pid"])
+            self.previous_stats[name] = reported
         return busy
 
     def _reported(self, stats: dict[ray.ObjectRef, str]) -> list[dict[str, Any]]:
-        figures = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
-        self._spans += [span for figure in figures for span in figure["spans"]]
-        return figures
+        reported = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
+        self._spans += [span for stats_of_one in reported for span in stats_of_one["spans"]]
+        return reported
 
     def _overhead(self, in_flight: list[RolloutBatch], window: Window) -> float:
         """Share of the window in which no actor computes.

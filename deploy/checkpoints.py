@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from common.config.file import ConfigError
+from common.config.renamed import with_new_names
 from common.config.run import RunConfig
 from deploy.curriculum import Feedback
 
@@ -117,7 +118,7 @@ def check_same_run(config: RunConfig) -> None:
     file = config.run_dir / "config.yaml"
     if not file.is_file():
         return
-    before, now = yaml.safe_load(file.read_text()), config.model_dump(mode="json")
+    before, now = with_new_names(yaml.safe_load(file.read_text())), config.model_dump(mode="json")
     different = [
         f"{path} was {old!r} and is {new!r}"
         for section in now

@@ -144,8 +144,8 @@ def make_tiny(
     from deploy.demo.tiny_arlm import make_tiny_arlm
 
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    figures = make_tiny_arlm(out, seed=seed, threads=threads, **options)
-    for name, value in figures.items():
+    metrics = make_tiny_arlm(out, seed=seed, threads=threads, **options)
+    for name, value in metrics.items():
         console.print(f"{name:>16}  {value}", highlight=False)
     console.print(f"wrote {out}", soft_wrap=True, highlight=False)
 

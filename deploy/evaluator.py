@@ -47,27 +47,27 @@ class Evaluator:
         return bool(self.problems and every and (done % every == 0 or last))
 
     def metrics(self, block_size: int, idle: Callable[[], Any]) -> dict[str, float]:
-        """The optional figures of the run's metrics: greedy dynamic decoding with the weights published last.
+        """The `eval/` metrics of the registry: greedy dynamic decoding with the weights published last.
 
         `idle` is called meanwhile, so that rollout batches in flight go on.
         """
         start = time.perf_counter()
-        figures = self.dynamic(block_size, idle)
+        metrics = self.dynamic(block_size, idle)
         return {
-            "eval/exact_match": figures["exact_match"],
-            "eval/tokens_per_step": figures["tokens_per_step"],
-            "eval/forwards_per_token": figures["forwards_per_token"],
-            "eval/forwards_per_token_with_commits": figures["forwards_per_token_with_commits"],
-            "eval/response_length": figures["response_tokens_mean"],
-            "eval/share_eos": figures["share_ended"],
-            "eval/tokens_per_second": figures["tokens_per_second"],
+            "eval/exact_match": metrics["exact_match"],
+            "eval/tokens_per_step": metrics["tokens_per_step"],
+            "eval/forwards_per_token": metrics["forwards_per_token"],
+            "eval/forwards_per_token_with_commits": metrics["forwards_per_token_with_commits"],
+            "eval/response_length": metrics["response_tokens_mean"],
+            "eval/share_eos": metrics["share_ended"],
+            "eval/tokens_per_second": metrics["tokens_per_second"],
             "seconds/evaluation": time.perf_counter() - start,
         }
 
     def _over_actors(
         self, method: str, action: str, *arguments: Any, idle: Callable[[], Any] | None = None
     ) -> dict[str, float]:
-        """Figures over all problems, each rollout actor taking its share."""
+        """Metrics over all problems, each rollout actor taking its share."""
         count = len(self.pools.rollouts)
         shares = [self.problems[i::count] for i in range(count)]
         names = self.pools.names()
@@ -77,4 +77,4 @@ class Evaluator:
             if share
         }
         results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, idle)
-        return sum(results, Evaluation()).figures()
+        return sum(results, Evaluation()).metrics()

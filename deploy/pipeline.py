@@ -19,9 +19,9 @@ import yaml
 
 from common.config.run import RunConfig
 from common.prompts import Prompt, PromptSet
-from common.responses import stored_share, with_responses
+from common.responses import offline_share, with_responses
 from deploy import preflight
-from deploy.batch_metrics import BatchFigures
+from deploy.batch_metrics import BatchMetrics
 from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
 from deploy.cluster import Pools, connect, start_pools
 from deploy.curriculum import block_size_at, response_limit, unmasking_at
@@ -127,7 +127,7 @@ class Pipeline:
             self.pools = start_pools(config)
             self.status.actors(self.pools.ready)
             self.evaluator = Evaluator(config, self.problems, self.pools)
-            self.figures = BatchFigures(config, self.pools, self.status, self.epoch_prompts)
+            self.batch_metrics = BatchMetrics(config, self.pools, self.status, self.epoch_prompts)
             if checkpoint:
                 self._restore(checkpoint[0])
             elif self.problems:
@@ -184,7 +184,7 @@ class Pipeline:
             self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
             published = self._publish(index + 1)
             window = Window(begin, time.time())
-            metrics = self.figures.row(list(self.in_flight), learner, published, window, complete, self.state)
+            metrics = self.batch_metrics.row(list(self.in_flight), learner, published, window, complete, self.state)
             self.in_flight.popleft()
             self.state.batches = index + 1
             self.state.block_size = current.block_size
@@ -211,7 +211,7 @@ class Pipeline:
         config = self.config
         block_size = block_size_at(config, index, self.state.feedback)
         limit = response_limit(config.curriculum, index, block_size, self.state.feedback.gates)
-        share = stored_share(config.objective.source, index)
+        share = offline_share(config.objective.source, index)
         samples = config.rollout.samples_per_prompt
         prompts = with_responses(self.batches[index], share, self.responses, samples, config.seed)
         unmasking = unmasking_at(config.rollout, index)
@@ -260,7 +260,7 @@ class Pipeline:
             self.acknowledgements[actor.fetch_weights.remote(handle)] = name
             self.acknowledgements[actor.swap_weights.remote(version)] = name
         self.queued_version = version
-        self.figures.ask(self.pools.rollouts)
+        self.batch_metrics.ask(self.pools.rollouts)
         if not self._evaluation_due(version) and not self.stop.requested:
             self._admit()
         if self.config.pipeline.staleness == 0:
@@ -302,7 +302,7 @@ class Pipeline:
         return self.evaluator.due(done, last=done == len(self.batches))
 
     def _evaluate(self, done: int) -> dict[str, float]:
-        """The held-out figures where it is time for them."""
+        """The held-out metrics where it is time for them."""
         if self.stop.requested or not self._evaluation_due(done):
             return {}
         self.status.state("evaluating", f"evaluating after {done} batches")

@@ -99,7 +99,7 @@ def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Pro
 
 
 def read_responses(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[Any]]:
-    """The stored responses by question; empty where objective.source needs none."""
+    """The offline responses by question; empty where objective.source needs none."""
     if config.objective.source.kind == "student":
         return {}
     from common.responses import load_responses

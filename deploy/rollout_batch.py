@@ -83,7 +83,7 @@ class RolloutBatch:
 
     @property
     def oldest_version(self) -> int | None:
-        """Of the weights that made the finished rollouts; stored responses have none."""
+        """Of the weights that made the finished rollouts; offline responses have none."""
         return min((info.oldest_version for info in self.infos if info.oldest_version is not None), default=None)
 
     @property
@@ -136,7 +136,7 @@ class RolloutBatch:
         self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
 
     def _take_finished(self, generator: Any, batch: ray.ObjectRef) -> None:
-        """A batch that needs no targets, and its figures, which the actor sends right behind it."""
+        """A batch that needs no targets, and its metrics, which the actor sends right behind it."""
         info = next(generator, None)
         if info is None:
             self._raise_failed_streams()

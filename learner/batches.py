@@ -168,7 +168,7 @@ class BatchBuilder:
             return TopKTarget(
                 ids=torch.from_numpy(rows("topk_ids", width, np.int32)).to(self.device).long(),
                 logprobs=torch.from_numpy(rows("topk_logprobs", width, np.float32)).to(self.device),
-                log_rest=torch.from_numpy(rows("log_rest", 1, np.float32)[:, 0]).to(self.device),
+                log_tail_mass=torch.from_numpy(rows("log_tail_mass", 1, np.float32)[:, 0]).to(self.device),
                 tail=self.topk_tail,
             )
         if self.teacher_head is None:

@@ -30,11 +30,11 @@ class TopKTarget:
 
     ids: Tensor
     logprobs: Tensor
-    log_rest: Tensor
+    log_tail_mass: Tensor
     tail: str
 
     def __getitem__(self, rows: slice) -> TopKTarget:
-        return TopKTarget(self.ids[rows], self.logprobs[rows], self.log_rest[rows], self.tail)
+        return TopKTarget(self.ids[rows], self.logprobs[rows], self.log_tail_mass[rows], self.tail)
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities over the shared classes, float32 [L, K] or [L, K + 1]."""
@@ -44,9 +44,9 @@ class TopKTarget:
         log_z = logits.logsumexp(-1, keepdim=True)
         if self.tail == "drop":
             return self.logprobs, student - log_z
-        rest = logits.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
-        teacher = torch.cat([self.logprobs, self.log_rest[:, None]], dim=-1).log_softmax(-1)
-        return teacher, torch.cat([student, rest], dim=-1) - log_z
+        tail_mass = logits.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
+        teacher = torch.cat([self.logprobs, self.log_tail_mass[:, None]], dim=-1).log_softmax(-1)
+        return teacher, torch.cat([student, tail_mass], dim=-1) - log_z
 
     def agree(self, log_t: Tensor, log_s: Tensor, logits: Tensor) -> Tensor:
         """bool [L]: both have the same most likely class."""
@@ -80,7 +80,7 @@ class HiddenTarget:
 
 @dataclass(frozen=True)
 class LabelTarget:
-    """Hard labels, int64 [L]: all probability on one token, so that two classes, it and the rest, lose nothing."""
+    """Hard labels, int64 [L]: all probability on one token, so that two classes, it and all others, lose nothing."""
 
     ids: Tensor
 
@@ -90,8 +90,8 @@ class LabelTarget:
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(label, student) log-probabilities, float32 [L, 2]; the forward KL of these is the cross-entropy."""
         ids = self.ids[:, None]
-        rest = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
-        student = torch.cat([logits.gather(-1, ids), rest], dim=-1) - logits.logsumexp(-1, keepdim=True)
+        others = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+        student = torch.cat([logits.gather(-1, ids), others], dim=-1) - logits.logsumexp(-1, keepdim=True)
         return torch.tensor([0.0, -math.inf], dtype=logits.dtype, device=logits.device).expand_as(student), student
 
     def agree(self, log_t: Tensor, log_s: Tensor, logits: Tensor) -> Tensor:

@@ -209,8 +209,8 @@ class LearnerRank:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
-            figures = self._update(trajectories[u * rows : (u + 1) * rows], builder, wanted)
-            for name, value in figures.items():
+            metrics = self._update(trajectories[u * rows : (u + 1) * rows], builder, wanted)
+            for name, value in metrics.items():
                 totals[name] += value
         seconds = time.perf_counter() - start
         self.spans.add(time.perf_counter() - read)

@@ -26,14 +26,14 @@ def rollout_sample(
         kl: float [n], the divergence there, nats.
 
     Returns:
-        keys: ordinal, sample, domain, weights_version, finish_reason, stored (no student made it: all rounds are 0 and
+        keys: ordinal, sample, domain, weights_version, finish_reason, offline (no student made it: all rounds are 0 and
         nothing stands behind the end token), forwards, block_size, prompt (text), prompt_tokens, cut (tokens left out),
         tail (how many tokens at the end stand behind the end token), tokens (texts), rounds (within the block, from 0),
         confidence (probability when revealed), kl (nats, mean over states; None where the token was in no trained
         state).
     """
-    stored = trajectory.is_stored
-    tail = trajectory.tail_ids[: 0 if stored else None]
+    offline = trajectory.is_offline
+    tail = trajectory.tail_ids[: 0 if offline else None]
     ids = np.concatenate([trajectory.response_ids, tail])
     length = min(len(ids), MAX_TOKENS)
     offsets = trajectory.target_offsets[target_rows]
@@ -48,7 +48,7 @@ def rollout_sample(
         "domain": trajectory.domain,
         "weights_version": trajectory.weights_version,
         "finish_reason": trajectory.finish_reason,
-        "stored": stored,
+        "offline": offline,
         "forwards": trajectory.denoise_forwards,
         "block_size": block_size,
         "prompt": prompt[:MAX_PROMPT_CHARACTERS],

@@ -28,7 +28,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LogitTerms:
-    """Clip, trust weight, sharpening and rank of the positions of one forward; `labels` int64 [L] are x0's tokens."""
+    """Clip, importance weight, sharpening and rank of one forward's positions; `labels` int64 [L] are x0's tokens."""
 
     objective: ObjectiveConfig
     labels: Tensor
@@ -55,7 +55,7 @@ class LogitTerms:
         """D_i as it counts, float [rows]: min(D_i, clip_nats), times min(p_t / p_s, 1) of the token in x0."""
         if self.objective.clip_nats is not None:
             divergence = divergence.clamp_max(self.objective.clip_nats)
-        if self.objective.trust_weight:
+        if self.objective.importance_weight:
             label = self.labels[rows, None]
             ratio = (log_t.gather(-1, label) - log_s.detach().gather(-1, label))[:, 0]
             divergence = divergence * ratio.clamp_max(0.0).exp()

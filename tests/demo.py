@@ -1,4 +1,4 @@
-"""The demo in a short form, with its figures asserted: `python -m tests.demo`.
+"""The demo in a short form, with its metrics asserted: `python -m tests.demo`.
 
 The full demo (`make demo`) trains three times as long; here the student must have left zero by a clear margin.
 """

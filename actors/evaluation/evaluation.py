@@ -35,22 +35,22 @@ class Evaluation:
     def add(self, *, correct: bool, tokens: int, denoise: int, commits: int, ended: bool) -> None:
         self.counts = np.concatenate([self.counts, [[correct, tokens, denoise, commits, ended]]], dtype=np.int64)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Ratios for tables and `summary.json`.
 
         Tokens per step = response tokens / denoising forwards. `forwards_per_token` counts denoising forwards,
         `forwards_per_token_with_commits` also the commits of blocks to the cache, as if each were a forward of its
         own (the sampler fuses them into the next block's first forward).
         """
-        figures = {name: float(value) for name, value in _ratios(self.counts.sum(axis=0), len(self.counts)).items()}
+        metrics = {name: float(value) for name, value in _ratios(self.counts.sum(axis=0), len(self.counts)).items()}
         tokens = int(self.counts[:, _COUNTS.index("response_tokens")].sum())
         speed = tokens / max(self.seconds, 1e-9)
-        return figures | {"tokens_per_second": speed, "problems": len(self.counts), "seconds": self.seconds}
+        return metrics | {"tokens_per_second": speed, "problems": len(self.counts), "seconds": self.seconds}
 
     def spread_over_problems(self, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
         """Bootstrap: standard deviation of each ratio over sets of as many problems drawn with replacement.
 
-        The standard error of the figure as an estimate for all problems of this kind (Efron, 1979).
+        The standard error of the metric as an estimate for all problems of this kind (Efron, 1979).
         """
         problems = len(self.counts)
         rng = np.random.default_rng(seed)
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def _ratios(sums: np.ndarray, problems: int) -> dict[str, np.ndarray]:
-    """Figures of the column sums [..., 5]."""
+    """Metrics of the column sums [..., 5]."""
     correct, tokens, denoise, commits, ended = np.moveaxis(sums.astype(np.float64), -1, 0)
     written, forwards, count = np.maximum(tokens, 1), np.maximum(denoise, 1), max(problems, 1)
     return {

@@ -29,7 +29,7 @@ from common.config.run import RunConfig, TeacherConfig
 from common.reshaping import reshape
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, from_batch, to_batch
 
-LEAST_REST = 1e-12  # keeps log_rest finite; float32 log-probabilities resolve the mass to about 1e-7
+LEAST_TAIL_MASS = 1e-12  # keeps log_tail_mass finite; float32 log-probabilities resolve the mass to about 1e-7
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class TargetRequest:
 class TopkTargets:
     """The K best tokens of n distributions, best first.
 
-    `ids` int32 [n, K], `logprobs` float32 [n, K], `log_rest` float32 [n]: log of the mass of all other tokens.
+    `ids` int32 [n, K], `logprobs` float32 [n, K], `log_tail_mass` float32 [n]: log of the mass of all other tokens.
     """
 
     ids: np.ndarray
     logprobs: np.ndarray
-    log_rest: np.ndarray
+    log_tail_mass: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ class TeacherBackend(ABC):
             dtype = np.uint16 if self.hidden_dtype == "bfloat16" else np.float32
             return HiddenTargets(np.empty((0, self.width), dtype))
         ids, logprobs = np.empty((0, self.width), np.int32), np.empty((0, self.width), np.float32)
-        return TopkTargets(ids, logprobs, log_rest(logprobs))
+        return TopkTargets(ids, logprobs, log_tail_mass(logprobs))
 
 
-def log_rest(logprobs: np.ndarray) -> np.ndarray:
-    """log(1 - sum of exp(logprobs)) over the last axis, float32; never below log(LEAST_REST)."""
+def log_tail_mass(logprobs: np.ndarray) -> np.ndarray:
+    """log(1 - sum of exp(logprobs)) over the last axis, float32; never below log(LEAST_TAIL_MASS)."""
     mass = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
-    return np.log(np.maximum(1.0 - mass, LEAST_REST)).astype(np.float32)
+    return np.log(np.maximum(1.0 - mass, LEAST_TAIL_MASS)).astype(np.float32)
 
 
 def hidden_array(hidden: Tensor, dtype: str) -> np.ndarray:
@@ -164,7 +164,7 @@ def reshape_topk(targets: TopkTargets, shape: TeacherTarget) -> TopkTargets:
     """The K best of the reshaped distribution, exact for 1 <= shape.top_k <= K: what is cut has -inf, no mass is left
     for other tokens."""
     logprobs = reshape(torch.from_numpy(targets.logprobs), shape).numpy()
-    return TopkTargets(targets.ids, logprobs, np.full_like(targets.log_rest, np.log(LEAST_REST)))
+    return TopkTargets(targets.ids, logprobs, np.full_like(targets.log_tail_mass, np.log(LEAST_TAIL_MASS)))
 
 
 def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape: TeacherTarget = AS_IT_IS) -> None:
@@ -181,7 +181,7 @@ def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape:
             targets = reshape_topk(targets, shape) if shape.reshapes else targets
             trajectory.topk_ids = targets.ids.ravel()
             trajectory.topk_logprobs = targets.logprobs.ravel()
-            trajectory.log_rest = targets.log_rest
+            trajectory.log_tail_mass = targets.log_tail_mass
 
 
 @dataclass(eq=False)

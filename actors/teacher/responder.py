@@ -1,4 +1,4 @@
-"""Responses of the frozen ARLM: stored, off-policy data, made by the engine that the teacher pool uses."""
+"""Responses of the frozen ARLM: offline, off-policy data, made by the engine that the teacher pool uses."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from actors.teacher.actor import (
     TeacherBackend,
     TopkTargets,
     hidden_array,
-    log_rest,
+    log_tail_mass,
 )
 from common.config.run import TeacherConfig
 from common.student import lm_head_weight, load_model
@@ -77,7 +77,7 @@ class TransformersBackend(TeacherBackend):
         best = [self._topk(rows) for rows in hidden.split(LOGITS_ROWS)]
         logprobs = torch.cat([values for values, _ in best]).cpu().numpy()
         ids = torch.cat([indices for _, indices in best]).to(torch.int32).cpu().numpy()
-        return TopkTargets(ids, logprobs, log_rest(logprobs))
+        return TopkTargets(ids, logprobs, log_tail_mass(logprobs))
 
     def _topk(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = linear(hidden, lm_head_weight(self.model)).float()

@@ -21,7 +21,7 @@ from actors.teacher.actor import (
     TeacherBackend,
     TopkTargets,
     hidden_array,
-    log_rest,
+    log_tail_mass,
 )
 from common.config.run import TeacherConfig
 
@@ -82,7 +82,7 @@ class VllmBackend(TeacherBackend):
         ids = np.concatenate([np.array(p.token_ids, np.int32) for p in parts]).reshape(-1, width)
         logprobs = np.concatenate([np.array(p.logprobs, np.float32) for p in parts]).reshape(-1, width)
         best = logprobs[rows, 1:]
-        return TopkTargets(ids[rows, 1:], best, log_rest(best))
+        return TopkTargets(ids[rows, 1:], best, log_tail_mass(best))
 
 
 def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:

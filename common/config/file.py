@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from common.config.errors import explain
 from common.config.fields import default_tag, is_tag
+from common.config.renamed import old_names
 from common.config.run import RunConfig
 from common.config.yaml_loader import ConfigLoader
 
@@ -32,7 +33,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     Paths of files that the project ships are found from any folder.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a field is unknown or has a bad value.
+        ConfigError: the file is missing or not YAML, or a field is unknown, was renamed or has a bad value.
     """
     raw = _read(_find(source))
     if "arms" in raw:
@@ -40,6 +41,8 @@ def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
     # a new rule or kind first: it drops the fields of the old choice, and must not drop other overrides
     for path, value in sorted(parse_overrides(overrides or []), key=lambda item: not is_tag(item[0])):
         _set(raw, path, value)
+    if renamed := old_names(raw):
+        raise ConfigError("\n".join(renamed))
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:

@@ -92,28 +92,28 @@ class StudentSource(Section):
     kind: Literal["student"] = "student"
 
 
-class StoredSource(Section):
+class OfflineSource(Section):
     """Responses of `data.responses`, such as the teacher's: off-policy. They have no rounds, so states are random."""
 
-    kind: Literal["stored"] = "stored"
+    kind: Literal["offline"] = "offline"
 
 
 class MixtureSource(Section):
-    """Each prompt takes its stored response with a probability that goes from `start` to `end`, else a rollout."""
+    """Each prompt takes its offline response with a probability that goes from `start` to `end`, else a rollout."""
 
     kind: Literal["mixture"] = "mixture"
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="how the stored share goes from start to end; constant: start throughout"
+        "linear", description="how the offline share goes from start to end; constant: start throughout"
     )
-    start: float = Field(1.0, ge=0, le=1, description="stored share of the first rollout batch")
-    end: float = Field(0.0, ge=0, le=1, description="stored share from rollout batch `batches` on")
+    start: float = Field(1.0, ge=0, le=1, description="offline share of the first rollout batch")
+    end: float = Field(0.0, ge=0, le=1, description="offline share from rollout batch `batches` on")
     batches: int = Field(100, ge=1, description="rollout batches until the share is `end`")
-    stored_state: RandomState = Field(
-        RandomState(), description="states of the stored responses; objective.state is that of the rollouts"
+    offline_state: RandomState = Field(
+        RandomState(), description="states of the offline responses; objective.state is that of the rollouts"
     )
 
 
-Source = Annotated[StudentSource | StoredSource | MixtureSource, Field(discriminator="kind")]
+Source = Annotated[StudentSource | OfflineSource | MixtureSource, Field(discriminator="kind")]
 
 
 class TeacherTarget(Section):
@@ -213,8 +213,8 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
         "target": ("teacher",),
     },
     "opdlm_off": {"source": ("student",), "state": ("random", "complementary"), "target": ("teacher",)},
-    "off_policy_distillation": {"source": ("stored",), "state": ("random", "complementary"), "target": ("teacher",)},
-    "sft": {"source": ("stored",), "state": ("random", "complementary"), "target": ("hard",)},
+    "off_policy_distillation": {"source": ("offline",), "state": ("random", "complementary"), "target": ("teacher",)},
+    "sft": {"source": ("offline",), "state": ("random", "complementary"), "target": ("hard",)},
 }
 
 
@@ -223,7 +223,7 @@ class ObjectiveConfig(Section):
 
     method: Literal["opdlm", "opdlm_off", "off_policy_distillation", "sft"] | None = Field(
         None,
-        description="sets source, state and target by the name of a published method; the stored ones need "
+        description="sets source, state and target by the name of a published method; the offline ones need "
         "data.responses. Default: the choices below as they are",
     )
     source: Source = Field(StudentSource(), description="where trajectories come from")
@@ -245,7 +245,7 @@ class ObjectiveConfig(Section):
     clip_nats: float | None = Field(
         None, gt=0, description="a position's divergence counts up to this much; above, it gives no gradient"
     )
-    trust_weight: bool = Field(
+    importance_weight: bool = Field(
         False, description="times min(p_teacher / p_student, 1) of the token in x0, without gradient; target hidden"
     )
     terms: ExtraTerms = ExtraTerms()
@@ -258,7 +258,7 @@ class ObjectiveConfig(Section):
     @property
     def changes_positions(self) -> bool:
         """Whether anything but the plain divergence is computed from the logits."""
-        return self.clip_nats is not None or self.trust_weight or self.terms.needs_entropy
+        return self.clip_nats is not None or self.importance_weight or self.terms.needs_entropy
 
     @model_validator(mode="before")
     @classmethod
@@ -280,10 +280,10 @@ class ObjectiveConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _stored_responses_have_no_rounds(self) -> ObjectiveConfig:
-        if self.source.kind == "stored" and needs_rounds(self.state):
+    def _offline_responses_have_no_rounds(self) -> ObjectiveConfig:
+        if self.source.kind == "offline" and needs_rounds(self.state):
             raise ValueError(
-                f"source.kind 'stored' has no realised rounds, which state.kind {self.state.kind!r} selects from; "
+                f"source.kind 'offline' has no realised rounds, which state.kind {self.state.kind!r} selects from; "
                 "use state.kind random or complementary, or a mixture with trajectory_share 0"
             )
         return self
@@ -291,13 +291,13 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _terms_have_what_they_need(self) -> ObjectiveConfig:
         teacherless = self.target.kind == "hard"
-        for name, on in (("trust_weight", self.trust_weight), ("terms.alignment", self.terms.alignment > 0)):
+        for name, on in (("importance_weight", self.importance_weight), ("terms.alignment", self.terms.alignment > 0)):
             if on and teacherless:
                 raise ValueError(f"{name} compares with a teacher, and target.kind 'hard' has none; turn it off")
-        if self.terms.rank and self.source.kind == "stored":
+        if self.terms.rank and self.source.kind == "offline":
             raise ValueError(
                 f"terms.rank ({self.terms.rank}) ranks by the rounds in which a rollout revealed tokens, which "
-                "source.kind 'stored' does not have; set it to 0, or use source.kind student or mixture"
+                "source.kind 'offline' does not have; set it to 0, or use source.kind student or mixture"
             )
         return self
 

@@ -187,8 +187,8 @@ class DataConfig(Section):
     domain_max_tokens: dict[str, int] = Field({}, description="response length cap by domain, tokens")
     responses: str | None = Field(
         None,
-        description="JSON, JSONL or Parquet file, or a folder of them, with stored responses to the questions "
-        "(`opdlm respond` makes one); for objective.source stored and mixture",
+        description="JSON, JSONL or Parquet file, or a folder of them, with offline responses to the questions "
+        "(`opdlm respond` makes one); for objective.source offline and mixture",
     )
     response_field: str = Field("response", description="field of a record of data.responses that holds the response")
 
@@ -426,15 +426,18 @@ class RunConfig(Section):
     def _source_has_responses(self) -> RunConfig:
         if self.objective.source.kind != "student" and self.data.responses is None:
             raise ValueError(
-                f"objective.source.kind {self.objective.source.kind!r} needs stored responses: set data.responses to a "
-                "file of questions and responses; opdlm respond makes one with the teacher"
+                f"objective.source.kind {self.objective.source.kind!r} needs offline responses: set data.responses to "
+                "a file of questions and responses; opdlm respond makes one with the teacher"
             )
         return self
 
     @model_validator(mode="after")
     def _terms_have_hidden_states(self) -> RunConfig:
         objective = self.objective
-        for name, on in (("trust_weight", objective.trust_weight), ("terms.alignment", objective.terms.alignment > 0)):
+        for name, on in (
+            ("importance_weight", objective.importance_weight),
+            ("terms.alignment", objective.terms.alignment > 0),
+        ):
             if on and self.target_kind != "hidden":
                 raise ValueError(
                     f"objective.{name} needs the teacher's whole distribution or hidden states, teacher.target is "

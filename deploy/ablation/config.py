@@ -11,7 +11,7 @@ from common.config.section import Section
 
 
 class RespondConfig(Section):
-    """The stored responses that off-policy arms train on: what `opdlm respond` is told."""
+    """The offline responses that off-policy arms train on: what `opdlm respond` is told."""
 
     temperature: float = Field(1.0, ge=0, description="of the teacher's sampling softmax; 0: greedy")
     samples: int = Field(1, ge=1, description="responses per prompt")
@@ -23,7 +23,7 @@ class Claim(Section):
     text: str = Field(description="the claim, in words")
     better: str = Field(description="name of the arm that should score higher")
     worse: str = Field(description="name of the arm that should score lower")
-    figure: str = Field(
+    metric: str = Field(
         description="static, dynamic (exact match), or loss (static minus dynamic, where lower is better)",
         pattern="^(static|dynamic|loss)$",
     )

@@ -29,10 +29,10 @@ class Result:
     versions: dict[str, str]
     curve: list[tuple[float, float]]  # response tokens trained on, exact match under dynamic decoding
 
-    def figure(self, name: str) -> float:
+    def metric(self, name: str) -> float:
         """Exact match under `static` or `dynamic` decoding, or `loss`: the first minus the second."""
-        figures = {"static": self.static["exact_match"], "dynamic": self.dynamic["exact_match"]}
-        return figures["static"] - figures["dynamic"] if name == "loss" else figures[name]
+        metrics = {"static": self.static["exact_match"], "dynamic": self.dynamic["exact_match"]}
+        return metrics["static"] - metrics["dynamic"] if name == "loss" else metrics[name]
 
 
 def read_result(arm: Arm) -> Result:
@@ -69,7 +69,7 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         f"same order, {batches} batches of {rows} responses, "
         f"{-(-rows // config.learner.batch_rows)} updates each. Exact match is on {problems} held-out problems, "
         "greedy; dynamic decoding reveals what is surer than "
-        f"{config.evaluation.threshold:g}. Figures are mean ± standard deviation over seeds.",
+        f"{config.evaluation.threshold:g}. Metrics are mean ± standard deviation over seeds.",
         "",
         "## Results",
         "",
@@ -98,9 +98,9 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
 
 def verdict(results: list[Result], claim: Claim) -> tuple[float, float, float, int, str]:
     """Mean difference in favour of the claim, its standard deviation, p, seeds, and the verdict in words."""
-    sign = -1 if claim.figure == "loss" else 1
+    sign = -1 if claim.metric == "loss" else 1
     better, worse = (
-        {r.seed: r.figure(claim.figure) for r in results if r.arm == a} for a in (claim.better, claim.worse)
+        {r.seed: r.metric(claim.metric) for r in results if r.arm == a} for a in (claim.better, claim.worse)
     )
     seeds = sorted(better.keys() & worse.keys())
     differences = np.array([sign * (better[s] - worse[s]) for s in seeds])
@@ -117,9 +117,9 @@ def verdict(results: list[Result], claim: Claim) -> tuple[float, float, float, i
 
 def _table(results: list[Result], arms: list[str]) -> list[str]:
     columns: list[tuple[str, Callable[[Result], float], str]] = [
-        ("static, %", lambda r: 100 * r.figure("static"), ".1f"),
-        ("dynamic, %", lambda r: 100 * r.figure("dynamic"), ".1f"),
-        ("loss under dynamic, points", lambda r: 100 * r.figure("loss"), ".1f"),
+        ("static, %", lambda r: 100 * r.metric("static"), ".1f"),
+        ("dynamic, %", lambda r: 100 * r.metric("dynamic"), ".1f"),
+        ("loss under dynamic, points", lambda r: 100 * r.metric("loss"), ".1f"),
         ("tokens/step, dynamic", lambda r: r.dynamic["tokens_per_step"], ".2f"),
         ("training tokens", lambda r: r.train["response_tokens"], ",.0f"),
         ("updates", lambda r: r.train["updates"], ",.0f"),
@@ -149,7 +149,7 @@ def _claims(results: list[Result], claims: tuple[Claim, ...]) -> list[str]:
     ]
     for claim in claims:
         mean, std, p, seeds, word = verdict(results, claim)
-        measure = {"loss": "less lost from static to dynamic"}.get(claim.figure, f"{claim.figure} exact match")
+        measure = {"loss": "less lost from static to dynamic"}.get(claim.metric, f"{claim.metric} exact match")
         lines.append(
             f"| {claim.text} | {measure}: {claim.better} against {claim.worse} "
             + (f"| {100 * mean:+.1f} ± {100 * std:.1f} | {p:.3f} " if seeds > 1 else "| - | - ")
@@ -201,7 +201,7 @@ def plot_final(results: list[Result], arms: list[str], path: Path) -> None:
     for shift, name, colour in ((0.2, "static", "C0"), (-0.2, "dynamic", "C1")):
         label: str | None = name
         for i, arm in enumerate(arms):
-            values = [100 * r.figure(name) for r in results if r.arm == arm]
+            values = [100 * r.metric(name) for r in results if r.arm == arm]
             if values:
                 y = len(arms) - 1 - i + shift
                 axes.barh(y, np.mean(values), height=0.36, color=colour, alpha=0.55, label=label)

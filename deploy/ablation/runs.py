@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from common.config.errors import explain
 from common.config.file import PRESETS, ConfigError, load_config
+from common.config.renamed import old_names
 from common.config.run import RunConfig
 from common.config.yaml_loader import ConfigLoader
 from deploy.ablation.config import AblationConfig
@@ -44,13 +45,16 @@ def load_ablation(source: str) -> AblationConfig:
     """The validated ablation of a YAML file or of a file in the presets' folder.
 
     Raises:
-        ConfigError: the file is missing, or a field is unknown or has a bad value.
+        ConfigError: the file is missing, or a field is unknown, was renamed or has a bad value.
     """
     path = next((p for p in (Path(source), PRESETS / f"{source}.yaml") if p.is_file()), None)
     if path is None:
         raise ConfigError(f"no ablation {source!r}; give a YAML file such as deploy/presets/ablation.yaml")
+    raw = yaml.load(path.read_bytes(), ConfigLoader)
+    if renamed := old_names(raw):
+        raise ConfigError("\n".join(renamed))
     try:
-        return AblationConfig.model_validate(yaml.load(path.read_bytes(), ConfigLoader))
+        return AblationConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(e) for e in error.errors())) from error
 

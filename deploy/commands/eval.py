@@ -139,7 +139,7 @@ def _check_options(
 
 
 def _show(rows: list[Any]) -> None:
-    """A list of figures for a single run, else the table."""
+    """A list of metrics for a single run, else the table."""
     from deploy.evaluation.sweep_report import table
 
     if len(rows) == 1 and len(rows[0].runs) == 1:

@@ -31,7 +31,7 @@ def respond(
     temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 1.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="sample from the smallest set of this mass")] = 1.0,
 ) -> None:
-    """Let the teacher answer the run's prompts: stored responses for off-policy training.
+    """Let the teacher answer the run's prompts: offline responses for off-policy training.
 
     An interrupted command goes on where it stood when it is repeated.
 
@@ -44,7 +44,7 @@ def respond(
     settings = load_config(config, context.args)
     from deploy import respond as work
 
-    figures = work.respond(
+    metrics = work.respond(
         settings,
         output,
         samples=samples,
@@ -54,8 +54,8 @@ def respond(
         note=lambda text: console.print(text, style="dim"),
     )
     console.print(
-        f"wrote {output}: {figures['responses']:,} responses of {figures['tokens']:,} tokens, "
-        f"{figures['share_ended']:.1%} ended by themselves",
+        f"wrote {output}: {metrics['responses']:,} responses of {metrics['tokens']:,} tokens, "
+        f"{metrics['share_ended']:.1%} ended by themselves",
         soft_wrap=True,
         highlight=False,
     )

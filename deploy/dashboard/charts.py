@@ -38,7 +38,7 @@ class Chart:
 
 
 def _evaluated(metric: str, label: str) -> tuple[Line, ...]:
-    """A figure of evaluations during training, where this release measures it."""
+    """A metric of evaluations during training, where this release measures it."""
     return (Line(metric, label, "points"),) if metric in METRICS else ()
 
 

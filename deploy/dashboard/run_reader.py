@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.config.file import ConfigError
+from common.config.renamed import RUN_FILES
 from deploy.dashboard.charts import ROLES
 from deploy.dashboard.decimation import min_max, moving_average
 from deploy.monitoring.metrics import METRICS
@@ -50,7 +51,7 @@ class RunReader:
         if self._changed("events.jsonl"):
             self.events = self._lines("events.jsonl")[-_EVENTS:]
         if self._changed("trajectories.jsonl"):
-            self.rollouts = self._lines("trajectories.jsonl")
+            self.rollouts = [_named(rollout) for rollout in self._lines("trajectories.jsonl")]
 
     def snapshot(self) -> dict[str, Any]:
         """What the page shows beside charts and rollouts; JSON without NaN."""
@@ -129,7 +130,7 @@ class RunReader:
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         for line in complete.splitlines():
-            row = json.loads(line)
+            row = _named(json.loads(line))
             for name, values in self.columns.items():
                 value = row.get(name)
                 values.append(math.nan if value is None else float(value))
@@ -147,6 +148,11 @@ class RunReader:
     def _lines(self, name: str) -> list[dict[str, Any]]:
         text = (self.run_dir / name).read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row under today's names, whatever release wrote it."""
+    return {RUN_FILES.get(name, name): value for name, value in row.items()}
 
 
 def check_run_folder(run_dir: Path) -> None:

@@ -100,7 +100,7 @@ def create_app(run_dir: Path, host: str, token: str | None = None) -> FastAPI:
     @app.get("/api/rollouts")
     async def rollouts() -> list[dict[str, Any]]:
         reader.refresh()
-        shown = ("batch", "ordinal", "sample", "stored", "forwards")
+        shown = ("batch", "ordinal", "sample", "offline", "forwards")
         return [
             {name: r[name] for name in shown} | {"tokens": len(r["tokens"]) - r["tail"] + r["cut"]}
             for r in reader.rollouts

@@ -164,10 +164,10 @@ def make_tiny_arlm(
     difficulty: Difficulty = STANDARD,
     heldout: int = HELDOUT_PROBLEMS,
 ) -> dict[str, float]:
-    """Trains the model from scratch, saves it as a Hugging Face folder in bfloat16 and returns figures.
+    """Trains the model from scratch, saves it as a Hugging Face folder in bfloat16 and returns metrics.
 
     Equal arguments give equal weights on one machine. `heldout` is the number of held-out problems that the
-    saved model (read back as float32) answers greedily. Figures: exact_match (0 to 1), first_loss and last_loss
+    saved model (read back as float32) answers greedily. Metrics: exact_match (0 to 1), first_loss and last_loss
     (nats per response token), steps, seconds (of training), parameters.
     """
     torch.set_num_threads(threads)
@@ -267,8 +267,8 @@ def main() -> None:
     if args.data:
         write_problems(args.data, difficulty)
     if args.out:
-        figures = make_tiny_arlm(args.out, seed=args.seed, steps=args.steps, difficulty=difficulty)
-        print(json.dumps(figures))
+        metrics = make_tiny_arlm(args.out, seed=args.seed, steps=args.steps, difficulty=difficulty)
+        print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

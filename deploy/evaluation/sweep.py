@@ -1,6 +1,6 @@
 """Evaluation of one student under many decoding settings, with its autoregressive (AR) teacher beside it.
 
-A figure comes with mean and standard deviation. With temperature > 0 each setting is decoded once per seed, and the
+A metric comes with mean and standard deviation. With temperature > 0 each setting is decoded once per seed, and the
 deviation is that over seeds (n - 1 in the denominator). Greedy decoding gives the same tokens for every seed, so it
 is decoded once, and the deviation is over the choice of problems: 1,000 bootstrap resamples. The same holds for a
 single seed.
@@ -92,7 +92,7 @@ def _static(tokens_per_step: int, block_size: int) -> StaticUnmasking:
 
 @dataclass
 class Row:
-    """Figures of one setting; `std` lacks those without a deviation (speed of a single run)."""
+    """Metrics of one setting; `std` lacks those without a deviation (speed of a single run)."""
 
     model: Literal["student", "teacher"]
     path: str
@@ -182,11 +182,11 @@ class Sweep:
 
 def row_of(model: Literal["student", "teacher"], path: str, setting: Setting, runs: list[Evaluation]) -> Row:
     """Mean and standard deviation over the runs of one setting, or over problems where there is one run."""
-    figures = [run.figures() for run in runs]
-    mean = {name: statistics.fmean(f[name] for f in figures) for name in figures[0]}
+    metrics = [run.metrics() for run in runs]
+    mean = {name: statistics.fmean(f[name] for f in metrics) for name in metrics[0]}
     if len(runs) > 1:
         varying = [name for name in mean if name != "problems"]
-        std = {name: statistics.stdev(f[name] for f in figures) for name in varying}
+        std = {name: statistics.stdev(f[name] for f in metrics) for name in varying}
     else:
         std = runs[0].spread_over_problems()
     return Row(
@@ -198,5 +198,5 @@ def row_of(model: Literal["student", "teacher"], path: str, setting: Setting, ru
         spread="seeds" if len(runs) > 1 else "problems",
         mean=mean,
         std=std,
-        runs=figures,
+        runs=metrics,
     )

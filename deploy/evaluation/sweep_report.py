@@ -10,8 +10,8 @@ from rich.table import Table
 
 from deploy.evaluation.sweep import Row
 
-_WIDE = 110  # characters from which on a figure and its deviation share a line
-_COLUMNS = {  # figure: (heading, factor, format)
+_WIDE = 110  # characters from which on a metric and its deviation share a line
+_COLUMNS = {  # metric: (heading, factor, format)
     "exact_match": ("accuracy\n%", 100, ".1f"),
     "tokens_per_step": ("tokens\n/step", 1, ".2f"),
     "forwards_per_token": ("forw.\n/token", 1, ".2f"),

@@ -19,14 +19,14 @@ FILE = Path(__file__).parents[1] / "kuberay" / "monitoring" / "opdlm-run.json"
 _ROLES = ("rollout", "teacher", "learner")
 _UNITS = {"s": "s", "bytes": "bytes", "share": "percentunit", "": "short"}  # Grafana's names
 _WIDTH, _PANEL_WIDTH, _PANEL_HEIGHT, _STAT_HEIGHT = 24, 8, 7, 4
-_NOT_PLOTTED = ("batch", "time")  # they are in the figures of the first row
+_NOT_PLOTTED = ("batch", "time")  # the first row says them
 
 Panel = dict[str, Any]
 
 
 def dashboard() -> dict[str, Any]:
     """The dashboard as Grafana's JSON model; it asks for a Prometheus data source and for runs."""
-    panels = [_stat(*figure) for figure in _first_row()]
+    panels = [_stat(*metric) for metric in _first_row()]
     panels += [_series("Since an actor answered", "s", "A flat line near 0 is healthy.", {"{{actor}}": _silence()})]
     not_finite = {"{{run}} {{metric}}": _of_run("not_finite", by="run, metric")}
     panels += [_series("Not finite", "", LIVE_METRICS["not_finite"].meaning, not_finite)]
@@ -80,7 +80,7 @@ def _of_run(metric: str, by: str = "run") -> str:
 
 
 def _first_row() -> list[tuple[str, str, str, str]]:
-    """Title, unit, description and query of the figures to look at first."""
+    """Title, unit, description and query of the metrics to look at first."""
     done = f"({_of_run('batch')} + 1)"
     batches, prompts = _of_run("batches"), _of_run("prompts")
     usual = f'max by (run) (avg_over_time({prometheus_name("seconds/batch")}{{run=~"$run"}}[30m]))'

@@ -1,4 +1,4 @@
-"""Warnings that follow from the figures of the batches."""
+"""Warnings that follow from the metrics of the batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Health:
         self._last: dict[str, float] = {}
 
     def warnings(self, metrics: dict[str, float]) -> list[str]:
-        """What deserves a look in this batch; one line each, with the figures."""
+        """What deserves a look in this batch; one line each, with the numbers."""
         found = {f"{name} not finite": f"{name} is {metrics[name]}" for name in _WATCHED if not_finite(metrics[name])}
         if len(self._history) == _HISTORY:
             found |= self._against_history(metrics)

@@ -21,7 +21,7 @@ LIVE_METRICS: dict[str, LiveSpec] = {
     "batches": LiveSpec("", "rollout batches that the run will have in the end"),
     "prompts": LiveSpec("", "prompts of the run, over all epochs"),
     "dropped_prompts": LiveSpec("", "prompts left out when the run began", label="reason"),
-    "not_finite": LiveSpec("", "1 where a figure of the last batch was NaN or infinite, else 0", label="metric"),
+    "not_finite": LiveSpec("", "1 where a metric of the last batch was NaN or infinite, else 0", label="metric"),
     "actor_heard": LiveSpec("s", "Unix time at which an actor last answered", label="actor"),
 }
 

@@ -1,4 +1,4 @@
-"""The run's progress in the terminal: bars with the expected end, the rate of every stage, the figures that matter."""
+"""The run's progress in the terminal: bars with the expected end, the rate of every stage, the metrics that matter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, total_batches: int, name: str, console: Console | None = None) -> None:
         self.console = console or Console()
         self.total = total_batches
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.started = self.training_started = time.monotonic()
         self.first: tuple[float, int] | None = None  # when the first batch of this process was through, and its number
         label = TextColumn(f"{{task.description:>{_LABEL_WIDTH}}}")
@@ -59,7 +59,7 @@ class Progress:
 
     def batch(self, metrics: dict[str, float]) -> None:
         """A rollout batch is through; `metrics` as in deploy/monitoring/metrics.py."""
-        self.figures = metrics
+        self.metrics = metrics
         done = int(metrics["batch"]) + 1
         now = time.monotonic()
         started, before = self.first or (self.training_started, done - 1)
@@ -81,19 +81,19 @@ class Progress:
         self.console.print(Text.assemble((f"{time.monotonic() - self.started:7.1f} s", "dim"), f"  {text}"))
 
     def _headline(self) -> str:
-        m = self.figures
+        m = self.metrics
         return (
             f"KL {m['kl']:.4f}  tokens/step {m['tokens_per_step']:.2f}  limit {m['response_limit']:.0f}  "
             f"lr {m['lr']:.2e}  version {m['weights_version']:.0f}  staleness {m['staleness']:.0f}"
         )
 
     def _render(self) -> Group:
-        if not self.figures:
+        if not self.metrics:
             return Group(self._run_bar, self._stage_bars)
         return Group(self._run_bar, self._stage_bars, self._table(), Text("  " + self._headline(), style="bold"))
 
     def _table(self) -> Table:
-        m = self.figures
+        m = self.metrics
         table = Table(box=None, padding=(0, 2))
         for column in ("last batch", "tokens/s", "seconds", "of wall time"):
             table.add_column(column, justify="left" if column == "last batch" else "right")
@@ -118,7 +118,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("student, trained", "static", student.get("static")),
         ("student, trained", "dynamic", student.get("dynamic")),
     ]
-    for model, decoding, figures in rows:
-        if figures:
-            table.add_row(model, decoding, f"{figures['exact_match']:.1%}", f"{figures['tokens_per_step']:.2f}")
+    for model, decoding, metrics in rows:
+        if metrics:
+            table.add_row(model, decoding, f"{metrics['exact_match']:.1%}", f"{metrics['tokens_per_step']:.2f}")
     return table

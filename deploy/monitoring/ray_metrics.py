@@ -1,4 +1,4 @@
-"""The run's figures as gauges on Ray's Prometheus endpoint: those of every batch, and of every actor as it answers."""
+"""The run's metrics as gauges on Ray's Prometheus endpoint: those of every batch, and of every actor as it answers."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _REPEATS = 3
 
 def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[dict[str, Any]]:
     """One row, of updates of `rows` trajectories; on CUDA with Liger's kernels and activations kept."""
-    return [_in_a_process(_figures, size, device, rows, prompt, response, max_tokens)]
+    return [_in_a_process(_metrics, size, device, rows, prompt, response, max_tokens)]
 
 
 def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
@@ -40,7 +40,7 @@ def _in_a_process(call: Callable[..., Any], size: str, device: str, *plan: int) 
             return pool.submit(call, folder, size, device, *plan).result()
 
 
-def _figures(folder: str, size: str, device: str, rows: int, *plan: int) -> dict[str, Any]:
+def _metrics(folder: str, size: str, device: str, rows: int, *plan: int) -> dict[str, Any]:
     rank, update = _ready(folder, device, rows, *plan)
     steps: list[float] = []
     step = rank.engine.step
@@ -52,19 +52,19 @@ def _figures(folder: str, size: str, device: str, rows: int, *plan: int) -> dict
 
     rank.engine.step = timed_step
     for _ in range(2):  # compiles, then fills the buffers
-        figures = update()
+        metrics = update()
     steps.clear()
     start = _now(device)
     for _ in range(_REPEATS):
-        figures = update()
+        metrics = update()
     seconds = (_now(device) - start) / _REPEATS
     row = {
         "size": size,
         "rows": rows,
         "seconds": seconds,
         "optimizer_seconds": sum(steps) / _REPEATS,
-        "tokens": int(figures["packed_tokens"]),
-        "masked": int(figures["positions"]),
+        "tokens": int(metrics["packed_tokens"]),
+        "masked": int(metrics["positions"]),
     }
     if device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -36,14 +36,14 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
     results: list[dict[str, Any]] = []
 
     def variant(name: str, loss: Callable[..., torch.Tensor], padded: bool = False) -> None:
-        figures = _time(model, builder, trajectories, loss, padded)
-        flops = useful_flops(model.config, figures["tokens"], figures["masked"])
-        figures["useful_tflops"] = flops / figures["seconds"] / 1e12
+        metrics = _time(model, builder, trajectories, loss, padded)
+        flops = useful_flops(model.config, metrics["tokens"], metrics["masked"])
+        metrics["useful_tflops"] = flops / metrics["seconds"] / 1e12
         if peak:
-            figures["mfu"] = flops / figures["seconds"] / peak
+            metrics["mfu"] = flops / metrics["seconds"] / peak
         if results:
-            figures["times_the_first"] = figures["seconds"] / results[0]["seconds"]
-        results.append({"size": size, "variant": name, "rows": rows, **figures})
+            metrics["times_the_first"] = metrics["seconds"] / results[0]["seconds"]
+        results.append({"size": size, "variant": name, "rows": rows, **metrics})
         print("  ", results[-1], flush=True)
 
     if not cuda:

@@ -37,7 +37,7 @@ def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
         overrides += _on_gpus() if device == "cuda" else []
         for staleness in (0, 1):
             made = run(["--pipeline.staleness", str(staleness), *overrides], batches)
-            rows.append({"size": size, "staleness": staleness, "batches": batches, **figures(made)})
+            rows.append({"size": size, "staleness": staleness, "batches": batches, **metrics(made)})
             print(table(rows[-1]), flush=True)
     return rows
 
@@ -90,7 +90,7 @@ def run(overrides: list[str], batches: int) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def figures(rows: list[dict[str, float]]) -> dict[str, float]:
+def metrics(rows: list[dict[str, float]]) -> dict[str, float]:
     """Over the batches after the warm-up: means, and shares of their whole wall time."""
     rows = rows[_WARM_UP:] if len(rows) > _WARM_UP else rows
     wall = sum(row["seconds/batch"] for row in rows)

@@ -44,7 +44,7 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "1")  # rather a slow figure than none
+    os.environ.setdefault("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "1")  # rather a slow measurement than none
     nbytes = sum(p.numel() for p in random_model(size, "meta").parameters()) * (2 if device == "cuda" else 4)
     store = int(3.2 * nbytes) + 2**28  # a version may still be mapped while the next is put
     free = shutil.disk_usage("/dev/shm").free
@@ -67,7 +67,7 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
                 print("   broadcast: left out, NCCL needs a GPU for each of the two processes and here is one")
                 continue
             times = 1 if way == "slow reference" else repetitions
-            row = {"size": size, "way": way, **_figures(publisher, reader, way, times)}
+            row = {"size": size, "way": way, **_metrics(publisher, reader, way, times)}
             row["gb_per_s"] = nbytes / row["seconds"] / 1e9
             if rows:
                 row["over_slow"] = rows[0]["seconds"] / row["seconds"]
@@ -79,7 +79,7 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
         ray.shutdown()
 
 
-def _figures(publisher: Any, reader: Any, way: str, repetitions: int) -> dict[str, float]:
+def _metrics(publisher: Any, reader: Any, way: str, repetitions: int) -> dict[str, float]:
     address = ray.get(publisher.open.remote(way))
     ray.get([publisher.join.remote(), reader.join.remote(way, address)], timeout=TIMEOUT_S)
     runs: list[dict[str, float]] = []
@@ -93,10 +93,10 @@ def _figures(publisher: Any, reader: Any, way: str, repetitions: int) -> dict[st
         del handle
     sums = ray.get([publisher.fingerprint.remote(), reader.fingerprint.remote()], timeout=TIMEOUT_S)
     assert sums[0] == sums[1], "the reader's weights are not the publisher's"
-    figures = {name: median(run[name] for run in runs[WARM_UP:]) for name in runs[0]}
+    metrics = {name: median(run[name] for run in runs[WARM_UP:]) for name in runs[0]}
     if way == "slow reference":
-        return figures
-    return figures | _beside_a_sampler(publisher, reader, WARM_UP + repetitions + 1)
+        return metrics
+    return metrics | _beside_a_sampler(publisher, reader, WARM_UP + repetitions + 1)
 
 
 def _beside_a_sampler(publisher: Any, reader: Any, version: int) -> dict[str, float]:

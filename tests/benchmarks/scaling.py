@@ -80,7 +80,7 @@ def _actors() -> Iterator[Row]:
         # small shares of a core, so that Ray grants the most actors on two
         actors = ["--rollout.actors", str(n), "--rollout.resources.cpus", "0.1"]
         rows = pipeline.run([*actors, "--curriculum.schedule", "constant"], _BATCHES)
-        seconds = pipeline.figures(rows)["seconds_batch"]
+        seconds = pipeline.metrics(rows)["seconds_batch"]
         yield {"sweep": "rollout actors", "part": "seconds a batch", "x": n, "cost": seconds}
 
 

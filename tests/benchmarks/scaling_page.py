@@ -145,13 +145,13 @@ def _bytes(estimates: list[tuple[str, Estimate]]) -> str:
 
 
 def _limits(config: RunConfig, unchanged: list[Estimate], rates: Rates, assumed: Assumed) -> str:
-    """The figures that the text about limits refers to."""
+    """The metrics that the text about limits refers to."""
     most = unchanged[-1]
     alone = estimate(config, Split(config.rollout.prompts_per_batch, 1, config.learner.batch_rows), rates, assumed)
     weights = 2 * plan(config).shape.parameters
     share = assumed.response / config.curriculum.max_tokens
     rows = [
-        ["what", "figure"],
+        ["what", "value"],
         ["GPUs after which this batch gets no shorter", f"{most.split.used}"],
         ["rollouts with a GPU for every prompt", f"{alone.seconds['rollout']:.1f} s"],
         ["slots in use, mean over a rollout batch without refills", f"{share:.0%}"],

@@ -160,10 +160,10 @@ def _of_vllm(config: TeacherConfig, target: str, folder: str, requests: list[Tar
     config = config.model_copy(update={"backend": "vllm", "gpu_memory_utilization": 0.5, "target": target})
     # a child must not inherit an initialised CUDA
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_vllm_figures, config, folder, requests).result()
+        return pool.submit(_vllm_metrics, config, folder, requests).result()
 
 
-def _vllm_figures(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> dict[str, float]:
+def _vllm_metrics(config: TeacherConfig, folder: str, requests: list[TargetRequest]) -> dict[str, float]:
     from actors.teacher.actor import build_backend
 
     backend = build_backend(config, folder)

@@ -19,7 +19,7 @@ GROWN = [
     "--curriculum.schedule", "entropy_gated", "--curriculum.gate_nats", "100", "--curriculum.step_tokens", "16",
     "--curriculum.min_tokens", "16", "--curriculum.max_tokens", "64", "--data.limit", "48",
     "--rollout.threshold_ramp.end", "0.8", "--rollout.threshold_ramp.ramp_batches", "2",
-    "--objective.clip_nats", "5", "--objective.trust_weight", "true", "--objective.terms.sharpening", "0.01",
+    "--objective.clip_nats", "5", "--objective.importance_weight", "true", "--objective.terms.sharpening", "0.01",
     "--objective.terms.rank", "0.01", "--objective.terms.alignment", "0.1", "--objective.terms.autoregressive", "0.1",
     "--teacher.backend", "transformers", "--learner.ranks", "1", "--rollout.prompts_per_batch", "16",
     "--pipeline.spool", "true", "--pipeline.checkpoint_every_batches", "2", "--evaluation.count", "4",

@@ -101,9 +101,9 @@ def saved_batches(folder: Path) -> int:
 
 
 def assert_same_run(resumed: Path, whole: list[dict[str, float]]) -> None:
-    figures = metrics(resumed)
-    assert [m["batch"] for m in figures] == list(range(BATCHES))
-    for a, b in zip(whole, figures, strict=True):
+    rows = metrics(resumed)
+    assert [m["batch"] for m in rows] == list(range(BATCHES))
+    for a, b in zip(whole, rows, strict=True):
         assert {k: b[k] for k in SAME} == pytest.approx({k: a[k] for k in SAME}, rel=1e-5), a["batch"]
     assert (resumed / "checkpoints" / "final" / "model.safetensors").exists()
 

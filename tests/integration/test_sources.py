@@ -48,7 +48,7 @@ def responses(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "stored"),
+    ("overrides", "offline"),
     [
         (["--objective.method", "sft", "--objective.weight", "inverse_t"], [1.0] * BATCHES),
         (
@@ -58,7 +58,7 @@ def responses(tmp_path_factory):
     ],
     ids=["sft", "mixture"],
 )
-def test_training_on_stored_responses(tmp_path, responses, overrides, stored):
+def test_training_on_offline_responses(tmp_path, responses, overrides, offline):
     config = load_config(
         "tiny", ["--output_dir", str(tmp_path), *SMALL, "--data.responses", str(responses), *overrides]
     )
@@ -67,13 +67,13 @@ def test_training_on_stored_responses(tmp_path, responses, overrides, stored):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["kl"] < metrics[0]["kl"]
     assert all(m["staleness"] == 0 for m in metrics)
-    for m, share in zip(metrics, stored, strict=True):
-        assert m["stored_share"] == share if share is not None else 0 < m["stored_share"] < 1
+    for m, share in zip(metrics, offline, strict=True):
+        assert m["offline_share"] == share if share is not None else 0 < m["offline_share"] < 1
     known = {tuple(r["response_ids"]) for r in parquet.read_table(responses).to_pylist()}
     for index, m in enumerate(metrics):
         batches = read_spool(folder / "spool" / f"batch-{index:06d}.arrow")
         rows = [t for batch in batches for t in from_batch(batch)[0]]
-        assert sum(t.is_stored for t in rows) == round(16 * m["stored_share"])
-        assert all(tuple(t.response_ids.tolist()) in known for t in rows if t.is_stored and t.finish_reason == "eos")
+        assert sum(t.is_offline for t in rows) == round(16 * m["offline_share"])
+        assert all(tuple(t.response_ids.tolist()) in known for t in rows if t.is_offline and t.finish_reason == "eos")
         kinds = {from_batch(batch)[1].target_kind for batch in batches}
         assert kinds == {"none" if config.objective.target.kind == "hard" else "topk"}

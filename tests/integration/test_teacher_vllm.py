@@ -101,7 +101,7 @@ def test_topk_equals_transformers(topk_teacher: Any, path: str) -> None:
         expected = reference(path, "topk", row)
         ids, logprobs = row.topk_ids.reshape(-1, 16), row.topk_logprobs.reshape(-1, 16)
         np.testing.assert_allclose(logprobs, expected.logprobs, atol=1e-3)
-        np.testing.assert_allclose(np.exp(row.log_rest), np.exp(expected.log_rest), atol=1e-3)
+        np.testing.assert_allclose(np.exp(row.log_tail_mass), np.exp(expected.log_tail_mass), atol=1e-3)
         # sets may differ only where tokens tie with the last one
         for mine, theirs, scores in zip(ids, expected.ids, expected.logprobs, strict=True):
             sure = theirs[scores > scores[-1] + 1e-3]

@@ -1,4 +1,4 @@
-"""Ablations: all configs are checked before the first run, finished runs are not repeated, verdicts follow figures."""
+"""Ablations: all configs are checked before the first run, finished runs are not repeated, verdicts follow metrics."""
 
 import json
 import time
@@ -22,7 +22,7 @@ def ablation(tmp_path, **changes) -> AblationConfig:
         "report": tmp_path / "evidence.md",
         "seeds": [0, 1, 2],
         "arms": {"OPDLM": {"objective.method": "opdlm"}, "SFT": {"objective.method": "sft"}},
-        "claims": [{"text": "on-policy wins", "better": "OPDLM", "worse": "SFT", "figure": "dynamic"}],
+        "claims": [{"text": "on-policy wins", "better": "OPDLM", "worse": "SFT", "metric": "dynamic"}],
     }
     return AblationConfig.model_validate({**fields, **changes})
 
@@ -55,6 +55,15 @@ def test_the_shipped_ablation_has_all_arms_on_the_same_prompts():
         assert arm.config.seed == arm.seed
 
 
+def test_the_old_name_of_a_claims_metric_is_refused_with_the_new_one(tmp_path):
+    fields = ablation(tmp_path).model_dump(mode="json")
+    fields["claims"][0]["figure"] = fields["claims"][0].pop("metric")
+    file = tmp_path / "ablation.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    with pytest.raises(ConfigError, match=r"^claims\.figure is now claims\.metric; write that$"):
+        load_ablation(str(file))
+
+
 def test_bad_arms_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match=r"learner\.lrr"):
         arms_of(ablation(tmp_path, arms={"OPDLM": {"learner.lrr": 1}, "SFT": {}}))
@@ -80,14 +89,14 @@ def test_finished_runs_are_not_made_again(tmp_path):
 
 def results(better: list[float], worse: list[float]) -> list[Result]:
     def result(arm: str, seed: int, value: float) -> Result:
-        figures = {"exact_match": value}
-        return Result(arm, seed, {"exact_match": 0.9}, figures, {}, {}, [])
+        metrics = {"exact_match": value}
+        return Result(arm, seed, {"exact_match": 0.9}, metrics, {}, {}, [])
 
     return [result("a", i, v) for i, v in enumerate(better)] + [result("b", i, v) for i, v in enumerate(worse)]
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "figure", "expected"),
+    ("better", "worse", "metric", "expected"),
     [
         ([0.80, 0.82, 0.81], [0.60, 0.61, 0.62], "dynamic", "reproduces"),
         ([0.60, 0.61, 0.62], [0.80, 0.82, 0.81], "dynamic", "contradicted"),
@@ -97,15 +106,15 @@ def results(better: list[float], worse: list[float]) -> list[Result]:
         ([0.80], [0.60], "dynamic", "open"),
     ],
 )
-def test_verdicts(better, worse, figure, expected):
-    claim = Claim(text="", better="a", worse="b", figure=figure)
+def test_verdicts(better, worse, metric, expected):
+    claim = Claim(text="", better="a", worse="b", metric=metric)
     mean, std, p, seeds, word = verdict(results(better, worse), claim)
     assert word == expected
     assert seeds == len(better)
     if seeds > 1:  # the paired t statistic, written out
-        sign = 1 if figure == "dynamic" else -1
-        values = np.array(better) if figure == "dynamic" else 0.9 - np.array(better)
-        others = np.array(worse) if figure == "dynamic" else 0.9 - np.array(worse)
+        sign = 1 if metric == "dynamic" else -1
+        values = np.array(better) if metric == "dynamic" else 0.9 - np.array(better)
+        others = np.array(worse) if metric == "dynamic" else 0.9 - np.array(worse)
         difference = sign * (values - others)
         assert mean == pytest.approx(difference.mean())
         assert std == pytest.approx(difference.std(ddof=1))

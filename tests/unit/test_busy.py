@@ -42,19 +42,19 @@ def test_overhead_is_what_no_actor_covers():
     assert Window(5.0, 5.0).overhead([]) == 0.0
 
 
-def test_figures_join_the_spans_of_all_roles(monkeypatch):
+def test_metrics_join_the_spans_of_all_roles(monkeypatch):
     """Answers that are queued behind rollouts come later, and only where rollouts overlap training."""
-    from deploy import batch_metrics as batch_figures
+    from deploy import batch_metrics
 
     answers = {"a": [(100.0, 104.0)], "b": [(104.0, 109.0)], "late": [(111.0, 115.0)]}
-    monkeypatch.setattr(batch_figures, "wait_all", lambda refs, *_: [{"spans": answers[ref]} for ref in refs])
-    monkeypatch.setattr(batch_figures.ray, "wait", lambda refs, **_: ([r for r in refs if r != "late"], ["late"]))
+    monkeypatch.setattr(batch_metrics, "wait_all", lambda refs, *_: [{"spans": answers[ref]} for ref in refs])
+    monkeypatch.setattr(batch_metrics.ray, "wait", lambda refs, **_: ([r for r in refs if r != "late"], ["late"]))
     pipeline = SimpleNamespace(staleness=1, stage_timeout_s=1.0)
-    figures = batch_figures.BatchFigures(SimpleNamespace(pipeline=pipeline), None, None, 1)
-    figures._asked = {"a": "rollout-0", "b": "learner-0", "late": "rollout-1"}
+    metrics = batch_metrics.BatchMetrics(SimpleNamespace(pipeline=pipeline), None, None, 1)
+    metrics._asked = {"a": "rollout-0", "b": "learner-0", "late": "rollout-1"}
     done = SimpleNamespace(rollouts_done=100.0, started=90.0, actor_stats={})
-    assert figures._overhead([done], Window(100.0, 110.0)) == pytest.approx(0.1)
-    assert figures._asked == {"late": "rollout-1"}
+    assert metrics._overhead([done], Window(100.0, 110.0)) == pytest.approx(0.1)
+    assert metrics._asked == {"late": "rollout-1"}
     running = SimpleNamespace(rollouts_done=0.0, started=116.0, actor_stats={})
-    monkeypatch.setattr(batch_figures.ray, "wait", lambda refs, **_: (refs, []))
-    assert figures._overhead([done, running], Window(110.0, 120.0)) == pytest.approx(0.2)
+    monkeypatch.setattr(batch_metrics.ray, "wait", lambda refs, **_: (refs, []))
+    assert metrics._overhead([done, running], Window(110.0, 120.0)) == pytest.approx(0.2)

@@ -191,9 +191,9 @@ def test_generate_reads_and_writes_records_and_shows_steps(opdlm, tmp_path):
 def test_the_shipped_arlm_solves_problems_autoregressively(opdlm):
     arlm = REPOSITORY / "deploy/models/tiny-arlm"
     arguments = ["--problems", HELDOUT, "--count", 10, "--max-new-tokens", 72, "--autoregressive"]
-    figures = dict(line.split() for line in opdlm("eval", arlm, *arguments)[1].splitlines())
-    assert float(figures["exact_match"]) >= 0.9
-    assert float(figures["tokens_per_step"]) == 1
+    metrics = dict(line.split() for line in opdlm("eval", arlm, *arguments)[1].splitlines())
+    assert float(metrics["exact_match"]) >= 0.9
+    assert float(metrics["tokens_per_step"]) == 1
 
 
 def test_make_tiny_arlm_passes_its_options_on(monkeypatch, tmp_path):

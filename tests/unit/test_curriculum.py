@@ -96,8 +96,8 @@ def test_growth_must_multiply_the_block():
         run(block_growth={"kind": "steps", "sizes": [8], "at_batches": [1, 2]})
 
 
-@pytest.mark.parametrize(("schedule", "figures"), [("kl_gated", (0.1, 9.0)), ("entropy_gated", (9.0, 0.1))])
-def test_a_gate_opens_below_its_level(schedule, figures):
+@pytest.mark.parametrize(("schedule", "metrics"), [("kl_gated", (0.1, 9.0)), ("entropy_gated", (9.0, 0.1))])
+def test_a_gate_opens_below_its_level(schedule, metrics):
     curriculum = {"schedule": schedule, "min_tokens": 16, "max_tokens": 64, "gate_nats": 0.2, "step_tokens": 20}
     config = run(curriculum=curriculum)
     feedback = Feedback()
@@ -107,10 +107,10 @@ def test_a_gate_opens_below_its_level(schedule, figures):
 
     feedback.after_batch(config, 0.3, 0.3)
     assert limit() == 16
-    feedback.after_batch(config, *figures)
+    feedback.after_batch(config, *metrics)
     assert limit() == 36
     for _ in range(3):
-        feedback.after_batch(config, *figures)
+        feedback.after_batch(config, *metrics)
     assert limit() == 64
 
 

@@ -24,7 +24,7 @@ from deploy.monitoring.metrics import METRICS
 
 ROLLOUT = {
     "batch": 3, "ordinal": 7, "sample": 0, "domain": "math", "weights_version": 3, "finish_reason": "eos",
-    "stored": False, "forwards": 2, "block_size": 4, "prompt": "2+2?", "prompt_tokens": 4, "cut": 0, "tail": 1,
+    "offline": False, "forwards": 2, "block_size": 4, "prompt": "2+2?", "prompt_tokens": 4, "cut": 0, "tail": 1,
     "tokens": ["4", "<script>", "\n", "x"], "rounds": [0, 1, 0, 1], "confidence": [0.9, 0.5, 0.8, 0.7],
     "kl": [0.1, None, 0.2, None],
 }  # fmt: skip
@@ -203,11 +203,25 @@ def test_endpoints(run_dir):
         assert run["run"]["name"] == "r"
         assert run["events"][0]["text"] == "KL rose"
         listed = http.get("/api/rollouts").json()
-        assert listed == [{"batch": 3, "ordinal": 7, "sample": 0, "stored": False, "forwards": 2, "tokens": 3}]
+        assert listed == [{"batch": 3, "ordinal": 7, "sample": 0, "offline": False, "forwards": 2, "tokens": 3}]
         assert http.get("/api/rollouts/3/7/0").json() == ROLLOUT
         assert http.get("/api/rollouts/3/8/0").status_code == 404
         assert http.get("/api/series?x=nonsense").status_code == 422
         assert http.get("/static/../server.py").status_code == 404
+
+
+def test_the_files_of_an_earlier_release_are_read_under_the_new_names(run_dir):
+    old = {"stored" if name == "offline" else name: value for name, value in ROLLOUT.items()}
+    (run_dir / "trajectories.jsonl").write_text(json.dumps(old) + "\n")
+    rows = [json.loads(row(batch, offline_share=0.25)) for batch in range(2)]
+    rows[0]["stored_share"] = rows[0].pop("offline_share")  # the run was resumed with this release after batch 0
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    reader = RunReader(run_dir)
+    reader.refresh()
+    assert reader.columns["offline_share"] == [0.25, 0.25]
+    with client(run_dir) as http:
+        assert http.get("/api/rollouts").json()[0]["offline"] is False
+        assert http.get("/api/rollouts/3/7/0").json() == ROLLOUT
 
 
 def test_a_loopback_page_answers_to_its_own_name_only(run_dir):

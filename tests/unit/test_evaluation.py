@@ -1,4 +1,4 @@
-"""What is counted in an evaluation, and the deviations of its figures."""
+"""What is counted in an evaluation, and the deviations of its metrics."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ def some(correct: list[bool], tokens: list[int]) -> Evaluation:
     return evaluation
 
 
-def test_figures_are_ratios_of_sums_and_shards_add_up():
+def test_metrics_are_ratios_of_sums_and_shards_add_up():
     both = some([True, False], [8, 24]) + some([True], [16])
-    assert both.figures() == {
+    assert both.metrics() == {
         "exact_match": pytest.approx(2 / 3),
         "tokens_per_step": 2.0,
         "forwards_per_token": 0.5,
@@ -32,7 +32,7 @@ def test_figures_are_ratios_of_sums_and_shards_add_up():
         "problems": 3,
         "seconds": 4.0,
     }
-    assert Evaluation().figures()["exact_match"] == 0
+    assert Evaluation().metrics()["exact_match"] == 0
 
 
 def test_bootstrap_deviation_equals_the_standard_error():
@@ -53,7 +53,7 @@ def test_counts_are_those_of_the_trajectories(tmp_path):
     sampler = sampler_of(model, tokenizer, block_size=None, slots=2)
     problems = [Prompt(i, "", np.full(4 + i, 65, dtype=np.int32), answer="1") for i in range(3)]
     evaluation = evaluate_shard(sampler, tokenizer, problems, Decoding(StaticUnmasking(), 0.0), 8)
-    done = evaluation.figures()
+    done = evaluation.metrics()
     assert done["problems"] == 3
     assert done["forwards_per_token"] >= 1  # one token a step, and none is left out
     assert done["seconds"] > 0

@@ -1,4 +1,4 @@
-"""When the held-out problems are evaluated during training, and under which names the figures are logged."""
+"""When the held-out problems are evaluated during training, and under which names the metrics are logged."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def test_due_every_n_batches_and_after_the_last(every, problems, due):
     assert [done for done in range(1, 8) if asked.due(done, last=done == 7)] == due
 
 
-def test_figures_are_the_optional_metrics_of_the_registry(monkeypatch):
+def test_metrics_are_the_optional_metrics_of_the_registry(monkeypatch):
     sums = Evaluation()
     for row in range(4):
         sums.add(correct=row < 3, tokens=10, denoise=5, commits=row // 2 * 5, ended=row % 2 == 0)

@@ -8,14 +8,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deploy.monitoring.metrics import METRICS, RunLog
 
 
-def figures(batch: int) -> dict[str, float]:
+def metrics(batch: int) -> dict[str, float]:
     return {name: batch + i / 64 for i, name in enumerate(METRICS) if name != "time"} | {"batch": batch}
 
 
 def test_json_lines_and_events_agree(tmp_path):
     with RunLog(tmp_path) as log:
         for batch in range(3):
-            log.batch(figures(batch))
+            log.batch(metrics(batch))
             assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == batch + 1  # readable at once
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [set(METRICS)] * 3
@@ -31,19 +31,19 @@ def test_json_lines_and_events_agree(tmp_path):
 def test_unknown_and_missing_names_are_refused(tmp_path):
     with RunLog(tmp_path) as log:
         with pytest.raises(KeyError, match="spped"):
-            log.batch(figures(0) | {"spped": 1.0})
+            log.batch(metrics(0) | {"spped": 1.0})
         with pytest.raises(KeyError, match="kl"):
-            log.batch({name: value for name, value in figures(0).items() if name != "kl"})
+            log.batch({name: value for name, value in metrics(0).items() if name != "kl"})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_optional_figures_are_null_in_rows_and_absent_from_events(tmp_path):
+def test_optional_metrics_are_null_in_rows_and_absent_from_events(tmp_path):
     optional = {name for name, spec in METRICS.items() if spec.optional}
     assert {"eval/exact_match", "eval/tokens_per_step", "seconds/evaluation"} <= optional
     assert not {"kl", "epoch"} & optional
     with RunLog(tmp_path) as log:
-        log.batch({name: value for name, value in figures(0).items() if name not in optional})
-        log.batch(figures(1))
+        log.batch({name: value for name, value in metrics(0).items() if name not in optional})
+        log.batch(metrics(1))
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert list(first) == list(second) == list(METRICS)
     assert all((first[name] is None) == (name in optional) for name in METRICS)
@@ -56,7 +56,7 @@ def test_optional_figures_are_null_in_rows_and_absent_from_events(tmp_path):
 def test_a_log_goes_on_where_it_was(tmp_path):
     for batch in range(2):
         with RunLog(tmp_path) as log:
-            log.batch(figures(batch))
+            log.batch(metrics(batch))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -68,7 +68,7 @@ def test_batches_that_are_trained_again_stand_once_in_the_events(tmp_path):
     for first, last in ((0, 4), (2, 6)):  # killed after batch 4, resumed from the checkpoint after batch 1
         with RunLog(tmp_path, first) as log:
             for batch in range(first, last + 1):
-                log.batch(figures(batch) | {"kl": 100.0 * first + batch})
+                log.batch(metrics(batch) | {"kl": 100.0 * first + batch})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("kl")] == [(0, 0), (1, 1), *((n, 200 + n) for n in range(2, 7))]

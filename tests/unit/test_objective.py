@@ -42,8 +42,8 @@ def data(seed=0, dtype=torch.float64):
 def topk_of(teacher_hidden, head, tail) -> TopKTarget:
     log_p = (teacher_hidden @ head.T).log_softmax(-1)
     top = log_p.topk(K, dim=-1)
-    rest = torch.log1p(-top.values.exp().sum(-1))
-    return TopKTarget(top.indices, top.values, rest, tail)
+    log_tail_mass = torch.log1p(-top.values.exp().sum(-1))
+    return TopKTarget(top.indices, top.values, log_tail_mass, tail)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)

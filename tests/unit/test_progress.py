@@ -8,7 +8,7 @@ from deploy.monitoring.metrics import METRICS
 from deploy.monitoring.progress import Progress, summary_table
 
 
-def figures(batch: int) -> dict[str, float]:
+def metrics(batch: int) -> dict[str, float]:
     return dict.fromkeys(METRICS, 2.0) | {
         "batch": batch,
         "kl": 0.125,
@@ -25,7 +25,7 @@ def shown(terminal: bool, batches: list[int]) -> str:
         progress.training()
         progress.stage("rollout", 3, 8)
         for batch in batches:
-            progress.batch(figures(batch))
+            progress.batch(metrics(batch))
     return out.getvalue()
 
 
@@ -50,7 +50,7 @@ def test_expected_end_leaves_out_the_first_batch(monkeypatch):
     assert [line.split("left ")[1] for line in lines] == ["0:15:00", "0:00:16", "0:00:14"]
 
 
-def test_live_display_shows_bars_stages_and_figures():
+def test_live_display_shows_bars_stages_and_metrics():
     text = shown(True, [0, 1])
     for part in ("demo", "2/10", "rollout", "3/8", "publish", "50%", "KL 0.1250"):
         assert part in text

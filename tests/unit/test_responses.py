@@ -1,4 +1,4 @@
-"""Stored responses: read, chosen, turned into trajectories, and trained like rollouts."""
+"""Offline responses: read, chosen, turned into trajectories, and trained like rollouts."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
 from common.config.file import ConfigError, load_config
-from common.config.objective import MixtureSource, ObjectiveConfig, StoredSource, StudentSource
+from common.config.objective import MixtureSource, ObjectiveConfig, OfflineSource, StudentSource
 from common.config.run import DataConfig
 from common.prompts import Prompt, PromptError
-from common.responses import load_responses, stored_share, stored_trajectory, with_responses
+from common.responses import load_responses, offline_share, offline_trajectory, with_responses
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
@@ -37,49 +37,49 @@ def prompt(length: int, response: list[int], ordinal: int = 0) -> Prompt:
     return Prompt(ordinal, "q", ids, responses=(np.asarray(response, np.int32),))
 
 
-def stored(tokenizer, count: int = 8) -> list:
+def offline(tokenizer, count: int = 8) -> list:
     """Responses on and off the block grid, ended and cut off."""
     rng = np.random.default_rng(0)
     made = []
     for i in range(count):
         body = rng.integers(5, 200, 3 + 2 * i).tolist()
         p = prompt([1, 3, 4, 5, 8, 9, 10, 16][i], [*body, tokenizer.eos_token_id], i)
-        made.append(stored_trajectory(p, 0, 14, BLOCK, tokenizer.mask_token_id))
+        made.append(offline_trajectory(p, 0, 14, BLOCK, tokenizer.mask_token_id))
     return made
 
 
 def test_a_response_becomes_a_trajectory():
-    t = stored_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 100, 4, mask_token_id=99)
+    t = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 100, 4, mask_token_id=99)
     assert t.response_ids.tolist() == [10, 11, 12, 13, 1]
     assert t.tail_ids.tolist() == [99, 99]
-    assert (t.finish_reason, t.weights_version, t.is_stored) == ("eos", -1, True)
+    assert (t.finish_reason, t.weights_version, t.is_offline) == ("eos", -1, True)
     assert (t.reveal_round == -1).all()
-    cut = stored_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 2, 4, mask_token_id=99)
+    cut = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 2, 4, mask_token_id=99)
     assert cut.response_ids.tolist() == [10, 11, 12]  # to the end of the block that reaches the limit
     assert (len(cut.tail_ids), cut.finish_reason) == (0, "length")
 
 
-def test_the_arrow_batch_knows_what_was_stored(model_and_tokenizer):
+def test_the_arrow_batch_knows_which_responses_are_offline(model_and_tokenizer):
     _, tokenizer = model_and_tokenizer
-    batch = to_batch(stored(tokenizer), TrajectoryMeta(BLOCK, tokenizer.mask_token_id, "test"))
-    assert all(t.is_stored for t in from_batch(batch)[0])
+    batch = to_batch(offline(tokenizer), TrajectoryMeta(BLOCK, tokenizer.mask_token_id, "test"))
+    assert all(t.is_offline for t in from_batch(batch)[0])
     info = batch_info(batch)
-    assert (info.oldest_version, info.stored_rows, info.rollout_tokens, info.teacher_tokens) == (None, 8, 0, 0)
+    assert (info.oldest_version, info.offline_rows, info.rollout_tokens, info.teacher_tokens) == (None, 8, 0, 0)
 
 
 def test_stored_share():
-    assert stored_share(StudentSource(), 3) == 0
-    assert stored_share(StoredSource(), 3) == 1
+    assert offline_share(StudentSource(), 3) == 0
+    assert offline_share(OfflineSource(), 3) == 1
     for schedule, halfway in (("constant", 0.8), ("linear", 0.5), ("cosine", 0.5)):
         source = MixtureSource(schedule=schedule, start=0.8, end=0.2, batches=10)
-        assert stored_share(source, 0) == pytest.approx(0.8)
-        assert stored_share(source, 5) == pytest.approx(halfway)
-        assert stored_share(source, 99) == pytest.approx(0.8 if schedule == "constant" else 0.2)
+        assert offline_share(source, 0) == pytest.approx(0.8)
+        assert offline_share(source, 5) == pytest.approx(halfway)
+        assert offline_share(source, 99) == pytest.approx(0.8 if schedule == "constant" else 0.2)
     cosine = MixtureSource(schedule="cosine", start=1, end=0, batches=8)
-    assert stored_share(cosine, 2) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert offline_share(cosine, 2) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_who_takes_a_stored_response_is_seeded_by_the_ordinal():
+def test_who_takes_an_offline_response_is_seeded_by_the_ordinal():
     prompts = [Prompt(i, "q", np.arange(3, dtype=np.int32)) for i in range(2000)]
     known = {"q": [np.array([1]), np.array([2]), np.array([3])]}
     chosen = with_responses(prompts, 0.3, known, 2, seed=7)
@@ -132,7 +132,7 @@ def test_bad_responses(tmp_path, model_and_tokenizer, record, message):
 
 def test_preflight_names_the_field(tmp_path):
     overrides = ["--data.limit", "4", "--teacher.backend", "transformers", "--objective.method", "sft"]
-    with pytest.raises(ConfigError, match=r"needs stored responses: set data\.responses"):
+    with pytest.raises(ConfigError, match=r"needs offline responses: set data\.responses"):
         load_config("tiny", overrides)
     responses = ["--data.responses", str(tmp_path / "none.parquet"), "--output_dir", str(tmp_path)]
     with pytest.raises(ConfigError, match=r"^data\.responses: .*does not exist"):
@@ -144,8 +144,8 @@ def test_preflight_names_the_field(tmp_path):
     [
         ("opdlm", "student", "per_block", "teacher"),
         ("opdlm_off", "student", "random", "teacher"),
-        ("off_policy_distillation", "stored", "random", "teacher"),
-        ("sft", "stored", "random", "hard"),
+        ("off_policy_distillation", "offline", "random", "teacher"),
+        ("sft", "offline", "random", "hard"),
     ],
 )
 def test_methods_by_name(method, source, state, target):
@@ -156,7 +156,7 @@ def test_methods_by_name(method, source, state, target):
 
 def test_contradictions_are_refused():
     with pytest.raises(ValidationError, match="has no realised rounds"):
-        ObjectiveConfig(source={"kind": "stored"})
+        ObjectiveConfig(source={"kind": "offline"})
     with pytest.raises(ValidationError, match=r"means state\.kind random or complementary, but it is 'per_block'"):
         ObjectiveConfig(method="opdlm_off", state={"kind": "per_block"})
 
@@ -164,19 +164,19 @@ def test_contradictions_are_refused():
 def test_a_mixture_selects_states_by_source(model_and_tokenizer):
     _, tokenizer = model_and_tokenizer
     full = {"kind": "random", "min_ratio": 1.0, "max_ratio": 1.0}
-    objective = ObjectiveConfig(source={"kind": "mixture", "stored_state": full})
-    for t in stored(tokenizer):
+    objective = ObjectiveConfig(source={"kind": "mixture", "offline_state": full})
+    for t in offline(tokenizer):
         select_states(t, objective, BLOCK, tokenizer.eos_token_id, np.random.default_rng(0))
         assert t.masked_offsets.tolist() == list(range(len(t.response_ids) + len(t.tail_ids)))
 
 
 @pytest.mark.parametrize("target", ["teacher", "hard"])
 @pytest.mark.parametrize("weight", ["one", "inverse_t"])
-def test_the_loss_on_stored_responses_equals_the_direct_loop(model_and_tokenizer, target, weight):
+def test_the_loss_on_offline_responses_equals_the_direct_loop(model_and_tokenizer, target, weight):
     model, tokenizer = model_and_tokenizer
     method = "sft" if target == "hard" else "off_policy_distillation"
     objective = ObjectiveConfig(method=method, weight=weight)
-    rows = stored(tokenizer)
+    rows = offline(tokenizer)
     for t in rows:
         select_states(t, objective, BLOCK, tokenizer.eos_token_id, state_rng(0, t.ordinal, 0))
     build = builder(tokenizer, model, target_kind="none" if target == "hard" else "hidden")

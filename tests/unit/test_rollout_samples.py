@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.config.objective import ForwardKL
 from common.student import load_tokenizer
-from common.trajectory import STORED
+from common.trajectory import OFFLINE
 from learner import rollout_samples
 from learner.objective import ChunkedDivergence, HiddenTarget, empty_sums
 from learner.rollout_samples import rollout_sample, token_texts
@@ -49,11 +49,11 @@ def test_divergence_stands_at_its_token(rollout, data):
 
 
 @given(trajectory())
-def test_a_stored_response_has_no_rounds_and_no_tail(rollout):
-    rollout.weights_version = STORED
+def test_an_offline_response_has_no_rounds_and_no_tail(rollout):
+    rollout.weights_version = OFFLINE
     rollout.reveal_round = np.full_like(rollout.reveal_round, -1)
     sample = rollout_sample(rollout, np.empty(0, np.int64), np.empty(0, np.float32), Letters(), 4)
-    assert sample["stored"] and sample["tail"] == 0
+    assert sample["offline"] and sample["tail"] == 0
     assert sample["rounds"] == [0] * len(rollout.response_ids)
     assert len(sample["tokens"]) == len(rollout.response_ids)
 

@@ -87,15 +87,15 @@ def test_plot_is_a_png(tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_pipeline_figures_weigh_batches_by_their_time():
+def test_pipeline_metrics_weigh_batches_by_their_time():
     names = ("rollout", "teacher", "learner", "publish")
 
     def row(seconds: float, overhead: float) -> dict[str, float]:
         stages = {f"seconds/{name}": seconds / (2 + i) for i, name in enumerate(names)}
         return {"seconds/batch": seconds, "overhead": overhead, "busy/rollout": 0.5, "busy/learner": 0.25, **stages}
 
-    figures = pipeline.figures([row(9.0, 1.0), row(9.0, 1.0), row(1.0, 0.5), row(3.0, 0.1)])  # two warm up
-    assert figures["seconds_batch"] == 2.0
-    assert figures["overhead"] == pytest.approx((0.5 + 0.3) / 4)
-    assert figures["busy_slower_role"] == 0.5
-    assert "| nobody computes | 0.400 | 20.0% |" in pipeline.table({"staleness": 0, **figures})
+    metrics = pipeline.metrics([row(9.0, 1.0), row(9.0, 1.0), row(1.0, 0.5), row(3.0, 0.1)])  # two warm up
+    assert metrics["seconds_batch"] == 2.0
+    assert metrics["overhead"] == pytest.approx((0.5 + 0.3) / 4)
+    assert metrics["busy_slower_role"] == 0.5
+    assert "| nobody computes | 0.400 | 20.0% |" in pipeline.table({"staleness": 0, **metrics})

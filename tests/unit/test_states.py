@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from common.config.objective import ObjectiveConfig
 from common.prompts import Prompt
-from common.responses import stored_trajectory
+from common.responses import offline_trajectory
 from common.states import select_states
 from tests.trajectories import EOS, trajectory
 
@@ -134,7 +134,7 @@ def test_a_mixture_of_one_is_that_way(way, t, seed):
 def test_a_mixture_draws_in_proportion():
     full = {"min_ratio": 1.0, "max_ratio": 1.0}
     state = {"kind": "mixture", "trajectory_share": 3, "complementary_share": 1, "visited": "all_rounds", "masks": full}
-    t = stored_trajectory(Prompt(0, "", np.zeros(4, np.int32), responses=(np.full(8, 7, np.int32),)), 0, 8, BLOCK, 9)
+    t = offline_trajectory(Prompt(0, "", np.zeros(4, np.int32), responses=(np.full(8, 7, np.int32),)), 0, 8, BLOCK, 9)
     t.reveal_round = np.tile(np.arange(4, dtype=np.int16), 2)
     # a full mask's complement is empty: one copy; all_rounds: four
     copies = [selected(t, seed, state=state).state_count for seed in range(400)]

@@ -102,22 +102,22 @@ def test_rollouts_of_a_resumed_run_go_on(tmp_path):
     assert lines == [{"batch": 4}, {"batch": 5, "again": True}]
 
 
-def figures(batch: int, **changed: float) -> dict[str, float]:
+def metrics(batch: int, **changed: float) -> dict[str, float]:
     usual = {"batch": batch, "kl": 1.0, "loss": 1.0, "grad_norm": 1.0, "seconds/batch": 2.0}
     return dict.fromkeys(METRICS, 0.0) | usual | changed
 
 
-def test_warnings_follow_from_the_figures():
+def test_warnings_follow_from_the_metrics():
     health = Health()
     for batch in range(20):
-        assert health.warnings(figures(batch)) == []
-    assert health.warnings(figures(20, **{"seconds/batch": 30.0})) == ["batch 20: took 30.0 s, usually 2.0 s"]
-    assert health.warnings(figures(21, **{"seconds/batch": 30.0})) == []  # not twice within twenty batches
-    (warning,) = health.warnings(figures(22, kl=float("nan")))
+        assert health.warnings(metrics(batch)) == []
+    assert health.warnings(metrics(20, **{"seconds/batch": 30.0})) == ["batch 20: took 30.0 s, usually 2.0 s"]
+    assert health.warnings(metrics(21, **{"seconds/batch": 30.0})) == []  # not twice within twenty batches
+    (warning,) = health.warnings(metrics(22, kl=float("nan")))
     assert "kl is nan" in warning
-    rises = [health.warnings(figures(batch, kl=5.0)) for batch in range(23, 60)]
+    rises = [health.warnings(metrics(batch, kl=5.0)) for batch in range(23, 60)]
     assert any("KL rose: 5 nats per token" in line for lines in rises for line in lines)
-    (warning,) = health.warnings(figures(60, kl=5.0, grad_norm=50.0))
+    (warning,) = health.warnings(metrics(60, kl=5.0, grad_norm=50.0))
     assert "gradient norm 50" in warning
 
 

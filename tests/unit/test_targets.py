@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.teacher.actor import TopkTargets, log_rest, reshape_topk
+from actors.teacher.actor import TopkTargets, log_tail_mass, reshape_topk
 from common.config.objective import ForwardKL, JensenShannon, ObjectiveConfig, TeacherTarget
 from common.reshaping import reshape
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, divergence, empty_sums
@@ -50,14 +50,14 @@ def test_reshaped_distribution(shape):
 def test_topk_targets_are_reshaped_exactly_within_the_k(shape):
     logits = torch.randn(9, V, generator=torch.Generator().manual_seed(1)) * 2
     best = logits.log_softmax(-1).topk(8, dim=-1)
-    targets = TopkTargets(best.indices.int().numpy(), best.values.numpy(), log_rest(best.values.numpy()))
+    targets = TopkTargets(best.indices.int().numpy(), best.values.numpy(), log_tail_mass(best.values.numpy()))
     reshaped = reshape_topk(targets, TeacherTarget(**shape))
     for row in range(9):
         full = direct_shape(logits[row].double().tolist(), **shape)
         np.testing.assert_allclose(
             np.exp(reshaped.logprobs[row]), [full[i] for i in targets.ids[row]], rtol=1e-4, atol=1e-9
         )
-    assert np.exp(reshaped.log_rest).max() < 1e-11
+    assert np.exp(reshaped.log_tail_mass).max() < 1e-11
 
 
 @pytest.mark.parametrize("kind", [ForwardKL(), JensenShannon(alpha=0.3)], ids=lambda k: k.kind)

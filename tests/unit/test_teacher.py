@@ -13,7 +13,7 @@ import torch
 import actors.teacher.actor
 import actors.teacher.transformers_backend
 from actors.teacher.actor import (
-    LEAST_REST,
+    LEAST_TAIL_MASS,
     HiddenTargets,
     TargetRequest,
     Targets,
@@ -22,7 +22,7 @@ from actors.teacher.actor import (
     TopkTargets,
     annotate,
     build_backend,
-    log_rest,
+    log_tail_mass,
 )
 from common.config.run import Resources, TeacherConfig
 from common.student import lm_head_weight, load_model
@@ -91,7 +91,7 @@ def test_topk_equals_a_loop_over_positions(path: str, log_softmax: Any) -> None:
     asked = requests()
     for request, targets in zip(asked, build_backend(config(), path).targets(asked), strict=True):
         assert isinstance(targets, TopkTargets)
-        assert (targets.ids.dtype, targets.logprobs.dtype, targets.log_rest.dtype) == (
+        assert (targets.ids.dtype, targets.logprobs.dtype, targets.log_tail_mass.dtype) == (
             np.int32,
             np.float32,
             np.float32,
@@ -101,8 +101,8 @@ def test_topk_equals_a_loop_over_positions(path: str, log_softmax: Any) -> None:
             best = np.argsort(exact)[::-1]
             assert targets.ids[row].tolist() == best[:16].tolist()
             np.testing.assert_allclose(targets.logprobs[row], exact[best[:16]], atol=1e-4)
-            rest = np.exp(exact[best[16:]]).sum()
-            np.testing.assert_allclose(np.exp(targets.log_rest[row]), rest, atol=1e-5)
+            tail_mass = np.exp(exact[best[16:]]).sum()
+            np.testing.assert_allclose(np.exp(targets.log_tail_mass[row]), tail_mass, atol=1e-5)
 
 
 def test_hidden_times_head_equals_a_loop_over_positions(path: str, log_softmax: Any) -> None:
@@ -126,20 +126,20 @@ def test_bfloat16_hidden_travels_as_bits(path: str) -> None:
         np.testing.assert_allclose(torch.from_numpy(b.hidden).view(torch.bfloat16).float().numpy(), a.hidden, atol=0.2)
 
 
-def test_log_rest_is_stable_and_finite() -> None:
+def test_log_tail_mass_is_stable_and_finite() -> None:
     p = np.array([[0.5, 0.25], [1.0, 0.0], [0.6, 0.4 + 1e-6], [1 - 1e-9, 0.0]])
     with np.errstate(divide="ignore"):
-        rest = log_rest(np.log(p))
-    np.testing.assert_allclose(rest[0], np.log(0.25), rtol=1e-6)
-    np.testing.assert_allclose(rest[1:3], np.log(LEAST_REST), rtol=1e-6)
-    np.testing.assert_allclose(rest[3], np.log(1e-9), rtol=1e-6)
+        tail_mass = log_tail_mass(np.log(p))
+    np.testing.assert_allclose(tail_mass[0], np.log(0.25), rtol=1e-6)
+    np.testing.assert_allclose(tail_mass[1:3], np.log(LEAST_TAIL_MASS), rtol=1e-6)
+    np.testing.assert_allclose(tail_mass[3], np.log(1e-9), rtol=1e-6)
 
 
 def test_all_tokens_as_topk(path: str) -> None:
     (targets,) = build_backend(config(top_k=288), path).targets([TargetRequest(np.array([5]), np.array([1]))])
     assert isinstance(targets, TopkTargets)
     np.testing.assert_allclose(np.exp(targets.logprobs).sum(), 1.0, atol=1e-5)
-    assert np.isfinite(targets.log_rest).all()
+    assert np.isfinite(targets.log_tail_mass).all()
 
 
 def test_no_requests_and_no_positions(path: str) -> None:
@@ -149,7 +149,7 @@ def test_no_requests_and_no_positions(path: str) -> None:
     assert topk.targets([]) == []
     empty, full = topk.targets([nothing, some])
     assert isinstance(empty, TopkTargets) and isinstance(full, TopkTargets)
-    assert (empty.ids.shape, empty.logprobs.shape, empty.log_rest.shape) == ((0, 16), (0, 16), (0,))
+    assert (empty.ids.shape, empty.logprobs.shape, empty.log_tail_mass.shape) == ((0, 16), (0, 16), (0,))
     assert full.ids.shape == (1, 16)
     (hidden,) = build_backend(config("hidden", dtype="bfloat16"), path).targets([nothing])
     assert isinstance(hidden, HiddenTargets)
@@ -182,12 +182,12 @@ def test_impossible_configs_are_refused(path: str) -> None:
 def test_annotate_asks_for_response_offsets(path: str, log_softmax: Any) -> None:
     asked, silent = trajectory(0, [0, 3, 8]), trajectory(1, [])
     annotate(build_backend(config(), path), [silent, asked])
-    assert silent.topk_ids.size == silent.log_rest.size == 0
+    assert silent.topk_ids.size == silent.log_tail_mass.size == 0
     best = asked.topk_ids.reshape(3, 16)[:, 0].tolist()
     prefixes = [asked.causal_ids[: 6 + offset] for offset in (0, 3, 8)]
     assert best == [int(log_softmax(prefix).argmax()) for prefix in prefixes]
     assert asked.topk_logprobs.shape == (48,)
-    assert asked.log_rest.shape == (3,)
+    assert asked.log_tail_mass.shape == (3,)
 
 
 @pytest.mark.parametrize("target", ["topk", "hidden"])
@@ -215,7 +215,7 @@ def test_nothing_is_computed_or_shipped_for_positions_that_are_not_asked(
     assert read == 6 + 4  # the prompt, and the response up to the token before the last asked one
     assert head_rows == (2 if target == "topk" else 0)
     shipped, _ = from_batch(to_batch([silent, asked], META))
-    sizes = [[t.topk_ids.size, t.topk_logprobs.size, t.log_rest.size, t.hidden.size] for t in shipped]
+    sizes = [[t.topk_ids.size, t.topk_logprobs.size, t.log_tail_mass.size, t.hidden.size] for t in shipped]
     assert sizes == [[0] * 4, [32, 32, 2, 0] if target == "topk" else [0, 0, 0, 2 * 64]]
 
 

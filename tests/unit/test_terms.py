@@ -1,4 +1,4 @@
-"""Clip, trust weight and the extra terms: each against a few lines of its formula in float64, gradients included."""
+"""Clip, importance weight and extra terms: each against a few lines of its formula in float64, gradients included."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def direct_loss(objective, hidden, weight, teacher_hidden, head, coefficient):
         d = (log_t[i].exp() * (log_t[i] - log_s[i])).sum()
         if objective.clip_nats:
             d = torch.minimum(d, torch.tensor(objective.clip_nats, dtype=torch.float64))
-        if objective.trust_weight:
+        if objective.importance_weight:
             d = d * min(1.0, (log_t[i, LABELS[i]] - log_s[i, LABELS[i]]).exp().item())
         loss = loss + coefficient[i] * d
         if log_t[i].argmax() == log_s[i].argmax():
@@ -52,10 +52,10 @@ def direct_loss(objective, hidden, weight, teacher_hidden, head, coefficient):
 
 CHOICES = [
     {"clip_nats": 2.0},
-    {"trust_weight": True},
+    {"importance_weight": True},
     {"terms": {"sharpening": 0.7}},
     {"terms": {"rank": 0.4, "rank_margin": 0.1}},
-    {"clip_nats": 3.0, "trust_weight": True, "terms": {"sharpening": 0.2, "rank": 0.3}},
+    {"clip_nats": 3.0, "importance_weight": True, "terms": {"sharpening": 0.2, "rank": 0.3}},
 ]
 
 
@@ -79,9 +79,9 @@ def test_logit_terms(choice, chunk):
     assert sums.loss.item() == pytest.approx(slow.item())
 
 
-@pytest.mark.parametrize("choice", [c for c in CHOICES if "trust_weight" not in c], ids=str)
+@pytest.mark.parametrize("choice", [c for c in CHOICES if "importance_weight" not in c], ids=str)
 def test_gradcheck(choice):
-    """The trust weight is left out: by definition it has no gradient."""
+    """The importance weight is left out: by definition it has no gradient."""
     hidden, weight, teacher_hidden, head, coefficient = data(4)
     objective = ObjectiveConfig(**choice)
     terms = LogitTerms(objective, LABELS, pairs() if objective.terms.rank else None)
@@ -202,9 +202,9 @@ def test_the_divergence_is_the_same_with_causal_documents_beside(model_and_rows)
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"trust_weight": True, "target": {"kind": "hard"}}, "trust_weight compares with a teacher"),
+        ({"importance_weight": True, "target": {"kind": "hard"}}, "importance_weight compares with a teacher"),
         ({"terms": {"alignment": 1}, "target": {"kind": "hard"}}, r"terms\.alignment compares with a teacher"),
-        ({"terms": {"rank": 1}, "method": "sft"}, "which source.kind 'stored' does not have"),
+        ({"terms": {"rank": 1}, "method": "sft"}, "which source.kind 'offline' does not have"),
     ],
 )
 def test_terms_that_lack_what_they_need_are_refused(objective, message):
@@ -213,7 +213,7 @@ def test_terms_that_lack_what_they_need_are_refused(objective, message):
 
 
 def test_hidden_states_are_needed():
-    for objective in ({"trust_weight": True}, {"terms": {"alignment": 0.1}}):
+    for objective in ({"importance_weight": True}, {"terms": {"alignment": 0.1}}):
         run_config(objective=objective)
         with pytest.raises(ValidationError, match=r"set teacher\.target to 'hidden'"):
             run_config(objective=objective, teacher={"target": "topk"})

@@ -1,4 +1,4 @@
-"""Weights & Biases, offline: the run's figures are in its files, under the registry's names and one id."""
+"""Weights & Biases, offline: the run's metrics are in its files, under the registry's names and one id."""
 
 import pytest
 
@@ -19,11 +19,11 @@ def config(tmp_path, *overrides: str):
     return load_config("tiny", ["--output_dir", str(tmp_path), "--wandb.mode", "offline", *overrides])
 
 
-def figures(batch: int) -> dict[str, float | None]:
+def metrics(batch: int) -> dict[str, float | None]:
     return {name: batch + i / 64 for i, name in enumerate(METRICS) if name != "time"} | {"batch": batch, "kl": None}
 
 
-def test_figures_are_in_the_runs_folder(tmp_path):
+def test_metrics_are_in_the_runs_folder(tmp_path):
     settings = config(tmp_path, "--wandb.enabled", "true", "--wandb.project", "mine")
     settings.run_dir.mkdir()
     ids = set()
@@ -32,9 +32,9 @@ def test_figures_are_in_the_runs_folder(tmp_path):
             ids.add(wandb.run.id)
             assert wandb.run.project == "mine" and wandb.run.config["learner"]["lr"] == settings.learner.lr
             for batch in range(start, start + 3):
-                log.batch(figures(batch))
+                log.batch(metrics(batch))
             assert wandb.run.summary["batch"] == start + 2
-            assert wandb.run.summary["seconds/publish"] == figures(start + 2)["seconds/publish"]
+            assert wandb.run.summary["seconds/publish"] == metrics(start + 2)["seconds/publish"]
             assert "kl" not in wandb.run.summary.keys()  # noqa: SIM118 - not a dict
     assert len(ids) == 1
     files = sorted((settings.run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -44,7 +44,7 @@ def test_figures_are_in_the_runs_folder(tmp_path):
 def test_nothing_happens_unless_asked_for(tmp_path):
     settings = config(tmp_path)
     with WandbLog(settings) as log:
-        log.batch(figures(0))
+        log.batch(metrics(0))
     assert not settings.run_dir.exists() and wandb.run is None
 
 

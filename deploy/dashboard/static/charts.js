@@ -135,7 +135,7 @@ export class Charts {
         ...axis, title: { text: X_TITLES[this.x], font: { color: muted, size: 11 }, standoff: 6 },
         tickformat: this.x === "hours" ? "~g" : "~s", hoverformat: this.x === "hours" ? ".2f" : ",.0f",
         fixedrange: touch, nticks: 6, showgrid: false,
-        // the same for all: a figure of few batches stands where its batches are
+        // the same for all: a metric of few batches stands where its batches are
         ...(this.range ?? this.extent ? { range: this.range ?? this.extent, autorange: false } : { autorange: true }),
       },
       yaxis: {

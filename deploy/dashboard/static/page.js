@@ -101,9 +101,9 @@ function showTiles(latest) {
   ];
   $("tiles").replaceChildren(...tiles.map(([name, value, unit]) => {
     const tile = element("div", "card tile");
-    const figure = element("dd", "", value);
-    figure.append(element("span", "unit", unit));
-    tile.append(element("dt", "", name), figure);
+    const cell = element("dd", "", value);
+    cell.append(element("span", "unit", unit));
+    tile.append(element("dt", "", name), cell);
     return tile;
   }));
 }

@@ -41,7 +41,7 @@ export class Rollouts {
     const title = document.createElement("strong");
     title.textContent = `batch ${rollout.batch}`;
     const facts = document.createElement("span");
-    const rate = rollout.stored ? "stored" : `${number(rollout.tokens / Math.max(rollout.forwards, 1), 2)} a step`;
+    const rate = rollout.offline ? "offline" : `${number(rollout.tokens / Math.max(rollout.forwards, 1), 2)} a step`;
     facts.textContent = `${rollout.tokens} tokens, ${rate}`;
     entry.append(title, facts);
     entry.addEventListener("click", () => {
@@ -91,8 +91,8 @@ export class Rollouts {
     $("viewer").hidden = false;
     $("rollout-facts").textContent = [
       `batch ${r.batch}`, `prompt ${r.ordinal}${r.sample ? `, sample ${r.sample}` : ""}`, r.domain,
-      r.stored ? "a stored response, not the student's" : `weights version ${r.weights_version}`,
-      `${r.tokens.length - r.tail + r.cut} tokens` + (r.stored ? "" : ` in ${r.forwards} steps`),
+      r.offline ? "an offline response, not the student's" : `weights version ${r.weights_version}`,
+      `${r.tokens.length - r.tail + r.cut} tokens` + (r.offline ? "" : ` in ${r.forwards} steps`),
       `blocks of ${r.block_size}`, r.finish_reason === "eos" ? "ended by itself" : "cut at the length limit",
       r.cut ? `the last ${r.cut} tokens are not shown` : "",
     ].filter(Boolean).join(" · ");
@@ -158,8 +158,8 @@ export class Rollouts {
     const masked = token.classList.contains("masked");
     const rows = [
       ["position", `${i + 1}, block ${r.blocks[i] + 1}`],
-      ["revealed", r.stored ? "stored" : `round ${r.rounds[i] + 1}, step ${r.steps[i] + 1}`],
-      ["confidence", r.stored ? "–" : number(r.confidence[i], 3)],
+      ["revealed", r.offline ? "offline" : `round ${r.rounds[i] + 1}, step ${r.steps[i] + 1}`],
+      ["confidence", r.offline ? "–" : number(r.confidence[i], 3)],
       ["KL", r.kl[i] !== null ? `${number(r.kl[i], 3)} nats` : token.classList.contains("tail")
         ? "none: behind the end token" : "not in a trained state"],
     ];
