@@ -41,6 +41,7 @@ from deploy.remote_calls import wait_all
 from deploy.rollout_batch import RolloutBatch, advance, drive
 from deploy.stop_signals import StopSignals
 from deploy.versions import installed_versions
+from learner.schedule import count_updates
 
 
 def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class Pipeline:
         self.epoch_prompts = len(prompts.prompts) // config.data.epochs
         self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
         self.batches = self.batches[: config.pipeline.max_batches]
-        self.updates_per_batch = -(-size * config.rollout.samples_per_prompt // config.learner.batch_rows)
+        self.run_updates = count_updates(config, len(prompts.prompts))
         self.version = 0
         self.state = RunState()
         self.checkpoints = Checkpoints(
@@ -235,9 +236,8 @@ class Pipeline:
             )
 
     def _learn(self, batch: RolloutBatch) -> dict[str, float]:
-        total = self.updates_per_batch * len(self.batches)
         spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
-        results = self._on_ranks("train", "training", batch.refs, self.state.updates, total, spool)
+        results = self._on_ranks("train", "training", batch.refs, self.state.updates, self.run_updates, spool)
         self.state.updates += int(results[0]["updates"])
         return results[0]
 

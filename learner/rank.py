@@ -44,7 +44,7 @@ from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, Loss
 from learner.packing import MicroBatch
 from learner.publish import gathered_buckets
 from learner.rollout_samples import rollout_sample
-from learner.schedule import learning_rate
+from learner.schedule import RunUpdates, learning_rate
 from learner.terms import misalignment
 
 
@@ -164,7 +164,7 @@ class LearnerRank:
         self.transport = BroadcastTransport(self._weights_store, members, 0, self.device, timeout)
 
     def train(
-        self, refs: list[ray.ObjectRef], first_update: int, total_updates: int, spool: Path | None = None
+        self, refs: list[ray.ObjectRef], first_update: int, run_updates: RunUpdates, spool: Path | None = None
     ) -> dict[str, float]:
         """All optimiser updates of one rollout batch; returns metrics summed over ranks.
 
@@ -205,7 +205,7 @@ class LearnerRank:
             "packed_tokens": 0.0,
         }
         for u in range(updates):
-            lr = learning_rate(self.config.learner, first_update + u, updates, total_updates)
+            lr = learning_rate(self.config.learner, first_update + u, run_updates)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0

@@ -15,6 +15,7 @@ from common.config.run import RunConfig
 from common.prompts import PromptError, read_records
 from deploy.model_checks import check_model_folder
 from deploy.placement import Placement, object_store_mib, on_cluster, plan
+from learner.schedule import count_updates
 
 
 def show(config: RunConfig, console: Console) -> None:
@@ -90,12 +91,11 @@ def _work(config: RunConfig) -> dict[str, int]:
     full_batches = -(-trained // config.rollout.prompts_per_batch)
     batches = min(full_batches, config.pipeline.max_batches or full_batches)
     trained = min(trained, batches * config.rollout.prompts_per_batch)
-    rows = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
     return {
         "prompts in the file": count,
         "prompts to train": trained,
         "rollout batches": batches,
-        "updates, at most": batches * -(-rows // config.learner.batch_rows),
+        "updates, at most": count_updates(config, trained).total,
     }
 
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 GROWN = [
     "--block_growth.kind", "steps", "--block_growth.sizes", "[8, 16]", "--block_growth.at_batches", "[1, 2]",
     "--curriculum.schedule", "entropy_gated", "--curriculum.gate_nats", "100", "--curriculum.step_tokens", "16",
-    "--curriculum.min_tokens", "16", "--curriculum.max_tokens", "64", "--data.limit", "48",
+    "--curriculum.min_tokens", "16", "--curriculum.max_tokens", "64", "--data.limit", "40", "--data.epochs", "1",
     "--rollout.threshold_ramp.end", "0.8", "--rollout.threshold_ramp.ramp_batches", "2",
     "--objective.clip_nats", "5", "--objective.importance_weight", "true", "--objective.terms.sharpening", "0.01",
     "--objective.terms.rank", "0.01", "--objective.terms.alignment", "0.1", "--objective.terms.autoregressive", "0.1",
@@ -38,6 +38,9 @@ def test_blocks_grow_and_a_resumed_run_goes_on_with_them(tmp_path):
     assert [m["block_size"] for m in metrics] == [4, 8, 16]
     assert [m["response_limit"] for m in metrics] == [16, 32, 48]
     assert [m["confidence_threshold"] for m in metrics] == [0.9, 0.85, 0.8]
+    # the last batch is short: two updates instead of four; the decay goes over the last 2.5 of all ten
+    assert [m["updates"] for m in metrics] == [4, 8, 10]
+    assert [m["lr"] for m in metrics] == pytest.approx([6e-4, 6e-4, 6e-5 + 5.4e-4 / 2.5])
     for index, size in enumerate([4, 8, 16]):
         for batch in read_spool(folder / "spool" / f"batch-{index:06d}.arrow"):
             rows, meta = from_batch(batch)

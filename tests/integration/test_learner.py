@@ -16,6 +16,7 @@ from common.weights.transport import load_weights
 from learner import rank
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, empty_sums
+from learner.schedule import RunUpdates
 from tests.models import tiny_qwen3
 from tests.unit.test_parity import set_targets, trajectories
 
@@ -72,7 +73,7 @@ def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, rank
     address = ray.get(actors[0].address.remote())
     ray.get([a.start.remote(*address) for a in actors])
     spool = tmp_path / "spool" / "batch.arrow"
-    results = ray.get([a.train.remote(refs, 0, 2, spool) for a in actors])
+    results = ray.get([a.train.remote(refs, 0, RunUpdates(warmup=0, total=2), spool) for a in actors])
     handle = next(h for h in ray.get([a.publish.remote(7) for a in actors]) if h)
     ray.get([a.save.remote(tmp_path / "saved") for a in actors])
 

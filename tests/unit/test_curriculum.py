@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from common.config.run import CurriculumConfig, LearnerConfig, RolloutConfig, RunConfig
+from common.config.run import CurriculumConfig, RolloutConfig, RunConfig
 from deploy.curriculum import Feedback, block_size_at, response_limit, unmasking_at
-from learner.schedule import learning_rate
 
 
 def test_linear_grows_evenly_from_least_to_greatest():
@@ -119,14 +118,3 @@ def test_threshold_is_held_and_then_ramped():
     assert [unmasking_at(config, b).threshold for b in (0, 10, 11, 12, 14, 99)] == [0.9, 0.9, 0.85, 0.8, 0.7, 0.7]
     with pytest.raises(ValidationError, match="the rule is 'static'"):
         RolloutConfig(unmasking={"rule": "static"}, threshold_ramp={"end": 0.7})
-
-
-def test_learning_rates():
-    shared = {"lr": 1.0, "min_lr": 0.1, "warmup_batches": 1}
-    wsd = LearnerConfig(**shared, lr_schedule="wsd", decay_share=0.5)
-    rates = [learning_rate(wsd, u, 2, 20) for u in (0, 1, 2, 9, 10, 15, 19)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 0.55, 0.19])
-    constant = LearnerConfig(**shared, lr_schedule="constant")
-    assert [learning_rate(constant, u, 2, 20) for u in (0, 2, 19)] == [0.5, 1.0, 1.0]
-    cosine = LearnerConfig(**shared)
-    assert learning_rate(cosine, 11, 2, 20) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 2)))
