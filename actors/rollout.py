@@ -15,9 +15,9 @@ import torch
 
 from actors.evaluation.autoregressive import evaluate_autoregressive, load_autoregressive
 from actors.evaluation.evaluation import Evaluation, evaluate_shard
+from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from actors.sampler.slots import Request
 from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking

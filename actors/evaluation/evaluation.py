@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from actors.sampler.slots import Request
 from common.answers import is_correct
 from common.config.run import AnswerFormat
 from common.prompts import Prompt

@@ -15,10 +15,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from actors.sampler.cache import CacheRows
+from actors.sampler.cache import NO_WINDOW, CacheRows
 
 SLOT_ATTENTION = "opdlm_slots"
-EVERYTHING = 2**30  # the window of a layer that is not sliding
 MOST_QUERIES = 64  # of a block for which there is a kernel of its own; a program of it holds those of two
 
 
@@ -50,7 +49,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     memory = (module.slot_keys, module.slot_values)
     rows = (cache_rows.slots, cache_rows.positions, cache_rows.block_size)
-    window = sliding_window or EVERYTHING
+    window = sliding_window or NO_WINDOW
     return torch.ops.opdlm.slot_attention(query, key, value, *memory, *rows, scale, window, cache_rows.partner), None
 
 
@@ -65,7 +64,7 @@ def slot_attention(
     positions: Tensor,
     block_size: int,
     scale: float,
-    window: int = EVERYTHING,
+    window: int = NO_WINDOW,
     partner: Tensor | None = None,
 ) -> Tensor:
     """The reference kernel: gathers the context of every row and masks it densely.
@@ -109,7 +108,7 @@ def _(
     positions: Tensor,
     block_size: int,
     scale: float,
-    window: int = EVERYTHING,
+    window: int = NO_WINDOW,
     partner: Tensor | None = None,
 ) -> Tensor:
     from actors.sampler.kernels.block_attention import block_attention_triton

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+NO_WINDOW = 2**30  # the window of a layer that attends to all positions before it
+
 
 class SlotCache:
     """Static key-value memory: per layer, keys and values [slots, kv_heads, length, head_dim].

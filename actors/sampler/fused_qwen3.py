@@ -15,8 +15,8 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RMSNorm, apply_rotary_pos_emb
 
-from actors.sampler.attention import EVERYTHING, slot_attention
-from actors.sampler.cache import CacheRows
+from actors.sampler.attention import slot_attention
+from actors.sampler.cache import NO_WINDOW, CacheRows
 from actors.sampler.projections import PackedLinear
 
 
@@ -89,7 +89,7 @@ def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: Cache
     kv_heads = module.slot_keys.shape[1]
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     memory = (module.slot_keys, module.slot_values, rows.slots, rows.positions, rows.block_size, module.scaling)
-    window = module.sliding_window or EVERYTHING
+    window = module.sliding_window or NO_WINDOW
     if packed.is_cuda:
         assert rows.partner is not None  # a decoding pass has partners
         from actors.sampler.kernels.block_attention import Fusion, block_attention_triton  # needs triton

@@ -24,8 +24,9 @@ from actors.sampler.cache import CacheRows, SlotCache
 from actors.sampler.fused_qwen3 import FusedQwen3
 from actors.sampler.graphs import PassGraphs
 from actors.sampler.projections import pack_projections
-from actors.sampler.sampling import Decoding, draw
-from actors.sampler.slots import Request, SlotState
+from actors.sampler.request import Request
+from actors.sampler.sampling import Decoding, sample_tokens
+from actors.sampler.slots import SlotState
 from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
 from common.config.run import Unmasking
 from common.seeds import stream_key, uniform
@@ -186,29 +187,29 @@ class Sampler:
         flags = self._graphs.run((commits, masked, decoding), device_pass) if self._graphs else device_pass()
         state.launched(np.arange(self.slots), flags)
 
-    def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int, draws: int) -> Tensor:
+    def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int, tokens: int) -> Tensor:
         """The device's part of a pass over `slots` [R], without synchronisation; returns what `SlotState.reveal` does.
 
-        There is room for `commits` blocks that are done, as rows of their own, and for `draws` masked positions, which
+        There is room for `commits` blocks that are done, as rows of their own, and for `tokens` masked positions, which
         get a token. Slots beyond that wait; room beyond the slots is padding.
         """
-        ids, positions, rows, partner, drawn, noise, waits = self._plan(state, slots, commits, draws)
+        ids, positions, rows, partner, sampled, noise, waits = self._plan(state, slots, commits, tokens)
         cache_rows = CacheRows(rows, positions, self.block_size, partner)
-        hidden = self._decode(ids, positions, cache_rows, drawn.clamp(max=len(slots) * self.block_size - 1))
+        hidden = self._decode(ids, positions, cache_rows, sampled.clamp(max=len(slots) * self.block_size - 1))
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
-        candidates = draw(logits, noise, decoding, self.mask_token_id)
-        return self._settle(state, decoding.unmasking, slots, drawn, candidates, waits, self.eos_token_id)
+        candidates = sample_tokens(logits, noise, decoding, self.mask_token_id)
+        return self._settle(state, decoding.unmasking, slots, sampled, candidates, waits, self.eos_token_id)
 
 
 def plan(
-    state: SlotState, slots: Tensor, commits: int, draws: int
+    state: SlotState, slots: Tensor, commits: int, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What a pass over `slots` [R] computes.
 
     Returns:
-        ids and positions [R + commits, B], rows [R + commits] and partner [R] as CacheRows has them; drawn int64
-        [draws], which of the R * B positions get a token (then R * B); noise float32 [draws] for them; waits bool [R],
-        slots for which there is no room.
+        ids and positions [R + commits, B], rows [R + commits] and partner [R] as CacheRows has them; sampled int64
+        [tokens], which of the R * B positions get a token (then R * B); noise float32 [tokens] for them; waits bool
+        [R], slots for which there is no room.
     """
     size, count = state.block_size, len(slots)
     current = positions = state.block[slots, None] * size + torch.arange(size, device=slots.device)
@@ -221,26 +222,26 @@ def plan(
         rows = torch.cat([slots, slots[done]])
     ids = state.ids[rows[:, None], positions.clamp(min=0)]
     masked = state.masked[slots]
-    drawn, undrawn = _first(masked.flatten(), draws)
-    waits = waits | undrawn.view_as(masked).any(dim=1)
+    sampled, left_out = _first(masked.flatten(), tokens)
+    waits = waits | left_out.view_as(masked).any(dim=1)
     noise = uniform(state.key[slots, None], current, state.round[slots, None]).flatten()
-    return ids, positions, rows, partner[:count], drawn, noise[drawn.clamp(max=count * size - 1)], waits
+    return ids, positions, rows, partner[:count], sampled, noise[sampled.clamp(max=count * size - 1)], waits
 
 
 def settle(
     state: SlotState,
     rule: Unmasking,
     slots: Tensor,
-    drawn: Tensor,
+    sampled: Tensor,
     candidates: tuple[Tensor, Tensor, Tensor],
     waits: Tensor,
     eos_token_id: int,
 ) -> Tensor:
     """Reveal what `rule`, with the state's threshold, chooses among the candidates (token, confidence, entropy) of the
-    positions `drawn`."""
+    positions `sampled`."""
     masked = state.masked[slots]
     token, confidence, entropy = (
-        torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, drawn, x)[:-1].view_as(masked)
+        torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, sampled, x)[:-1].view_as(masked)
         for x in candidates
     )
     reveal = choose(rule, masked, confidence, entropy, state.threshold)

@@ -1,4 +1,4 @@
-"""Drawing candidates: one token for every position of a pass, and how sure the student is of it."""
+"""Sampling of candidates: one token for every position of a pass, and how sure the student is of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, Unmasking
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are drawn and revealed."""
+    """How tokens are sampled and revealed."""
 
     unmasking: Unmasking = DynamicUnmasking()
     temperature: float = 1.0
@@ -28,7 +28,9 @@ class Decoding:
         return isinstance(self.unmasking, EntropyBoundUnmasking)
 
 
-def draw(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates for every position, by inverse-CDF sampling with one uniform number each.
 
     Args:
@@ -39,9 +41,9 @@ def draw(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int) 
         entropy in nats float32 [...] (zeros where no rule asks for it).
     """
     if logits.is_cuda and not (decoding.truncated or decoding.needs_entropy):
-        from actors.sampler.kernels.sampling import draw_triton
+        from actors.sampler.kernels.sampling import sample_tokens_triton
 
-        tokens, confidence = draw_triton(logits, noise, decoding.temperature, mask_token_id)
+        tokens, confidence = sample_tokens_triton(logits, noise, decoding.temperature, mask_token_id)
         return tokens, confidence, torch.zeros_like(confidence)
     log_z = torch.logsumexp(logits, dim=-1)
     if decoding.needs_entropy:

@@ -15,23 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.sampler.request import Request
 from common.trajectory import Trajectory
 
 PATIENCE = 4  # passes for which a slot may wait
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sequence to generate.
-
-    The response runs to the end of the block in which it reaches `max_new_tokens`: up to B - 1 tokens more.
-    """
-
-    ordinal: int
-    sample: int
-    prompt_ids: np.ndarray
-    max_new_tokens: int
-    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,10 +119,10 @@ class SlotState:
             done = under_way.running & (left <= 0)
             uncommitted = np.where(under_way.running, done, uncommitted)
             masked = np.where(done, self.block_size, left)
-        commits, draws = int(uncommitted.sum()), int(masked.sum())
+        commits, tokens = int(uncommitted.sum()), int(masked.sum())
         if self.under_way and not exactly:  # blocks that end early: as many as a pass before
-            return max(commits, known[0]), max(draws, known[1])
-        return commits, draws
+            return max(commits, known[0]), max(tokens, known[1])
+        return commits, tokens
 
     def reveal(
         self,

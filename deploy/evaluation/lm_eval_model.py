@@ -25,8 +25,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
+from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from actors.sampler.slots import Request
 from common.config.file import ConfigError
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.model_checks import check_student_folder

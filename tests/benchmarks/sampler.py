@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from actors.sampler.cache import CacheRows
+from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from actors.sampler.slots import Request
 from common.config.run import StaticUnmasking
 from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model
 from tests.benchmarks.operators import Operator, hottest
@@ -73,13 +73,15 @@ def _on_cuda(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_
 class SeparateCommits(Sampler):
     """What the fused commit replaces: a forward of its own for the blocks that are done."""
 
-    def _on_device(self, state: Any, decoding: Decoding, slots: torch.Tensor, commits: int, draws: int) -> torch.Tensor:
+    def _on_device(
+        self, state: Any, decoding: Decoding, slots: torch.Tensor, commits: int, tokens: int
+    ) -> torch.Tensor:
         if commits:
             rows = slots[state.uncommitted[slots]]
             positions = (state.block[rows, None] - 1) * self.block_size + torch.arange(self.block_size)
             self._forward(state.ids[rows[:, None], positions], positions, CacheRows(rows, positions, self.block_size))
             state.uncommitted[rows] = False
-        return super()._on_device(state, decoding, slots, 0, draws)
+        return super()._on_device(state, decoding, slots, 0, tokens)
 
 
 class TimedPrefill(Sampler):

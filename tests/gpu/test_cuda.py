@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from actors.sampler.slots import Request
 from common.config.objective import ForwardKL, ObjectiveConfig
 from common.config.run import DynamicUnmasking, StaticUnmasking
 from common.masks import dense_mask, flex_mask
@@ -83,8 +83,8 @@ def test_a_changed_threshold_needs_no_new_graphs(path):
     assert all(decoding.unmasking.threshold == 0 for _, _, decoding in sampler._graphs._captured)
 
 
-def drawn_logprobs(model, rows: list[Trajectory]) -> np.ndarray:
-    """The learner's log-probability of every token of the responses, in the state in which it was drawn."""
+def sampled_logprobs(model, rows: list[Trajectory]) -> np.ndarray:
+    """The learner's log-probability of every token of the responses, in the state in which it was sampled."""
     meta = TrajectoryMeta(BLOCK, model.config.vocab_size - 1, "test", "hidden", model.config.hidden_size)
     head = model.lm_head.weight.detach()
     build = BatchBuilder(meta, "row_mean", "bucket", 2048, "flex_attention", torch.device("cuda"), head)
@@ -113,7 +113,7 @@ def test_parity_of_sampler_and_flex_learner(dtype):
         t.hidden = np.zeros(len(t.target_offsets) * 128, np.float32)
     sampled = np.log(np.concatenate([t.confidence for t in rows]))
     model = load_model(ARLM, dtype, "flex_attention").cuda()
-    learned, exact = drawn_logprobs(model, rows), drawn_logprobs(model.float(), rows)
+    learned, exact = sampled_logprobs(model, rows), sampled_logprobs(model.float(), rows)
     errors = [np.abs(logprobs - exact) for logprobs in (sampled, learned)]
     for name, error in zip(("sampler", "learner"), errors, strict=True):
         print(f"{dtype}, {name}: mean {error.mean():.1e}, 99% {np.quantile(error, 0.99):.1e}, worst {error.max():.1e}")

@@ -18,8 +18,8 @@ from lm_eval.tasks import TaskManager
 
 from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.likelihood import Estimate, log_likelihoods
+from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from actors.sampler.slots import Request
 from common.config.file import REPOSITORY, ConfigError
 from common.config.run import DynamicUnmasking
 from common.student import convert_folder

@@ -5,9 +5,10 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from actors.sampler.attention import EVERYTHING, slot_attention
+from actors.sampler.attention import slot_attention
+from actors.sampler.cache import NO_WINDOW
 from actors.sampler.fused_qwen3 import add_norm, swiglu
-from actors.sampler.sampling import Decoding, draw
+from actors.sampler.sampling import Decoding, sample_tokens
 
 pytest.importorskip("triton")
 
@@ -30,7 +31,7 @@ def naive_attention(query, keys, values, slots, positions, block_size, scale, wi
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (2, 1, 16, 40), (1, 1, 8, 1)]
 )
-@pytest.mark.parametrize("window", [EVERYTHING, 6])
+@pytest.mark.parametrize("window", [NO_WINDOW, 6])
 def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads, width, queries, window):
     from actors.sampler.kernels.slot_attention import slot_attention_triton
 
@@ -66,7 +67,7 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (3, 1, 8, 16), (1, 1, 8, 64)]
 )
-@pytest.mark.parametrize("window", [EVERYTHING, 6])
+@pytest.mark.parametrize("window", [NO_WINDOW, 6])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_heads, width, queries, window, fused):
     from actors.sampler.kernels.block_attention import Fusion, block_attention_triton
@@ -119,18 +120,18 @@ def test_add_norm_and_swiglu_kernels_equal_their_references(width):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
 @pytest.mark.parametrize("vocabulary", [50, 4096, 9000])
-def test_draw_kernel_equals_the_plain_draw(temperature, vocabulary):
-    from actors.sampler.kernels.sampling import draw_triton
+def test_sampling_kernel_equals_the_plain_function(temperature, vocabulary):
+    from actors.sampler.kernels.sampling import sample_tokens_triton
 
     torch.manual_seed(1)
     logits = 4 * torch.randn(6, 4, vocabulary)
     mask = vocabulary - 3
-    logits[..., mask] = 30  # never drawn, but it counts in the confidence
+    logits[..., mask] = 30  # never sampled, but it counts in the confidence
     logits[0, 0, vocabulary // 2] = 60
     noise = torch.rand(6, 4).clamp(1e-6, 1 - 1e-6)
     noise[1] = torch.tensor([2.0**-25, 0.5, 1 - 2.0**-25, 0.25])
-    tokens, confidence = draw_triton(logits, noise, temperature, mask)
-    expected, expected_confidence, _ = draw(logits, noise, Decoding(temperature=temperature), mask)
+    tokens, confidence = sample_tokens_triton(logits, noise, temperature, mask)
+    expected, expected_confidence, _ = sample_tokens(logits, noise, Decoding(temperature=temperature), mask)
     assert (tokens != mask).all()
     # a uniform number within rounding of a step of the CDF may fall either way
     same = tokens == expected
@@ -139,13 +140,13 @@ def test_draw_kernel_equals_the_plain_draw(temperature, vocabulary):
     torch.testing.assert_close(confidence[same], expected_confidence[same])
 
 
-def test_draw_kernel_follows_the_distribution():
-    from actors.sampler.kernels.sampling import draw_triton
+def test_sampling_kernel_follows_the_distribution():
+    from actors.sampler.kernels.sampling import sample_tokens_triton
 
     count = 200
     logits = torch.randn(1, 5000).expand(count, -1).contiguous() * 3
     noise = (torch.arange(count) + 0.5) / count
-    tokens, _ = draw_triton(logits, noise, 1.0, 17)
+    tokens, _ = sample_tokens_triton(logits, noise, 1.0, 17)
     weights = logits[0].double().clone()
     weights[17] = -torch.inf
     cdf = torch.softmax(weights, 0).cumsum(0)
@@ -154,9 +155,9 @@ def test_draw_kernel_follows_the_distribution():
     assert (noise >= cdf[tokens] - torch.softmax(weights, 0)[tokens] - rounding).all()
 
 
-def test_draw_kernel_reports_what_is_not_finite():
-    from actors.sampler.kernels.sampling import draw_triton
+def test_sampling_kernel_reports_what_is_not_finite():
+    from actors.sampler.kernels.sampling import sample_tokens_triton
 
     logits = torch.full((2, 100), float("nan"))
-    _, confidence = draw_triton(logits, torch.full((2,), 0.5), 1.0, 3)
+    _, confidence = sample_tokens_triton(logits, torch.full((2,), 0.5), 1.0, 3)
     assert not torch.isfinite(confidence).any()

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from actors.sampler.slots import Request
 from common.config.objective import ObjectiveConfig
 from common.config.run import DynamicUnmasking, StaticUnmasking
 from common.seeds import state_rng

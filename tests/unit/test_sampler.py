@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler, _batches
-from actors.sampler.sampling import Decoding, draw
-from actors.sampler.slots import PATIENCE, Request, SlotState
+from actors.sampler.sampling import Decoding, sample_tokens
+from actors.sampler.slots import PATIENCE, SlotState
 from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
@@ -175,7 +176,7 @@ def test_broken_weights_are_refused_by_name(model):
     model.model.norm.weight.data.copy_(weight)
 
 
-def test_draw_follows_the_tempered_truncated_distribution():
+def test_sampling_follows_the_tempered_truncated_distribution():
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, 3.0])
     count, mask = 200_000, 4
     noise = (torch.arange(count) + 0.5) / count
@@ -184,7 +185,7 @@ def test_draw_follows_the_tempered_truncated_distribution():
         (Decoding(top_k=2), torch.softmax(logits[:2], 0)),
         (Decoding(top_p=0.5), torch.ones(1)),
     ]:
-        tokens, confidence, _ = draw(logits.expand(count, 5), noise, decoding, mask)
+        tokens, confidence, _ = sample_tokens(logits.expand(count, 5), noise, decoding, mask)
         share = torch.bincount(tokens, minlength=5).float() / count
         torch.testing.assert_close(share[: len(expected)], expected, atol=1e-4, rtol=0)
         raw = torch.softmax(logits, 0)
@@ -193,6 +194,6 @@ def test_draw_follows_the_tempered_truncated_distribution():
 
 def test_entropy_is_of_the_raw_softmax():
     logits = torch.randn(3, 4, 9)
-    _, _, entropy = draw(logits, torch.full((3, 4), 0.5), Decoding(EntropyBoundUnmasking()), 8)
+    _, _, entropy = sample_tokens(logits, torch.full((3, 4), 0.5), Decoding(EntropyBoundUnmasking()), 8)
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(entropy, expected)

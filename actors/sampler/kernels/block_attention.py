@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.sampler.kernels.slot_attention import attend_to
+from actors.sampler.kernels.softmax import attend_to
 
 
 class Fusion(NamedTuple):

@@ -1,6 +1,6 @@
-"""Triton kernels of drawing by inverse CDF or argmax; actors/sampler/sampling.py has the reference.
+"""Triton kernels of sampling by inverse CDF or argmax; actors/sampler/sampling.py has the reference.
 
-The vocabulary is read once in chunks, whose maxima and sums are enough to find the chunk that holds the drawn token;
+The vocabulary is read once in chunks, whose maxima and sums are enough to find the chunk that holds the sampled token;
 only that chunk is read again. Logits are [P, V]: P positions.
 """
 
@@ -14,8 +14,10 @@ from torch import Tensor
 CHUNK = 4096
 
 
-def draw_triton(logits: Tensor, noise: Tensor, temperature: float, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens and raw confidences, as `actors.sampler.sampling.draw` gives them without truncation.
+def sample_tokens_triton(
+    logits: Tensor, noise: Tensor, temperature: float, mask_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens and raw confidences, as `actors.sampler.sampling.sample_tokens` gives them without truncation.
 
     Args:
         logits: float32 [..., V], contiguous; noise: float32 [...] in (0, 1), unused at temperature 0.

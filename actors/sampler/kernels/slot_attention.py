@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.sampler.attention import EVERYTHING
+from actors.sampler.cache import NO_WINDOW
+from actors.sampler.kernels.softmax import attend_to
 
 
 def slot_attention_triton(
@@ -20,7 +21,7 @@ def slot_attention_triton(
     positions: Tensor,
     block_size: int,
     scale: float,
-    window: int = EVERYTHING,
+    window: int = NO_WINDOW,
 ) -> Tensor:
     """Same arguments and result as `actors.sampler.attention.slot_attention`.
 
@@ -112,16 +113,3 @@ def _attend(
     result = tl.where(total[:, None] > 0, sums / total[:, None], 0.0)
     target = out + ((row * queries + q) * (group * tl.num_programs(1)) + head)[:, None] * width
     tl.store(target + d[None, :], result.to(out.dtype.element_ty), mask=used[:, None] & inside[None, :])
-
-
-@triton.jit
-def attend_to(score, seen, v, highest, total, sums, PRECISION: tl.constexpr):
-    """One more tile of scores and values in the running softmax."""
-    score = tl.where(seen, score, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(score, 1))
-    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a query that sees nothing yet
-    weight = tl.exp(score - reference[:, None])
-    shrink = tl.exp(highest - reference)
-    total = total * shrink + tl.sum(weight, 1)
-    sums = sums * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
-    return new_highest, total, sums
