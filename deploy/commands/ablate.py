@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console()
+from deploy.commands.console import console
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(ablate)
 
 
 def ablate(

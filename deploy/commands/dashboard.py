@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from common.config.dashboard import is_loopback
 from common.config.file import ConfigError
+from deploy.commands.console import console
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(dashboard)
 
 
 def dashboard(
@@ -38,5 +42,5 @@ def dashboard(
     token = read_token(token_file, "--token-file")
     port = free_port(host, port, "--port")
     page = address(host, port) + ("/?token=..." if token else "")
-    Console().print(f"{run} is at {page} (Ctrl-C ends this)", soft_wrap=True, highlight=False)
+    console.print(f"{run} is at {page} (Ctrl-C ends this)", soft_wrap=True, highlight=False)
     serve(run, host, port, token)

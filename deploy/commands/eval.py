@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from common.config.file import ConfigError
 from common.config.run import AnswerFormat, DataConfig
+from deploy.commands.console import console
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student
 
-console = Console()
+
+def register(app: typer.Typer) -> None:
+    app.command("eval")(evaluate)
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""All fields of the config as a table, from the pydantic models."""
+"""`opdlm fields`: all fields of the config as a table, from the pydantic models."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+import typer
 from pydantic import BaseModel
 from rich.table import Table
 
 from common.config.fields import is_tag, sections_of, tag_of
 from common.config.run import RunConfig
+from deploy.commands.console import console
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(fields)
+
+
+def fields() -> None:
+    """List every field of the config with its type, default and meaning."""
+    console.print(field_table())
 
 
 def field_table() -> Table:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from common.config.file import ConfigError
 from common.prompts import PromptError, read_records
+from deploy.commands.console import console
 from deploy.evaluation.decoding_options import (
     DEFAULT_THRESHOLD,
     BlockSize,
@@ -23,7 +23,9 @@ from deploy.evaluation.decoding_options import (
     unmasking_of,
 )
 
-console = Console()
+
+def register(app: typer.Typer) -> None:
+    app.command()(generate)
 
 
 def generate(

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from common.config.file import ConfigError, load_config
+from deploy.commands.config_argument import TAKES_OVERRIDES
+from deploy.commands.console import console
 from deploy.errors import StuckError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -37,8 +38,13 @@ _COMMAND = "python -m deploy "  # works where the package is uploaded and not in
 _COMMAND_CHARACTERS = 80  # of a job's command in the list; `ray job list` has it whole
 _T = TypeVar("_T")
 
-console = Console()
 Address = Annotated[str, typer.Option(help="the cluster's dashboard address", envvar="RAY_API_SERVER_ADDRESS")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command(**TAKES_OVERRIDES)(submit)
+    app.command()(jobs)
+    app.command()(stop)
 
 
 def submit(
@@ -146,14 +152,6 @@ def stop(
         time.sleep(_POLL_S)
         status = _within(lambda: client.get_job_status(job), f"asking {address}").value
     console.print(f"{job}: {status}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    options = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(context_settings=options, options_metavar="[OPTIONS] [--FIELD VALUE]...")(submit)
-    app.command()(jobs)
-    app.command()(stop)
 
 
 def _follow(client: Any, job: str, address: str) -> Any:

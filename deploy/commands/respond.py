@@ -6,23 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from common.config.file import load_config
-
-console = Console()
+from deploy.commands.config_argument import TAKES_OVERRIDES, Config
+from deploy.commands.console import console
 
 
 def register(app: typer.Typer) -> None:
-    app.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-        options_metavar="[OPTIONS] [--FIELD VALUE]...",
-    )(respond)
+    app.command(**TAKES_OVERRIDES)(respond)
 
 
 def respond(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of a preset", metavar="CONFIG")],
+    config: Config,
     output: Annotated[Path, typer.Option(help="Parquet file to write")],
     samples: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
     max_new_tokens: Annotated[

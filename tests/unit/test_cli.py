@@ -1,5 +1,6 @@
 """The command line as a newcomer meets it: help, errors without traceback, statuses, and the small commands."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from common.config.file import REPOSITORY, load_config
 from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
 from deploy import cli, pipeline
 from deploy.commands.fields import rows
+from deploy.commands.train import train
 from deploy.errors import WorkerError
 from deploy.evaluation.decoding_options import unmasking_of
 from tests.models import tiny_qwen3
@@ -28,7 +30,6 @@ def opdlm(monkeypatch, capsys):
     def call(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["opdlm", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "120")
-        monkeypatch.setattr(cli, "console", cli.Console(width=120))
         with pytest.raises(SystemExit) as end:
             cli.main()
         out, err = capsys.readouterr()
@@ -37,11 +38,34 @@ def opdlm(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "convert", "make-tiny-arlm", "fields"])
+COMMANDS = [info.name or info.callback.__name__ for info in cli.app.registered_commands]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "lm_eval"])  # it shows the help of lm_eval itself
 def test_every_command_has_help(opdlm, command):
     status, out, _ = opdlm(command, "--help")
     assert status == 0
     assert f"opdlm {command}" in out
+
+
+def test_help_of_all_commands_loads_no_heavy_library():
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from deploy import cli
+for command in {[c for c in COMMANDS if c != "lm_eval"]}:
+    assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0, command
+heavy = {{"torch", "ray", "transformers", "deepspeed", "vllm", "scipy", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_of_a_command_is_registered():
+    modules = [f"deploy.commands.{file.stem}" for file in (REPOSITORY / "deploy/commands").glob("*.py")]
+    commands = {name for name in modules if hasattr(importlib.import_module(name), "register")}
+    assert {info.callback.__module__ for info in cli.app.registered_commands} == commands
 
 
 def test_help_lists_commands_and_train_help_explains_overrides(opdlm):
@@ -52,7 +76,7 @@ def test_help_lists_commands_and_train_help_explains_overrides(opdlm):
 
 
 def test_examples_in_the_help_are_valid():
-    text = cli.train.__doc__ or ""
+    text = train.__doc__ or ""
     examples = [line.split()[2:] for line in text.splitlines() if line.strip().startswith("opdlm train ")]
     assert len(examples) >= 4
     for source, *overrides in examples:
@@ -62,7 +86,7 @@ def test_examples_in_the_help_are_valid():
 
 def test_most_used_fields_in_the_help_exist():
     known = {field for field, *_ in rows(RunConfig, "")}
-    named = re.findall(r"--([\w.]+)", (cli.train.__doc__ or "").split("The most used:")[1])
+    named = re.findall(r"--([\w.]+)", (train.__doc__ or "").split("The most used:")[1])
     assert len(named) >= 11
     assert set(named) <= known
 

@@ -1,0 +1,42 @@
+"""`opdlm convert`: the untrained student of an autoregressive LM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config.file import ConfigError
+from deploy.commands.console import console
+from deploy.evaluation.decoding_options import DtypeName
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(convert)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")],
+    block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,
+    mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|mask|>",
+    dtype: DtypeName = "bfloat16",
+) -> None:
+    """Write the untrained student of an ARLM: same weights, a mask token, its block size in the config.
+
+    [bold]Example[/bold]
+
+        opdlm convert deploy/models/tiny-arlm student --block-size 4
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"OUT: {str(out)!r} exists; choose another folder, or remove it")
+    from deploy.model_checks import check_model_folder
+
+    check_model_folder("MODEL", model)
+    import torch
+
+    from common.student import convert_folder
+
+    convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
+    console.print(f"wrote {out}; it is untrained: opdlm train does that", soft_wrap=True, highlight=False)

@@ -1,0 +1,74 @@
+"""`opdlm train`: a run, or with --dry-run what it would be."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from common.config.file import ConfigError, load_config, preset_names
+from deploy.commands.config_argument import TAKES_OVERRIDES, Config
+from deploy.commands.console import console
+
+
+def register(app: typer.Typer) -> None:
+    app.command(**TAKES_OVERRIDES, epilog=f"Presets: {', '.join(preset_names())}.")(train)
+
+
+def train(
+    context: typer.Context,
+    config: Config,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show config, placement and estimates; start nothing")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run of the same name")] = False,
+    resume: Annotated[
+        Literal["auto"] | None,
+        typer.Option(help="auto: go on from the run's newest checkpoint; start it where there is none"),
+    ] = None,
+) -> None:
+    """Train a block-diffusion student.
+
+    [bold]Examples[/bold]
+
+        opdlm train tiny
+        opdlm train tiny --name mine --learner.lr 5e-4 --teacher.backend transformers
+        opdlm train my.yaml --rollout.unmasking.rule static --rollout.unmasking.steps_per_block 2
+        opdlm train qwen3-4b --dry-run
+
+    [bold]Overrides[/bold]
+
+    Every field of the config can be overridden as --FIELD VALUE or --FIELD=VALUE; values are YAML.
+    [bold]opdlm fields[/bold] lists them all. The most used:
+
+        --name, --output_dir           the run's folder is output_dir/name
+        --model.path                   the autoregressive model to start from
+        --data.prompts                 JSON, JSONL or Parquet with a question per row
+        --pipeline.max_batches         stop after so many rollout batches
+        --rollout.actors               rollout processes; also teacher.actors and learner.ranks
+        --rollout.prompts_per_batch    prompts per rollout batch
+        --learner.lr                   learning rate
+        --teacher.backend              vllm or transformers
+        --teacher.target               hidden (full vocabulary) or topk
+        --curriculum.max_tokens        longest response
+        --evaluation.problems          held-out problems with answers; null: no evaluation
+    """
+    settings = load_config(config, context.args)
+    if dry_run:
+        from deploy.commands.dry_run import show
+
+        show(settings, console)
+        return
+    from deploy.monitoring.progress import summary_table
+    from deploy.pipeline import run
+
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+    summary = run(settings, overwrite, resume == "auto")
+    if "student" in summary:
+        console.print(summary_table(summary))
+    console.print(
+        f"everything is in {settings.run_dir}; try: opdlm generate {settings.run_dir}/checkpoints/final",
+        soft_wrap=True,
+        highlight=False,
+    )
