@@ -5,10 +5,10 @@ floor its rooms have an order too, `ROOMS`: a module imports its own room and th
 door. All imports count: those inside functions and under TYPE_CHECKING as well, for they tie two files together just
 the same.
 
-In `common`, the config knows nothing of the rest. In `actors`, kernels are below the sampler, the sampler and the
-teacher do not know each other, and the rollout actor uses all. In `deploy`, what watches a run (monitoring, and the
-page that reads what monitoring writes) is below the loop; evaluation, ablations and the demo are above it, as they use
-its checks or run it; then the commands; the command line registers these.
+In `common`, the config knows nothing of the rest. In `actors`, kernels know nothing of the sampler but its cache, the
+sampler and the teacher do not know each other, and the rollout actor uses all. In `deploy`, what watches a run
+(monitoring, and the page that reads what monitoring writes) is below the loop; evaluation, ablations and the demo are
+above it, as they use its checks or run it; then the commands; the command line registers these.
 """
 
 import ast
@@ -25,6 +25,7 @@ FLOORS = (("common",), ("actors", "learner"), ("deploy",))
 ROOMS = {
     "common": (("common.config",), ("common", "common.weights")),
     "actors": (
+        ("actors.sampler.cache",),
         ("actors.sampler.kernels",),
         ("actors.sampler", "actors.teacher"),
         ("actors.evaluation",),
@@ -45,7 +46,6 @@ ROOMS = {
 }
 # circles that are being taken apart
 PENDING = {
-    ("actors.sampler.kernels.slot_attention", "actors.sampler.attention"),
     ("actors.teacher.transformers_backend", "actors.teacher.actor"),
     ("actors.teacher.vllm_backend", "actors.teacher.actor"),
     ("actors.teacher.responder", "actors.teacher.actor"),
