@@ -22,6 +22,7 @@ from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
 from common.prompts import Prompt
+from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
@@ -187,11 +188,4 @@ class RolloutActor:
 
 
 def as_remote(config: RunConfig) -> Any:
-    """The Ray actor class with the resources of the config."""
-    resources = config.rollout.resources
-    return ray.remote(
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-        concurrency_groups={"weights": 1},
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
-    )(RolloutActor)
+    return as_ray_actor(RolloutActor, config.rollout.resources, concurrency_groups={"weights": 1})

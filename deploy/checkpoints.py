@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.renamed import with_new_names
 from common.config.run import RunConfig
 from deploy.curriculum import Feedback

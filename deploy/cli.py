@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from deploy.commands import (
     ablate,
     convert,

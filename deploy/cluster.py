@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import rollout
 from actors.teacher import actor as teacher
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from deploy.placement import LEAST_STORE_MIB, check_resources, on_cluster, plan
 from deploy.remote_calls import wait_all

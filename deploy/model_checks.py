@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import RunConfig
 
 

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import ModelShape, RunConfig
 from learner.deepspeed_config import WHOLE_ELEMENTS
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import DataConfig, RunConfig
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run, copy_target

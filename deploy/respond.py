@@ -30,7 +30,7 @@ import ray
 from pyarrow import parquet
 
 from actors.teacher.responder import ResponseRequest, Sampling, as_remote
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.prompts import Prompt
 from common.student import tokenizer_fingerprint

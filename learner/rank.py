@@ -22,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from common.busy import BusySpans, computes
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
+from common.ray_actor import as_ray_actor
 from common.student import (
     attention_windows,
     convert,
@@ -340,11 +341,5 @@ class LearnerRank:
 
 
 def as_remote(config: RunConfig) -> Any:
-    """The Ray actor class with the resources of the config."""
     resources = config.learner.resources
-    variables = {"OMP_NUM_THREADS": str(resources.threads)}
-    if not resources.gpus:
-        variables["DS_ACCELERATOR"] = "cpu"
-    return ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": variables})(
-        LearnerRank
-    )
+    return as_ray_actor(LearnerRank, resources, environment=None if resources.gpus else {"DS_ACCELERATOR": "cpu"})

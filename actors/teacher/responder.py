@@ -12,7 +12,9 @@ import numpy as np
 import ray
 import torch
 
+from actors.teacher.vllm_backend import build_llm, whole_prompts
 from common.config.run import RunConfig, TeacherConfig
+from common.ray_actor import as_ray_actor
 from common.seeds import stream_key
 from common.student import load_model
 
@@ -51,8 +53,6 @@ class VllmEngine(ResponseEngine):
     """Continuous batching; every response has a seed of its own."""
 
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
-        from actors.teacher.vllm_backend import build_llm, whole_prompts
-
         # a seeded request whose prompt is read in pieces rewinds its generator, which CPU generators cannot
         pieces = {} if config.resources.gpus else whole_prompts(config, model_path)
         self.llm = build_llm(config, model_path, skip_tokenizer_init=True, **pieces)
@@ -139,10 +139,4 @@ class ResponderActor:
 
 
 def as_remote(config: RunConfig) -> Any:
-    """The Ray actor class with the resources of a teacher."""
-    resources = config.teacher.resources
-    return ray.remote(
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
-    )(ResponderActor)
+    return as_ray_actor(ResponderActor, config.teacher.resources)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from actors.teacher.actor import (
+from actors.teacher.targets import (
     HiddenTargets,
     TargetRequest,
     Targets,

@@ -14,7 +14,7 @@ import numpy as np
 import torch._dynamo
 from transformers import AutoConfig
 
-from actors.teacher.actor import (
+from actors.teacher.targets import (
     HiddenTargets,
     TargetRequest,
     Targets,

@@ -1,4 +1,4 @@
-"""Validation errors as a person needs them: the field, the value, what is wrong, the remedy."""
+"""What is wrong with a configuration, as a person needs it: the field, the value, what is wrong, the remedy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import difflib
 from typing import Any
 
 from common.config.fields import leaves, section_at, tag_of
+
+
+class ConfigError(ValueError):
+    """The run cannot start as configured; the message says which field, which value, and what to do."""
 
 
 def explain(error: Any) -> str:

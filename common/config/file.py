@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from common.config.errors import explain
+from common.config.errors import ConfigError, explain
 from common.config.fields import default_tag, is_tag
 from common.config.renamed import old_names
 from common.config.run import RunConfig
@@ -21,10 +21,6 @@ from common.config.yaml_loader import ConfigLoader
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRESETS = REPOSITORY / "deploy" / "presets"
 _EXAMPLE = "overrides look like --learner.lr 1e-4"
-
-
-class ConfigError(ValueError):
-    """The run cannot start as configured; the message says which field, which value, and what to do."""
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:

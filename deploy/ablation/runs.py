@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from common.config.errors import explain
-from common.config.file import PRESETS, ConfigError, load_config
+from common.config.errors import ConfigError, explain
+from common.config.file import PRESETS, load_config
 from common.config.renamed import old_names
 from common.config.run import RunConfig
 from common.config.yaml_loader import ConfigLoader

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from deploy.commands.console import console
 from deploy.evaluation.decoding_options import DtypeName
 

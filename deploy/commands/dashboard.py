@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from common.config.dashboard import is_loopback
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from deploy.commands.console import console
 
 

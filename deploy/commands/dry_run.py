@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.prompts import PromptError, read_records
 from deploy.model_checks import check_model_folder

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import AnswerFormat, DataConfig
 from deploy.commands.console import console
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student

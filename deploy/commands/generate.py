@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.prompts import PromptError, read_records
 from deploy.commands.console import console
 from deploy.evaluation.decoding_options import (

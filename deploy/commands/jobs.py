@@ -22,7 +22,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 from rich.table import Table
 
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy.commands.config_argument import TAKES_OVERRIDES
 from deploy.commands.console import console
 from deploy.errors import StuckError

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import typer
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:

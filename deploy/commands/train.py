@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from common.config.file import ConfigError, load_config, preset_names
+from common.config.errors import ConfigError
+from common.config.file import load_config, preset_names
 from deploy.commands.config_argument import TAKES_OVERRIDES, Config
 from deploy.commands.console import console
 

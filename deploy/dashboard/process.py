@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config.dashboard import DashboardConfig
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from deploy.child_environment import child_environment
 
 _LEAST_TOKEN = 16

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.renamed import RUN_FILES
 from deploy.dashboard.charts import ROLES
 from deploy.dashboard.decimation import min_max, moving_average

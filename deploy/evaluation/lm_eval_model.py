@@ -27,7 +27,7 @@ from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.model_checks import check_student_folder
 

@@ -21,7 +21,7 @@ from actors.evaluation.evaluation import Evaluation, evaluate_shard
 from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from common.config.run import (
     AnswerFormat,
     DynamicUnmasking,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.teacher.actor import TargetRequest, Targets, TeacherBackend
+from actors.teacher.targets import TargetRequest, Targets, TeacherBackend
 from actors.teacher.transformers_backend import TransformersBackend
 from common.config.run import Resources, TeacherConfig
 from tests.benchmarks.models import random_model

@@ -5,7 +5,8 @@ import time
 import pytest
 import ray
 
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy.cluster import reserve
 
 pytestmark = pytest.mark.integration

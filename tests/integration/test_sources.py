@@ -6,7 +6,8 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from common.trajectory import from_batch, read_spool
 from deploy import cli
 from deploy.pipeline import run

@@ -13,8 +13,9 @@ import ray
 import torch
 
 from actors.teacher import responder
-from actors.teacher.actor import TargetRequest, as_remote, build_backend
+from actors.teacher.actor import as_remote, build_backend
 from actors.teacher.responder import ResponseRequest, Sampling
+from actors.teacher.targets import TargetRequest
 from common.config.run import DataConfig, ModelConfig, RunConfig, TeacherConfig
 from common.student import lm_head_weight, load_model
 from common.trajectory import from_batch, to_batch

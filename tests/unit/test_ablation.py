@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from common.config.file import ConfigError
+from common.config.errors import ConfigError
 from deploy.ablation.config import AblationConfig, Claim
 from deploy.ablation.report import Result, verdict, write_report
 from deploy.ablation.runs import arms_of, load_ablation, responses_file, run_all

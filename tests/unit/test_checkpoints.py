@@ -5,7 +5,8 @@ import json
 import pytest
 from pyarrow import fs
 
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy import preflight
 from deploy.checkpoints import Checkpoints, RunState
 from deploy.curriculum import Feedback

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config.file import REPOSITORY, ConfigError, load_config, parse_overrides
+from common.config.errors import ConfigError
+from common.config.file import REPOSITORY, load_config, parse_overrides
 from common.config.objective import JensenShannon, MixedKL
 from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config.dashboard import is_loopback
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy.dashboard.charts import CHARTS
 from deploy.dashboard.decimation import min_max, moving_average
 from deploy.dashboard.process import DashboardProcess, free_port, read_token

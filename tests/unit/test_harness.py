@@ -20,7 +20,8 @@ from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.likelihood import Estimate, log_likelihoods
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from common.config.file import REPOSITORY, ConfigError
+from common.config.errors import ConfigError
+from common.config.file import REPOSITORY
 from common.config.run import DynamicUnmasking
 from common.student import convert_folder
 from deploy.demo.word_problems import generate

@@ -44,12 +44,6 @@ ROOMS = {
         ("deploy.__main__",),
     ),
 }
-# circles that are being taken apart
-PENDING = {
-    ("actors.teacher.transformers_backend", "actors.teacher.actor"),
-    ("actors.teacher.vllm_backend", "actors.teacher.actor"),
-    ("actors.teacher.responder", "actors.teacher.actor"),
-}
 Graph = dict[str, set[str]]
 
 
@@ -113,8 +107,7 @@ def circle_in(graph: Graph) -> list[str]:
 
 @pytest.fixture(scope="module")
 def graph() -> Graph:
-    modules = import_graph(REPOSITORY)
-    return {name: {other for other in others if (name, other) not in PENDING} for name, others in modules.items()}
+    return import_graph(REPOSITORY)
 
 
 def test_imports_run_downward(graph):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from common.config.file import REPOSITORY, ConfigError
+from common.config.errors import ConfigError
+from common.config.file import REPOSITORY
 from deploy import cli
 from deploy.commands import jobs as job_commands
 

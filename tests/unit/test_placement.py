@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy import cluster
 from deploy.placement import check_resources, model_shape, object_store_mib, plan
 from learner.deepspeed_config import WHOLE_ELEMENTS

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy import preflight
 from deploy.model_checks import looks_local
 from tests.models import tiny_qwen3

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
+from common.config.errors import ConfigError
 from common.config.fields import leaves
-from common.config.file import ConfigError, load_config
+from common.config.file import load_config
 from common.config.renamed import FIELDS, VALUES
 from deploy.checkpoints import check_same_run
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from common.config.objective import MixtureSource, ObjectiveConfig, OfflineSource, StudentSource
 from common.config.run import DataConfig
 from common.prompts import Prompt, PromptError

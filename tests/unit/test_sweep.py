@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from actors.evaluation.evaluation import Evaluation
-from common.config.file import REPOSITORY, ConfigError
+from common.config.errors import ConfigError
+from common.config.file import REPOSITORY
 from common.config.run import DynamicUnmasking, StaticUnmasking
 from deploy import cli
 from deploy.commands import eval as eval_command

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.teacher.actor import TopkTargets, log_tail_mass, reshape_topk
+from actors.teacher.targets import TopkTargets, log_tail_mass, reshape_topk
 from common.config.objective import ForwardKL, JensenShannon, ObjectiveConfig, TeacherTarget
 from common.reshaping import reshape
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, divergence, empty_sums

@@ -12,16 +12,14 @@ import torch
 
 import actors.teacher.actor
 import actors.teacher.transformers_backend
-from actors.teacher.actor import (
+from actors.teacher.actor import TeacherActor, annotate, build_backend
+from actors.teacher.targets import (
     LEAST_TAIL_MASS,
     HiddenTargets,
     TargetRequest,
     Targets,
-    TeacherActor,
     TeacherBackend,
     TopkTargets,
-    annotate,
-    build_backend,
     log_tail_mass,
 )
 from common.config.run import Resources, TeacherConfig

@@ -2,7 +2,8 @@
 
 import pytest
 
-from common.config.file import ConfigError, load_config
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy import preflight
 from deploy.monitoring.metrics import METRICS
 from deploy.monitoring.wandb_log import WandbLog

@@ -1,0 +1,135 @@
+"""What a teacher is asked, what it answers, and the interface of its backends.
+
+The target of position i is the teacher's distribution given x0^{<i}, so one causal pass over x0 serves every state of a
+trajectory, and the pass may end before the last asked position.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config.objective import TeacherTarget
+from common.reshaping import reshape
+
+LEAST_TAIL_MASS = 1e-12  # keeps log_tail_mass finite; float32 log-probabilities resolve the mass to about 1e-7
+
+
+@dataclass(frozen=True)
+class TargetRequest:
+    """One sequence and where its next-token distributions are wanted.
+
+    `ids` int32 [length], `positions` int [n]: the distribution at i >= 1 is that of ids[i] given ids[:i].
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class TopkTargets:
+    """The K best tokens of n distributions, best first.
+
+    `ids` int32 [n, K], `logprobs` float32 [n, K], `log_tail_mass` float32 [n]: log of the mass of all other tokens.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    log_tail_mass: np.ndarray
+
+
+@dataclass(frozen=True)
+class HiddenTargets:
+    """`hidden` [n, d]: final hidden states after the last norm, float32, or uint16 that holds bfloat16 bits."""
+
+    hidden: np.ndarray
+
+
+Targets = TopkTargets | HiddenTargets
+
+
+class TeacherBackend(ABC):
+    """A loaded teacher with one kind of target. It is built, used and closed in one thread."""
+
+    def __init__(
+        self, kind: Literal["topk", "hidden"], width: int, hidden_dtype: str, vocab_size: int, max_length: int
+    ) -> None:
+        """`width` is K or d; `max_length` is the longest prefix that the engine reads, in tokens."""
+        if kind == "topk" and width > vocab_size:
+            raise ValueError(f"teacher.top_k ({width}) is above the vocabulary ({vocab_size}); lower it")
+        self.kind = kind
+        self.width = width
+        self.hidden_dtype = hidden_dtype
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+
+    def targets(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        """The targets of every request, in the order of its positions.
+
+        Raises:
+            ValueError: a position or token id is out of range, or a prefix is longer than the engine reads.
+        """
+        for request in requests:
+            self._check(request)
+        asked = [TargetRequest(r.ids[: r.positions.max()], r.positions) for r in requests if len(r.positions)]
+        answers = iter(self._forward(asked) if asked else [])
+        return [next(answers) if len(r.positions) else self._nothing() for r in requests]
+
+    def close(self) -> None:
+        """Releases the engine."""
+
+    @abstractmethod
+    def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        """As `targets`, for checked requests that have positions; `ids` end before the last of these."""
+
+    def _check(self, request: TargetRequest) -> None:
+        ids, positions = request.ids, request.positions
+        if not len(positions):
+            return
+        if positions.min() < 1 or positions.max() > len(ids):
+            raise ValueError(
+                f"teacher positions [{positions.min()}, {positions.max()}] leave 1 to {len(ids)}, "
+                f"the range of a sequence of {len(ids)} tokens"
+            )
+        # on a GPU a wrong id would end the process
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"token id {ids.max()} is outside the teacher's vocabulary of {self.vocab_size}")
+        if positions.max() > self.max_length:
+            raise ValueError(
+                f"a sequence needs {positions.max()} tokens of context, the teacher reads {self.max_length}: "
+                "shorten data.max_prompt_tokens or curriculum.max_tokens, or, if the model allows more, raise "
+                "teacher.kv_cache_mib"
+            )
+
+    def _nothing(self) -> Targets:
+        if self.kind == "hidden":
+            dtype = np.uint16 if self.hidden_dtype == "bfloat16" else np.float32
+            return HiddenTargets(np.empty((0, self.width), dtype))
+        ids, logprobs = np.empty((0, self.width), np.int32), np.empty((0, self.width), np.float32)
+        return TopkTargets(ids, logprobs, log_tail_mass(logprobs))
+
+
+def log_tail_mass(logprobs: np.ndarray) -> np.ndarray:
+    """log(1 - sum of exp(logprobs)) over the last axis, float32; never below log(LEAST_TAIL_MASS)."""
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=-1)
+    return np.log(np.maximum(1.0 - mass, LEAST_TAIL_MASS)).astype(np.float32)
+
+
+def hidden_array(hidden: Tensor, dtype: str) -> np.ndarray:
+    """A tensor [n, d] as HiddenTargets keeps it, in main memory."""
+    if dtype == "bfloat16":
+        return hidden.to(torch.bfloat16).view(torch.uint16).cpu().numpy()
+    return hidden.float().cpu().numpy()
+
+
+def reshape_topk(targets: TopkTargets, shape: TeacherTarget) -> TopkTargets:
+    """The K best of the reshaped distribution, exact for 1 <= shape.top_k <= K: what is cut has -inf, no mass is left
+    for other tokens."""
+    logprobs = reshape(torch.from_numpy(targets.logprobs), shape).numpy()
+    return TopkTargets(targets.ids, logprobs, np.full_like(targets.log_tail_mass, np.log(LEAST_TAIL_MASS)))
