@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from actors.sampler.cache import NO_WINDOW, CacheRows
+from actors.sampler.cache import AttentionInputs, CacheRows, attention_inputs
 
 SLOT_ATTENTION = "opdlm_slots"
 MOST_QUERIES = 64  # of a block for which there is a kernel of its own; a program of it holds those of two
@@ -47,37 +47,20 @@ def attention(
         options["sliding_window"] = sliding_window
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    memory = (module.slot_keys, module.slot_values)
-    rows = (cache_rows.slots, cache_rows.positions, cache_rows.block_size)
-    window = sliding_window or NO_WINDOW
-    return torch.ops.opdlm.slot_attention(query, key, value, *memory, *rows, scale, window, cache_rows.partner), None
+    return slot_attention(attention_inputs(module, query, key, value, cache_rows, scale, sliding_window)), None
 
 
-@torch.library.custom_op("opdlm::slot_attention", mutates_args=("keys", "values"), device_types="cpu")
-def slot_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    block_size: int,
-    scale: float,
-    window: int = NO_WINDOW,
-    partner: Tensor | None = None,
-) -> Tensor:
-    """The reference kernel: gathers the context of every row and masks it densely.
+def slot_attention(inputs: AttentionInputs) -> Tensor:
+    """Store the new keys and values, then attend; returns [N, Q, H, D].
 
-    Args:
-        query: [N, H, Q, D]; key, value: [N, H_kv, Q, D]; keys, values: the cache [slots, H_kv, length, D].
-        slots: int64 [N]; positions: int64 [N, Q], -1: padding.
-        window: keys so many positions before the query, or more, are not seen.
-        partner: see CacheRows; not needed here.
-
-    Returns:
-        [N, Q, H, D]; zeros at padding, without `partner`.
+    The result means nothing at padding, and in rows that `partner` leaves out.
     """
+    return torch.ops.opdlm.slot_attention(*inputs)
+
+
+def slot_attention_reference(inputs: AttentionInputs) -> Tensor:
+    """The plain kernel: gathers the context of every row and masks it densely. It has no use for `partner`."""
+    query, key, value, keys, values, slots, positions, block_size, scale, window, _ = inputs
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
     row, column = (positions >= 0).nonzero(as_tuple=True)
@@ -97,30 +80,29 @@ def slot_attention(
     return out.reshape(n, heads, queries, width).transpose(1, 2).contiguous()
 
 
-@slot_attention.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    block_size: int,
-    scale: float,
-    window: int = NO_WINDOW,
-    partner: Tensor | None = None,
-) -> Tensor:
-    from actors.sampler.kernels.block_attention import block_attention_triton
+# torch operators take no tuple, so here, and only here, the fields of AttentionInputs are passed one by one
+@torch.library.custom_op(
+    "opdlm::slot_attention",
+    mutates_args=("keys", "values"),
+    device_types="cpu",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
+    "Tensor positions, SymInt block_size, float scale, SymInt window, Tensor? partner) -> Tensor",
+)
+def _operator(*inputs: Any) -> Tensor:
+    return slot_attention_reference(AttentionInputs(*inputs))
+
+
+@_operator.register_kernel("cuda")
+def _(*inputs: Any) -> Tensor:
+    from actors.sampler.kernels.block_attention import block_attention_triton  # needs triton
     from actors.sampler.kernels.slot_attention import slot_attention_triton
 
-    tensors = (query, key, value, keys, values, slots, positions)
-    if partner is None or query.shape[2] > MOST_QUERIES:
-        return slot_attention_triton(*tensors, block_size, scale, window)
-    return block_attention_triton(*tensors, block_size, scale, window, partner)
+    given = AttentionInputs(*inputs)
+    by_block = given.partner is not None and given.query.shape[2] <= MOST_QUERIES
+    return block_attention_triton(given) if by_block else slot_attention_triton(given)
 
 
-@slot_attention.register_fake
+@_operator.register_fake
 def _(query: Tensor, *_: Any) -> Tensor:
     n, heads, queries, width = query.shape
     return query.new_empty(n, queries, heads, width)

@@ -8,6 +8,7 @@ so whatever stands behind its block is never read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,3 +58,31 @@ class CacheRows:
     positions: Tensor  # int64 [N, Q]
     block_size: int
     partner: Tensor | None = None  # int64 [R], R <= N
+
+
+class AttentionInputs(NamedTuple):
+    """Everything that the attention of one layer over the slot cache needs, for N rows of Q new positions.
+
+    H query heads share H_kv key-value heads. Floating-point tensors have the model's dtype; `key` and `value` are
+    written into `keys` and `values` before anything is read.
+    """
+
+    query: Tensor  # [N, H, Q, D]
+    key: Tensor  # [N, H_kv, Q, D]
+    value: Tensor  # [N, H_kv, Q, D]
+    keys: Tensor  # [slots, H_kv, length, D], the layer's cache, changed in place
+    values: Tensor  # [slots, H_kv, length, D], likewise
+    slots: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N, Q]; -1: padding
+    block_size: int
+    scale: float  # of the scores before the softmax
+    window: int  # a key is seen if it stands fewer than so many positions before the query; or NO_WINDOW
+    partner: Tensor | None  # see CacheRows
+
+
+def attention_inputs(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, rows: CacheRows, scale: float, window: int | None
+) -> AttentionInputs:
+    """The inputs of an attention module to which a cache is attached; shapes as in AttentionInputs."""
+    where = (rows.slots, rows.positions, rows.block_size, scale, window or NO_WINDOW, rows.partner)
+    return AttentionInputs(query, key, value, module.slot_keys, module.slot_values, *where)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RMSNorm, apply_rotary_pos_emb
 
 from actors.sampler.attention import slot_attention
-from actors.sampler.cache import NO_WINDOW, CacheRows
+from actors.sampler.cache import CacheRows, attention_inputs
 from actors.sampler.projections import PackedLinear
 
 
@@ -88,13 +88,11 @@ def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: Cache
     heads = packed.unflatten(2, (-1, module.head_dim)).transpose(1, 2)
     kv_heads = module.slot_keys.shape[1]
     query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    memory = (module.slot_keys, module.slot_values, rows.slots, rows.positions, rows.block_size, module.scaling)
-    window = module.sliding_window or NO_WINDOW
+    options = (rows, module.scaling, module.sliding_window)
     if packed.is_cuda:
-        assert rows.partner is not None  # a decoding pass has partners
         from actors.sampler.kernels.block_attention import Fusion, block_attention_triton  # needs triton
 
         fusion = Fusion(module.q_norm.weight, module.k_norm.weight, module.q_norm.variance_epsilon, cos, sin)
-        return block_attention_triton(query, key, value, *memory, window, rows.partner, fusion)
+        return block_attention_triton(attention_inputs(module, query, key, value, *options), fusion)
     query, key = apply_rotary_pos_emb(module.q_norm(query), module.k_norm(key), cos, sin)
-    return slot_attention(query, key, value, *memory, window, rows.partner)
+    return slot_attention(attention_inputs(module, query, key, value, *options))

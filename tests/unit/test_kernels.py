@@ -6,7 +6,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from actors.sampler.attention import slot_attention
-from actors.sampler.cache import NO_WINDOW
+from actors.sampler.cache import NO_WINDOW, AttentionInputs
 from actors.sampler.fused_qwen3 import add_norm, swiglu
 from actors.sampler.sampling import Decoding, sample_tokens
 
@@ -58,7 +58,8 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
 
     for attend in (slot_attention, slot_attention_triton):
         keys, values = empty.clone()
-        out = attend(query, key, value, keys, values, slots, positions, block_size, 0.3, window)
+        inputs = (query, key, value, keys, values, slots, positions, block_size, 0.3, window, None)
+        out = attend(AttentionInputs(*inputs))
         torch.testing.assert_close(keys, expected_keys)
         torch.testing.assert_close(values, expected_values)
         torch.testing.assert_close(out, expected)
@@ -98,9 +99,11 @@ def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_
     empty = torch.randn(2, 4, kv_heads, 4 * queries, width)
     rows = (slots, positions, queries, 0.3, window, partner)
     keys, values = empty.clone()
-    expected = slot_attention(*expected_queries_and_keys, value.transpose(1, 2), keys, values, *rows)
+    value = value.transpose(1, 2)
+    expected = slot_attention(AttentionInputs(*expected_queries_and_keys, value, keys, values, *rows))
     fast_keys, fast_values = empty.clone()
-    out = block_attention_triton(*queries_and_keys, value.transpose(1, 2), fast_keys, fast_values, *rows, fusion)
+    inputs = AttentionInputs(*queries_and_keys, value, fast_keys, fast_values, *rows)
+    out = block_attention_triton(inputs, fusion)
     torch.testing.assert_close((out[:4], fast_keys, fast_values), (expected[:4], keys, values))
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from actors.sampler.cache import AttentionInputs
 from actors.sampler.kernels.softmax import attend_to
 
 
@@ -27,24 +28,13 @@ class Fusion(NamedTuple):
     sin: Tensor  # [N, Q, D]
 
 
-def block_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    block_size: int,
-    scale: float,
-    window: int,
-    partner: Tensor,
-    fusion: Fusion | None = None,
-) -> Tensor:
-    """Same arguments and result as `actors.sampler.attention.slot_attention`, for Q <= MOST_QUERIES there.
+def block_attention_triton(inputs: AttentionInputs, fusion: Fusion | None = None) -> Tensor:
+    """Same result as `actors.sampler.attention.slot_attention_reference`, for Q <= MOST_QUERIES there.
 
-    The new positions of a slot must be its last, without a gap.
+    It needs `partner`. The new positions of a slot must be its last, without a gap.
     """
+    query, key, value, keys, values, slots, positions, block_size, scale, window, partner = inputs
+    assert partner is not None
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads

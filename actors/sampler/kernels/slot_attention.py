@@ -7,27 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from actors.sampler.cache import NO_WINDOW
+from actors.sampler.cache import AttentionInputs
 from actors.sampler.kernels.softmax import attend_to
 
 
-def slot_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    block_size: int,
-    scale: float,
-    window: int = NO_WINDOW,
-) -> Tensor:
-    """Same arguments and result as `actors.sampler.attention.slot_attention`.
+def slot_attention_triton(inputs: AttentionInputs) -> Tensor:
+    """Same result as `actors.sampler.attention.slot_attention_reference`.
 
     One program per row, key-value head and tile of queries reads the slot's keys as far as its queries see, so
     short sequences cost what they are long.
     """
+    query, key, value, keys, values, slots, positions, block_size, scale, window, _ = inputs
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
