@@ -83,10 +83,11 @@ def respond(
     chunks = {i: prompts[i * _CHUNK : (i + 1) * _CHUNK] for i in range(-(-len(prompts) // _CHUNK))}
     missing = {i: chunk for i, chunk in chunks.items() if not _part(parts, i).exists()}
     if missing:
+        fingerprint = tokenizer_fingerprint(tokenizer)
         connect(config)
         try:
             for index, responses in _generated(config, missing, samples, sampling):
-                table = _table(config, tokenizer, chunks[index], samples, responses)
+                table = _table(config, tokenizer, fingerprint, chunks[index], samples, responses)
                 _write(table, _part(parts, index))
                 note(f"{sum(_part(parts, i).exists() for i in chunks)} of {len(chunks)} parts")
         finally:
@@ -163,7 +164,12 @@ def _generated(
 
 
 def _table(
-    config: RunConfig, tokenizer: Any, prompts: list[Prompt], samples: int, responses: list[np.ndarray]
+    config: RunConfig,
+    tokenizer: Any,
+    fingerprint: str,
+    prompts: list[Prompt],
+    samples: int,
+    responses: list[np.ndarray],
 ) -> pa.Table:
     data = config.data
     of = [(p, s) for p in prompts for s in range(samples)]
@@ -177,6 +183,6 @@ def _table(
             "response_ids": pa.array([ids.tolist() for ids in responses], pa.list_(pa.int32())),
             "finish_reason": ["eos" if e else "length" for e in ended],
             "sample": pa.array([s for _, s in of], pa.int32()),
-            "tokenizer_fingerprint": [tokenizer_fingerprint(tokenizer)] * len(of),
+            "tokenizer_fingerprint": [fingerprint] * len(of),
         }
     )

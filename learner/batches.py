@@ -14,20 +14,19 @@ from common.masks import packed_mask, per_layer_kind
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
 from learner.packing import (
-    Document,
     MicroBatch,
     assign_ranks,
     causal_document,
     coefficients,
     document,
+    empty_document,
     microbatch,
     plan_microbatches,
-    scales,
 )
 from learner.terms import LogitTerms, Pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NextTokens:
     """The autoregressive reading: `index` int64 [A] into the R*W tokens, the tokens `label` int64 [A] that follow,
     and `coefficient` float32 [A]."""
@@ -37,7 +36,7 @@ class NextTokens:
     coefficient: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
     """Tensors of one forward: `ids`, `positions` int64 [R, W]; `mask` in the attention's form; `loss_index` int64
     [L] into the R*W tokens; `coefficient` float32 [L]; the teacher's targets at these L positions."""
@@ -76,14 +75,13 @@ class BatchBuilder:
         Every rank gets the same number of micro-batches (ZeRO-3 forwards are collective): short ones get a dummy
         document that trains nothing.
         """
-        documents = {i: document(t, self.meta.block_size, self.meta.mask_token_id) for i, t in enumerate(trajectories)}
-        coefficient = dict(enumerate(coefficients(list(documents.values()), self.normalization)))
-        positions = sum(len(d.loss_index) for d in documents.values())
-        if self.objective.terms.autoregressive:
-            causal = [causal_document(t) for t in trajectories]
-            scale = scales([len(d.next_index) for d in causal], self.normalization)
-            for i, (d, s) in enumerate(zip(causal, scale, strict=True), start=len(trajectories)):
-                documents[i], coefficient[i] = d, np.full(len(d.next_index), s, np.float32)
+        masked = [document(t, self.meta.block_size, self.meta.mask_token_id) for t in trajectories]
+        causal = [causal_document(t) for t in trajectories] if self.objective.terms.autoregressive else []
+        documents = dict(enumerate(masked + causal))
+        coefficient = dict(
+            enumerate(coefficients(masked, self.normalization) + coefficients(causal, self.normalization))
+        )
+        positions = sum(len(d.loss_index) for d in masked)
         trained = [i for i, d in documents.items() if len(d.loss_index) or len(d.next_index)]
         shares = assign_ranks([len(documents[i]) for i in trained], ranks)
         plans = [
@@ -96,7 +94,7 @@ class BatchBuilder:
         ]
         count = max(len(plan) for plan in plans)
         batches = [microbatch(rows, documents, coefficient) for rows in plans[rank]]
-        dummy = _dummy(self.meta.block_size)
+        dummy = empty_document(self.meta.block_size)
         batches += [microbatch([[0]], {0: dummy}, {0: dummy.loss_weight})] * (count - len(batches))
         return batches, positions
 
@@ -112,7 +110,11 @@ class BatchBuilder:
             pairs = self._pairs(batch) if self.objective.terms.rank else None
             terms = LogitTerms(self.objective, move(batch.loss_label), pairs, self.want_entropy)
         if self.objective.terms.autoregressive:
-            next_tokens = NextTokens(move(batch.next_index), move(batch.next_label), move(batch.next_coefficient))
+            next_tokens = NextTokens(
+                index=move(batch.next_index),
+                label=move(batch.next_label),
+                coefficient=move(batch.next_coefficient),
+            )
         return TrainingBatch(
             ids=move(batch.ids),
             positions=positions,
@@ -179,10 +181,3 @@ class BatchBuilder:
         else:
             hidden = torch.from_numpy(rows("hidden", width, np.float32))
         return HiddenTarget(hidden.to(self.device), self.teacher_head, self.objective.shape)
-
-
-def _dummy(block_size: int) -> Document:
-    """One clean block that trains nothing."""
-    zeros, none = np.zeros(block_size, np.int64), np.empty(0, np.int64)
-    no_weight = np.empty(0, np.float32)
-    return Document(zeros, np.arange(block_size), zeros, zeros, none, none, no_weight, none, none, none, none, none)

@@ -10,7 +10,7 @@ times the vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from learner.terms import LogitTerms, entropy_of
 _LOG_FLOOR = -60.0  # log-probabilities of classes are clamped here, so that 0 * log 0 is 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TopKTarget:
     """ids int64 [L, K], log-probabilities float32 [L, K], log of the remaining mass float32 [L]."""
 
@@ -34,7 +34,7 @@ class TopKTarget:
     tail: str
 
     def __getitem__(self, rows: slice) -> TopKTarget:
-        return TopKTarget(self.ids[rows], self.logprobs[rows], self.log_tail_mass[rows], self.tail)
+        return replace(self, ids=self.ids[rows], logprobs=self.logprobs[rows], log_tail_mass=self.log_tail_mass[rows])
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities over the shared classes, float32 [L, K] or [L, K + 1]."""
@@ -65,7 +65,7 @@ class HiddenTarget:
     shape: TeacherTarget = AS_IT_IS
 
     def __getitem__(self, rows: slice) -> HiddenTarget:
-        return HiddenTarget(self.hidden[rows], self.head, self.shape)
+        return replace(self, hidden=self.hidden[rows])
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(teacher, student) log-probabilities, float32 [L, V]."""
@@ -85,7 +85,7 @@ class LabelTarget:
     ids: Tensor
 
     def __getitem__(self, rows: slice) -> LabelTarget:
-        return LabelTarget(self.ids[rows])
+        return replace(self, ids=self.ids[rows])
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(label, student) log-probabilities, float32 [L, 2]; the forward KL of these is the cross-entropy."""
@@ -129,11 +129,12 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LossSums:
-    """Sums over positions, for metrics: float64 scalars on the device. A list `per_position` gets every D.
+    """Sums over the positions of an update, for metrics: float64 scalars on the device.
 
-    `entropy` stays 0 where nothing asks for it.
+    `loss` is the whole loss, `divergence` the sum of D alone, `agree` and `bad` are counts; `entropy` stays 0 where
+    nothing asks for it. A list `per_position` gets every D.
     """
 
     loss: Tensor
@@ -142,6 +143,10 @@ class LossSums:
     bad: Tensor
     entropy: Tensor
     per_position: list[Tensor] | None = None
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "per_position"}
 
 
 class ChunkedDivergence(torch.autograd.Function):
@@ -212,7 +217,10 @@ class ChunkedDivergence(torch.autograd.Function):
 
 
 def empty_sums(device: torch.device) -> LossSums:
-    return LossSums(*torch.zeros(5, dtype=torch.float64, device=device))
+    def zero() -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=device)
+
+    return LossSums(loss=zero(), divergence=zero(), agree=zero(), bad=zero(), entropy=zero())
 
 
 def _add(sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, agree: Tensor) -> None:

@@ -1,8 +1,13 @@
-"""Packing: trajectories become documents, documents become rows of a fixed width.
+"""Packing: trajectories become documents, documents become rows, rows become micro-batches.
 
 A document is `[clean blocks | noised blocks]` of one trajectory. Only what the loss depends on is in it: the clean
 blocks before the last trained block, and the noised blocks that hold a masked trainable position. Noised tokens
 repeat the positions of the clean ones; the mask (common/masks.py) tells them apart by their copy number.
+
+Packing to a token budget was chosen over padding to the longest row, which wastes half of a forward when responses are
+of 100 to 4,000 tokens, and over truncation, which would drop what a rollout has paid for. Documents are not split over
+rows either: a noised block needs all clean blocks before it. So a document longer than the budget gets a row, and a
+micro-batch, of its own.
 
 The width of a row is the token budget for FlexAttention, which skips what the mask forbids, and the longest
 document for a dense mask, whose cost grows with the width squared.
@@ -10,18 +15,27 @@ document for a dense mask, whose cost grows with the width squared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 
 from common.trajectory import Trajectory
 
 PAD_DOCUMENT = -1
+_TOKEN_FIELDS = ("ids", "positions", "copy", "block", "doc")
 
 
-@dataclass(frozen=True)
+def _column(dtype: type = np.int64, moves_with: str | None = None) -> Any:
+    """A field that is empty by default. `moves_with`: its numbers count tokens or groups from the part's start."""
+    return field(default_factory=lambda: np.empty(0, dtype), metadata={"moves_with": moves_with})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Document:
-    """One trajectory as the student reads it in training; int arrays of equal length [N] but for the loss part.
+    """Tokens of one trajectory as the student reads them in training: int arrays [N].
 
     loss_index [L] points at masked trainable tokens; loss_target [L] at rows of the trajectory's targets;
     loss_weight [L] holds w (not normalised); loss_label [L] the tokens of x0; loss_round [L] the rounds in which they
@@ -33,139 +47,132 @@ class Document:
     positions: np.ndarray
     copy: np.ndarray
     block: np.ndarray
-    loss_index: np.ndarray
-    loss_target: np.ndarray
-    loss_weight: np.ndarray
-    loss_label: np.ndarray
-    loss_round: np.ndarray
-    loss_group: np.ndarray
-    next_index: np.ndarray
-    next_label: np.ndarray
+    loss_index: np.ndarray = _column(moves_with="tokens")
+    loss_target: np.ndarray = _column()
+    loss_weight: np.ndarray = _column(np.float32)
+    loss_label: np.ndarray = _column()
+    loss_round: np.ndarray = _column(np.int16)
+    loss_group: np.ndarray = _column(moves_with="groups")
+    next_index: np.ndarray = _column(moves_with="tokens")
+    next_label: np.ndarray = _column()
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.ids.size
+
+    @property
+    def groups(self) -> int:
+        return int(self.loss_group.max(initial=-1)) + 1
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """Packed documents: `ids`, `positions`, `copy`, `block`, `doc` int64 [R, W]; `doc` is -1 on padding.
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch(Document):
+    """Documents side by side in rows: their fields, `ids`, `positions`, `copy`, `block` int64 [R, W], indices into the
+    flattened R*W tokens, groups numbered through.
 
-    loss_index [L] points into the flattened R*W tokens; loss_doc [L] and loss_target [L] name the document of the
-    update (its index there) and the row of its targets; loss_coefficient float32 [L] includes the normalisation;
-    loss_label, loss_round and loss_group as in Document, groups numbered through. next_index [A] and
-    next_label [A] are of all causal documents, with next_coefficient float32 [A].
+    doc int64 [R, W] and loss_doc [L] say which document of the update each token and position is of; doc is -1 on
+    padding. loss_coefficient [L] and next_coefficient [A], float32, include the normalisation.
     """
 
-    ids: np.ndarray
-    positions: np.ndarray
-    copy: np.ndarray
-    block: np.ndarray
     doc: np.ndarray
-    loss_index: np.ndarray
-    loss_doc: np.ndarray
-    loss_target: np.ndarray
-    loss_coefficient: np.ndarray
-    loss_label: np.ndarray
-    loss_round: np.ndarray
-    loss_group: np.ndarray
-    next_index: np.ndarray
-    next_label: np.ndarray
-    next_coefficient: np.ndarray
+    loss_doc: np.ndarray = _column()
+    loss_coefficient: np.ndarray = _column(np.float32)
+    next_coefficient: np.ndarray = _column(np.float32)
 
     @property
     def tokens(self) -> int:
+        """Without padding."""
         return int((self.doc != PAD_DOCUMENT).sum())
 
 
+Part = TypeVar("Part", bound=Document)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts one after another, in every field; indices and group numbers move on behind those of the parts before."""
+    before = {
+        "tokens": list(accumulate((len(p) for p in parts), initial=0)),
+        "groups": list(accumulate((p.groups for p in parts), initial=0)),
+    }
+
+    def column(name: str, moves_with: str | None) -> np.ndarray:
+        values = [getattr(p, name) for p in parts]
+        if moves_with:
+            values = [v + start for v, start in zip(values, before[moves_with], strict=False)]
+        return np.concatenate(values)
+
+    return type(parts[0])(**{f.name: column(f.name, f.metadata.get("moves_with")) for f in fields(parts[0])})
+
+
 def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Document:
-    """The training document of a trajectory whose states were selected (shapes in Document)."""
+    """The training document of a trajectory whose states were selected."""
     x0 = trajectory.x0.astype(np.int64)
     prompt = len(trajectory.prompt_ids)
     absolute = prompt + trajectory.masked_offsets.astype(np.int64)
-    clean = (absolute.max() // block_size) * block_size if len(absolute) else 0
-
-    ids, positions = [x0[:clean]], [np.arange(clean)]
-    copies = [np.zeros(clean, np.int64)]
-    loss_index, loss_target, loss_weight, loss_offset, loss_group = [], [], [], [], []
-    length, groups = clean, 0
+    clean = np.arange((absolute.max() // block_size) * block_size if len(absolute) else 0)
+    parts = [Document(ids=x0[clean], positions=clean, copy=np.zeros_like(clean), block=clean // block_size)]
     for state in range(trajectory.state_count):
         of_state = trajectory.masked_state == state
         masked, weight = absolute[of_state], trajectory.loss_weight[of_state]
         blocks = np.unique(masked // block_size)
         where = (blocks[:, None] * block_size + np.arange(block_size)).ravel()
         where = where[where < len(x0)]
-        noised = x0[where]
         slot = np.searchsorted(where, masked)
+        noised = x0[where]
         noised[slot] = mask_token_id
-        ids.append(noised)
-        positions.append(where)
-        copies.append(np.full(len(where), state + 1))
-        trained = weight > 0
-        loss_index.append(length + slot[trained])
-        loss_target.append(np.searchsorted(trajectory.target_offsets, masked[trained] - prompt))
-        loss_weight.append(weight[trained])
-        loss_offset.append(masked[trained] - prompt)
-        loss_group.append(groups + np.searchsorted(blocks, masked[trained] // block_size))
-        groups += len(blocks)
-        length += len(where)
-    all_positions = np.concatenate(positions)
-    offsets = np.concatenate([np.empty(0, np.int64), *loss_offset])
-    return Document(
-        ids=np.concatenate(ids),
-        positions=all_positions,
-        copy=np.concatenate(copies),
-        block=all_positions // block_size,
-        loss_index=np.concatenate([np.empty(0, np.int64), *loss_index]),
-        loss_target=np.concatenate([np.empty(0, np.int64), *loss_target]),
-        loss_weight=np.concatenate([np.empty(0, np.float32), *loss_weight]),
-        loss_label=x0[prompt + offsets],
-        loss_round=trajectory.reveal_round[offsets],
-        loss_group=np.concatenate([np.empty(0, np.int64), *loss_group]),
-        next_index=np.empty(0, np.int64),
-        next_label=np.empty(0, np.int64),
-    )
+        trained = masked[weight > 0]
+        parts.append(
+            Document(
+                ids=noised,
+                positions=where,
+                copy=np.full(len(where), state + 1),
+                block=where // block_size,
+                loss_index=slot[weight > 0],
+                loss_target=np.searchsorted(trajectory.target_offsets, trained - prompt),
+                loss_weight=weight[weight > 0],
+                loss_label=x0[trained],
+                loss_round=trajectory.reveal_round[trained - prompt],
+                loss_group=np.searchsorted(blocks, trained // block_size),
+            )
+        )
+    return joined(parts)
 
 
 def causal_document(trajectory: Trajectory) -> Document:
     """Prompt and response read autoregressively: blocks of one token make the attention rule causal."""
     ids = trajectory.causal_ids.astype(np.int64)
-    positions, none = np.arange(len(ids) - 1), np.empty(0, np.int64)
+    positions = np.arange(len(ids) - 1)
     following = np.arange(max(len(trajectory.prompt_ids), 1), len(ids))
     return Document(
         ids=ids[:-1],
         positions=positions,
-        copy=np.zeros(len(positions), np.int64),
+        copy=np.zeros_like(positions),
         block=positions,
-        loss_index=none,
-        loss_target=none,
-        loss_weight=np.empty(0, np.float32),
-        loss_label=none,
-        loss_round=none,
-        loss_group=none,
         next_index=following - 1,
         next_label=ids[following],
     )
 
 
-def coefficients(documents: list[Document], normalization: str) -> list[np.ndarray]:
-    """Per document, float32 [L]: w times the normalisation over the update's rows.
+def empty_document(block_size: int) -> Document:
+    """One clean block that trains nothing."""
+    zeros = np.zeros(block_size, np.int64)
+    return Document(ids=zeros, positions=np.arange(block_size), copy=zeros, block=zeros)
 
-    `row_mean`: mean over a row's positions, then over rows; `token_mean`: mean over all positions; `sum`: neither.
-    Rows without a trained position do not count.
+
+def coefficients(documents: Sequence[Document], normalization: str) -> list[np.ndarray]:
+    """Per document, float32 [L + A]: w, or 1 for next tokens, times the normalisation over the update's rows.
+
+    `row_mean`: mean over a row's positions, then over rows; `row_sum`: sum over a row's positions, then mean over
+    rows; `token_mean`: mean over all positions; `sum`: neither. Rows without a trained position do not count.
     """
-    scale = scales([len(d.loss_index) for d in documents], normalization)
-    return [(d.loss_weight * s).astype(np.float32) for d, s in zip(documents, scale, strict=True)]
-
-
-def scales(counts: list[int], normalization: str) -> list[float]:
-    """The normalisation of each row's positions, by their number per row."""
-    rows, tokens = sum(c > 0 for c in counts), sum(counts)
-    return {
-        "row_mean": [1.0 / (rows * c) if c else 0.0 for c in counts],
-        "row_sum": [1.0 / max(rows, 1)] * len(counts),
-        "token_mean": [1.0 / max(tokens, 1)] * len(counts),
-        "sum": [1.0] * len(counts),
+    weights = [np.concatenate([d.loss_weight, np.ones(len(d.next_index), np.float32)]) for d in documents]
+    rows, tokens = sum(len(w) > 0 for w in weights), sum(len(w) for w in weights)
+    scale = {
+        "row_mean": lambda count: 1.0 / (rows * count),
+        "row_sum": lambda count: 1.0 / rows,
+        "token_mean": lambda count: 1.0 / tokens,
+        "sum": lambda count: 1.0,
     }[normalization]
+    return [(w * scale(len(w))).astype(np.float32) if len(w) else w for w in weights]
 
 
 def assign_ranks(lengths: list[int], ranks: int) -> list[list[int]]:
@@ -211,53 +218,32 @@ def plan_microbatches(lengths: dict[int, int], max_tokens: int, flexible_width: 
 
 def microbatch(
     rows: list[list[int]],
-    documents: dict[int, Document],
-    coefficient: dict[int, np.ndarray],
+    documents: Mapping[int, Document],
+    coefficient: Mapping[int, np.ndarray],
     multiple: int = 8,
 ) -> MicroBatch:
     """Lay out rows of documents; the width is rounded up to `multiple`. `coefficient` [L + A] is by document."""
-    width = max(sum(len(documents[i]) for i in row) for row in rows)
-    width = -(-width // multiple) * multiple
-    shape = (len(rows), width)
-    ids, positions, copy = (np.zeros(shape, np.int64) for _ in range(3))
-    block, doc = np.zeros(shape, np.int64), np.full(shape, PAD_DOCUMENT, np.int64)
-    loss_index, loss_doc, loss_target, loss_coefficient, loss_group = [], [], [], [], []
-    next_index, next_coefficient, groups = [], [], 0
-    for r, row in enumerate(rows):
-        start = 0
-        for index in row:
-            d = documents[index]
-            span = slice(start, start + len(d))
-            ids[r, span], positions[r, span], copy[r, span], block[r, span] = (
-                d.ids,
-                d.positions,
-                d.copy,
-                d.block,
-            )
-            doc[r, span] = index
-            loss_index.append(r * width + start + d.loss_index)
-            loss_doc.append(np.full(len(d.loss_index), index))
-            loss_target.append(d.loss_target)
-            loss_coefficient.append(coefficient[index][: len(d.loss_index)])
-            loss_group.append(groups + d.loss_group)
-            groups += int(d.loss_group.max(initial=-1)) + 1
-            next_index.append(r * width + start + d.next_index)
-            next_coefficient.append(coefficient[index][len(d.loss_index) :])
-            start += len(d)
+    lengths = [sum(len(documents[i]) for i in row) for row in rows]
+    width = -(-max(lengths) // multiple) * multiple
+    parts = []
+    for row, length in zip(rows, lengths, strict=True):
+        parts += [_placed(index, documents[index], coefficient[index]) for index in row]
+        parts.append(_padding(width - length))
+    batch = joined(parts)
+    return replace(batch, **{name: getattr(batch, name).reshape(len(rows), width) for name in _TOKEN_FIELDS})
+
+
+def _placed(index: int, document: Document, coefficient: np.ndarray) -> MicroBatch:
+    trained = len(document.loss_index)
     return MicroBatch(
-        ids=ids,
-        positions=positions,
-        copy=copy,
-        block=block,
-        doc=doc,
-        loss_index=np.concatenate(loss_index),
-        loss_doc=np.concatenate(loss_doc),
-        loss_target=np.concatenate(loss_target),
-        loss_coefficient=np.concatenate(loss_coefficient),
-        loss_label=np.concatenate([documents[i].loss_label for row in rows for i in row]),
-        loss_round=np.concatenate([documents[i].loss_round for row in rows for i in row]),
-        loss_group=np.concatenate(loss_group),
-        next_index=np.concatenate(next_index),
-        next_label=np.concatenate([documents[i].next_label for row in rows for i in row]),
-        next_coefficient=np.concatenate(next_coefficient),
+        **vars(document),
+        doc=np.full(len(document), index),
+        loss_doc=np.full(trained, index),
+        loss_coefficient=coefficient[:trained],
+        next_coefficient=coefficient[trained:],
     )
+
+
+def _padding(length: int) -> MicroBatch:
+    zeros = np.zeros(length, np.int64)
+    return MicroBatch(ids=zeros, positions=zeros, copy=zeros, block=zeros, doc=np.full(length, PAD_DOCUMENT))

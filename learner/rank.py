@@ -6,13 +6,13 @@ import os
 import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,8 @@ from common.student import (
     lm_head_weight,
     load_model,
     save_student,
-    tokenizer_fingerprint,
 )
-from common.trajectory import Trajectory, TrajectoryMeta, from_batch, write_spool
+from common.trajectory import Trajectory, write_spool
 from common.weights.broadcast import BroadcastTransport, open_store
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
@@ -44,6 +43,7 @@ from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
 from learner.packing import MicroBatch
 from learner.publish import gathered_buckets
+from learner.records import RecordReader
 from learner.rollout_samples import rollout_sample
 from learner.schedule import RunUpdates, learning_rate
 from learner.terms import misalignment
@@ -127,6 +127,7 @@ class LearnerRank:
         attention = default_attention() if on_gpu else "sdpa"
         path = self.config.model.path
         self.model_config, self.tokenizer = convert(path, self.config.block_size, self.config.model.mask_token)
+        self.reader = RecordReader(self.config, self.model_config.mask_token_id, self.tokenizer)
         student = load_model(path, getattr(torch, learner.dtype), attention)
         student.train()
         if learner.liger_kernels:
@@ -178,7 +179,7 @@ class LearnerRank:
         """
         start = time.perf_counter()
         record_batches = ray.get(list(refs))
-        trajectories, meta = self._read(record_batches)
+        trajectories, meta = self.reader.read(record_batches)
         if spool and self.rank == 0:
             write_spool(spool, record_batches)
         read = time.perf_counter()
@@ -196,54 +197,29 @@ class LearnerRank:
         )
         rows = self.config.learner.batch_rows
         updates = -(-len(trajectories) // rows)
-        totals = {
-            "loss": 0.0,
-            "kl": 0.0,
-            "agree": 0.0,
-            "entropy": 0.0,
-            "positions": 0.0,
-            "grad_norm": 0.0,
-            "packed_tokens": 0.0,
-        }
+        totals: Counter[str] = Counter()
         for u in range(updates):
             lr = learning_rate(self.config.learner, first_update + u, run_updates)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
             metrics = self._update(trajectories[u * rows : (u + 1) * rows], builder, wanted)
-            for name, value in metrics.items():
-                totals[name] += value
+            totals.update(metrics)
         seconds = time.perf_counter() - start
         self.spans.add(time.perf_counter() - read)
         positions = max(totals["positions"], 1.0)
         return {
-            "loss": totals["loss"] / max(updates, 1),
-            "kl": totals["kl"] / positions,
+            "loss": totals["loss"] / updates,
+            "kl": totals["divergence"] / positions,
             "entropy": totals["entropy"] / positions,
             "teacher_agreement": totals["agree"] / positions,
-            "grad_norm": totals["grad_norm"] / max(updates, 1),
-            "lr": lr if updates else 0.0,
+            "grad_norm": totals["grad_norm"] / updates,
+            "lr": lr,
             "updates": updates,
             "trained_positions": totals["positions"],
             "packed_tokens": totals["packed_tokens"],
             "seconds": seconds,
         }
-
-    def _read(self, record_batches: list[pa.RecordBatch]) -> tuple[list[Trajectory], TrajectoryMeta]:
-        batches = [from_batch(batch) for batch in record_batches]
-        meta = batches[0][1]
-        if meta.block_size not in self.config.block_sizes:
-            raise ValueError(f"trajectory batch has block_size {meta.block_size}, not one of {self.config.block_sizes}")
-        for _, other in batches:
-            other.require(
-                block_size=meta.block_size,
-                mask_token_id=self.model_config.mask_token_id,
-                tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
-                target_kind=self.config.target_kind,
-                target_width=meta.target_width,
-            )
-        trajectories = [t for rows, _ in batches for t in rows]
-        return sorted(trajectories, key=lambda t: (t.ordinal, t.sample)), meta
 
     def stats(self) -> dict[str, Any]:
         """`spans` is when this rank trained or published since the last call (common/busy.py)."""
@@ -267,12 +243,12 @@ class LearnerRank:
             loss = self.engine(tensors, sums)
             self.engine.backward(loss * world)  # DeepSpeed averages over ranks, the coefficients already normalise
             tokens += tensors.tokens
-        values = torch.stack([sums.loss, sums.divergence, sums.agree, sums.bad, sums.entropy])
-        values = torch.cat([values, values.new_tensor([tokens])])
+        scalars = sums.scalars() | {"packed_tokens": torch.tensor(tokens, dtype=torch.float64, device=self.device)}
+        values = torch.stack(list(scalars.values()))
         torch.distributed.all_reduce(values)
-        loss_sum, kl, agree, bad, entropy, packed = values.tolist()
-        if bad:
-            raise FloatingPointError(f"{int(bad)} trained positions had non-finite logits or divergence")
+        totals = dict(zip(scalars, values.tolist(), strict=True))
+        if totals["bad"]:
+            raise FloatingPointError(f"{int(totals['bad'])} trained positions had non-finite logits or divergence")
         if batches:
             self.engine.step()
         if sums.per_position:
@@ -280,15 +256,7 @@ class LearnerRank:
                 trajectories, batches, torch.cat(sums.per_position).cpu().numpy(), wanted, builder.meta.block_size
             )
         norm = self.engine.get_global_grad_norm() if batches else 0.0
-        return {
-            "loss": loss_sum,
-            "kl": kl,
-            "agree": agree,
-            "entropy": entropy,
-            "positions": float(positions),
-            "grad_norm": float(norm or 0.0),
-            "packed_tokens": packed,
-        }
+        return totals | {"positions": float(positions), "grad_norm": float(norm or 0.0)}
 
     def _sample(
         self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int, block_size: int

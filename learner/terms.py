@@ -11,7 +11,7 @@ from torch import Tensor
 from common.config.objective import ObjectiveConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pairs:
     """Pairs of loss positions of one block and state, of which a rollout revealed the first earlier.
 

@@ -43,7 +43,7 @@ def topk_of(teacher_hidden, head, tail) -> TopKTarget:
     log_p = (teacher_hidden @ head.T).log_softmax(-1)
     top = log_p.topk(K, dim=-1)
     log_tail_mass = torch.log1p(-top.values.exp().sum(-1))
-    return TopKTarget(top.indices, top.values, log_tail_mass, tail)
+    return TopKTarget(ids=top.indices, logprobs=top.values, log_tail_mass=log_tail_mass, tail=tail)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.kind)
@@ -83,7 +83,12 @@ def test_topk_drop_is_the_released_sum_and_may_be_negative():
         )
         assert values[i].item() == pytest.approx(expected, rel=1e-9)
     flat = torch.zeros(1, V)
-    peaked = TopKTarget(torch.arange(K)[None], torch.full((1, K), -5.0), torch.tensor([0.0]), "drop")
+    peaked = TopKTarget(
+        ids=torch.arange(K)[None],
+        logprobs=torch.full((1, K), -5.0),
+        log_tail_mass=torch.tensor([0.0]),
+        tail="drop",
+    )
     assert divergence(ForwardKL(), *peaked.classes(flat)).item() < 0
 
 

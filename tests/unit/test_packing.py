@@ -11,10 +11,13 @@ from common.masks import dense_mask
 from common.states import select_states
 from learner.packing import (
     PAD_DOCUMENT,
+    Document,
     assign_ranks,
+    causal_document,
     coefficients,
     document,
     fill_rows,
+    joined,
     microbatch,
     plan_microbatches,
 )
@@ -104,3 +107,48 @@ def test_microbatches_place_documents_side_by_side(rows, width):
             q, k = mask[r].nonzero(as_tuple=True)
             assert (batch.doc[r][q] == batch.doc[r][k]).all()
     assert PAD_DOCUMENT not in documents
+
+
+@given(st.lists(trajectory(), min_size=1, max_size=5), st.integers(20, 200))
+def test_every_field_of_a_document_arrives_in_its_microbatch(rows, width):
+    """Read back document by document: each index points at its own token, each value stands beside its index."""
+    masked = [document(selected(t, "all_rounds"), BLOCK, MASK) for t in rows]
+    causal = [causal_document(t) for t in rows]
+    documents = dict(enumerate(masked + causal))
+    coefficient = dict(enumerate(coefficients(masked, "row_sum") + coefficients(causal, "token_mean")))
+    for plan in plan_microbatches({i: len(d) for i, d in documents.items()}, width, False):
+        batch = microbatch(plan, documents, coefficient)
+        flat_doc, first_token, groups = batch.doc.ravel(), {}, []
+        for i in [i for row in plan for i in row]:
+            d, of_loss = documents[i], batch.loss_doc == i
+            first_token[i] = np.flatnonzero(flat_doc == i)[0]
+            for name in ("ids", "positions", "copy", "block"):
+                assert (getattr(batch, name).ravel()[flat_doc == i] == getattr(d, name)).all(), name
+            assert (batch.loss_index[of_loss] - first_token[i] == d.loss_index).all()
+            for name in ("loss_target", "loss_weight", "loss_label", "loss_round"):
+                assert (getattr(batch, name)[of_loss] == getattr(d, name)).all(), name
+            of_next = flat_doc[batch.next_index] == i
+            assert (batch.next_index[of_next] - first_token[i] == d.next_index).all()
+            assert (batch.next_label[of_next] == d.next_label).all()
+            both = [batch.loss_coefficient[of_loss], batch.next_coefficient[of_next]]
+            assert (np.concatenate(both) == coefficient[i]).all()
+            groups += [(i, g) for g in d.loss_group]
+        # groups are numbered through: equal numbers where document and group are equal, and nowhere else
+        same = [[a == b for a in groups] for b in groups]
+        assert np.equal.outer(batch.loss_group, batch.loss_group).tolist() == same
+
+
+def test_joined_moves_indices_and_groups_on():
+    def part(n: int, **loss) -> Document:
+        zeros = np.zeros(n, np.int64)
+        return Document(ids=zeros + n, positions=np.arange(n), copy=zeros, block=zeros, **loss)
+
+    first = part(3, loss_index=np.array([0, 2]), loss_group=np.array([0, 1]), loss_label=np.array([7, 8]))
+    last = part(4, loss_index=np.array([1]), loss_group=np.array([0]), loss_label=np.array([9]))
+    whole = joined([first, part(2, next_index=np.array([1])), last])
+    assert whole.ids.tolist() == [3, 3, 3, 2, 2, 4, 4, 4, 4]
+    assert whole.loss_index.tolist() == [0, 2, 6]
+    assert whole.loss_group.tolist() == [0, 1, 2]
+    assert whole.loss_label.tolist() == [7, 8, 9]
+    assert whole.next_index.tolist() == [4]
+    assert (whole.loss_weight.dtype, len(whole.loss_weight)) == (np.float32, 0)

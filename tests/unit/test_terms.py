@@ -26,7 +26,13 @@ GROUP_ENDS = [3, 6, 7]  # blocks of the seven positions
 def pairs() -> Pairs:
     """By hand: (0, 1), (0, 2) in the first block; (3, 4), (3, 5), (5, 4) in the second; none in the last."""
     coefficient = torch.tensor([0.5, 0.5, 0.3, 0.3, 0.3], dtype=torch.float64)
-    return Pairs(torch.tensor([0, 0, 3, 3, 5]), torch.tensor([1, 2, 4, 5, 4]), coefficient, GROUP_ENDS, [2, 5, 5])
+    return Pairs(
+        earlier=torch.tensor([0, 0, 3, 3, 5]),
+        later=torch.tensor([1, 2, 4, 5, 4]),
+        coefficient=coefficient,
+        group_ends=GROUP_ENDS,
+        pair_ends=[2, 5, 5],
+    )
 
 
 def direct_loss(objective, hidden, weight, teacher_hidden, head, coefficient):
