@@ -5,15 +5,18 @@ whatever default group a process has (DeepSpeed's), and is used by one thread pe
 
 One version: the learner copies the gathered buckets into a staged copy and goes on training, while its sending thread
 waits until every rollout actor has come to receive; then all buckets are broadcast. A rollout actor receives in a
-thread of its own too, into a staged copy, so neither side ever waits for the other's work. The store holds
-`ready/RANK`, the version that a receiver waits for, and `sending`, the version that is under way; nobody enters a
-broadcast before all others are there.
+thread of its own too, into a staged copy, so neither side ever waits for the other's work. In the store, the key
+`ready/VERSION/RANK` says that a receiver has come, and `sending/VERSION` that all have; nobody enters a broadcast
+before all others are there.
+
+Left out: a default process group, since DeepSpeed owns it; and sending while buckets are still gathered, which would
+hold up the learner for the slowest rollout actor.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -27,7 +30,7 @@ from common.weights.checksums import device_checksums, host_checksums
 from common.weights.staged_buckets import StagedBuckets, as_tensor
 from common.weights.transport import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
 
-_POLL_SECONDS = 0.002
+_POLL_SECONDS = 0.002  # of a broadcast under way: work on a GPU has no wait with a deadline that leaves it running
 
 
 def open_store() -> dist.TCPStore:
@@ -60,6 +63,7 @@ class BroadcastTransport(WeightsTransport):
         self.device = torch.device(device)
         self.timeout_s = timeout_s
         self._store = store
+        self._met: int | None = None  # the version of the last rendezvous
         self._staged = StagedBuckets(self.device)
         self._pieces = ThreadPoolExecutor(2, "weights-pieces")
         self._sender = ThreadPoolExecutor(1, "weights-sender")
@@ -120,21 +124,27 @@ class BroadcastTransport(WeightsTransport):
         Raises:
             TimeoutError: names the members that did not come.
         """
-        if self.rank == 0:
-            self._wait(lambda: not self._missing(version), version, what)
-            self._store.set("sending", str(version))
+        if self.rank:
+            self._store.set(f"ready/{version}/{self.rank}", "")
+            self._wait_for([f"sending/{version}"], version, what)
             return
-        self._store.set(f"ready/{self.rank}", str(version))
-        self._wait(lambda: self._reached("sending", version), version, what)
+        self._wait_for(self._ready_keys(version), version, what)
+        self._store.set(f"sending/{version}", "")
+        if self._met is not None and self._met != version:  # all have left that rendezvous
+            for key in (*self._ready_keys(self._met), f"sending/{self._met}"):
+                self._store.delete_key(key)
+        self._met = version
 
-    def _missing(self, version: int) -> list[str]:
-        """Receivers that have not come for `version`; the sender where there are none."""
-        late = [m for r, m in enumerate(self.members) if r and not self._reached(f"ready/{r}", version)]
-        return late or ([] if self.rank == 0 else [self.members[0]])
+    def _ready_keys(self, version: int) -> list[str]:
+        return [f"ready/{version}/{rank}" for rank in range(1, len(self.members))]
 
-    def _reached(self, key: str, version: int) -> bool:
-        # `get` would block until the key is there
-        return self._store.check([key]) and int(self._store.get(key)) >= version
+    def _wait_for(self, keys: list[str], version: int, what: str) -> None:
+        try:
+            self._store.wait(keys, timedelta(seconds=self.timeout_s))
+        except dist.DistStoreError:
+            ready = zip(self.members[1:], self._ready_keys(version), strict=True)
+            late = [member for member, key in ready if not self._store.check([key])]
+            raise self._too_late(what, ", ".join(late or [self.members[0]])) from None
 
     def _broadcast(self, buffers: list[Tensor], version: int) -> None:
         """From member 0 to all; returns when this member's part is complete.
@@ -143,23 +153,23 @@ class BroadcastTransport(WeightsTransport):
             TimeoutError: it did not end in time.
         """
         works = [self._group.broadcast([buffer], dist.BroadcastOptions()) for buffer in buffers]
-        self._wait(lambda: all(w.is_completed() for w in works), version, f"broadcast weights version {version}")
+        deadline = time.monotonic() + self.timeout_s
+        while not all(work.is_completed() for work in works):
+            if time.monotonic() > deadline:
+                raise self._too_late(f"broadcast weights version {version}", "a member that came and then stopped")
+            time.sleep(_POLL_SECONDS)
         for work in works:
             work.wait()  # raises what went wrong; on a GPU this thread's stream goes on after it
 
-    def _wait(self, done: Callable[[], bool], version: int, what: str) -> None:
-        deadline = time.monotonic() + self.timeout_s
-        while not done():
-            if time.monotonic() > deadline:
-                names = ", ".join(self._missing(version)) or "a member that came and then stopped"
-                raise TimeoutError(f"could not {what} within {self.timeout_s:.0f} s; waiting for {names}")
-            time.sleep(_POLL_SECONDS)
+    def _too_late(self, what: str, waiting_for: str) -> TimeoutError:
+        return TimeoutError(f"could not {what} within {self.timeout_s:.0f} s; waiting for {waiting_for}")
 
     def _own_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def _backend(self) -> Any:
-        store = dist.PrefixStore("weights", self._store)
+        # a connection of its own: one that waits serves no other thread meanwhile
+        store = dist.PrefixStore("weights", self._store.clone())  # type: ignore[attr-defined]
         timeout = timedelta(seconds=2 * self.timeout_s)  # our own deadline comes first, and names who is missing
         if self.device.type == "cpu":
             return dist.ProcessGroupGloo(store, self.rank, len(self.members), timeout)

@@ -100,6 +100,19 @@ def test_broadcast_round_trip(group):
                 fetch.result()
 
 
+def test_the_store_does_not_grow_with_the_versions(group):
+    sender, *receivers = group
+    sizes = []
+    with ThreadPoolExecutor(2) as pool:
+        for version in range(4, 9):
+            handle = sender.publish(version, buckets(tensors()))
+            for fetch in [pool.submit(receiver.fetch, handle) for receiver in receivers]:
+                fetch.result()
+            sender._sent.result()
+            sizes.append(sender._store.num_keys())
+    assert sizes == sizes[:1] * 5
+
+
 def test_a_receiver_that_does_not_come_is_named_on_both_sides(group):
     sender, receiver, absent = group
     for member in (sender, receiver):
