@@ -129,7 +129,7 @@ class RolloutActor:
             for sample in range(rollout.samples_per_prompt)
         ]
         offline = (
-            offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id)
+            offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id, self.tokenizer.eos_token_id)
             for p in prompts
             for sample in range(len(p.responses))
         )

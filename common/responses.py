@@ -18,7 +18,7 @@ from common.config.run import DataConfig
 from common.prompts import Prompt, PromptError, read_records
 from common.seeds import source_rng
 from common.student import tokenizer_fingerprint
-from common.trajectory import NO_ROUND, OFFLINE, Trajectory
+from common.trajectory import NO_ROUND, OFFLINE, Trajectory, finish_reason, until_end
 
 
 def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
@@ -65,8 +65,7 @@ def _ids(place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerp
         ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         if record.get("finish_reason") != "length":
             ids = np.append(ids, np.int32(eos))
-    ends = np.flatnonzero(ids == eos)
-    ids = ids[: ends[0] + 1] if len(ends) else ids
+    ids = until_end(ids, eos)
     if not len(ids) or tokenizer.mask_token_id in ids:
         wrong = f"holds the mask token {tokenizer.mask_token!r}" if len(ids) else "is empty"
         raise PromptError(f"{place}: the response {wrong}; mend or remove it")
@@ -107,7 +106,7 @@ def with_responses(
 
 
 def offline_trajectory(
-    prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int
+    prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int, eos_token_id: int
 ) -> Trajectory:
     """An offline response as a trajectory: cut where a rollout would have ended, its last block filled with masks.
 
@@ -117,7 +116,6 @@ def offline_trajectory(
     end = -(-(start + max_new_tokens) // block_size) * block_size
     response = prompt.responses[sample][: end - start]
     tail = -(start + len(response)) % block_size
-    cut = len(response) < len(prompt.responses[sample])
     return Trajectory(
         ordinal=prompt.ordinal,
         sample=sample,
@@ -128,7 +126,7 @@ def offline_trajectory(
         reveal_round=np.full(len(response) + tail, NO_ROUND, np.int16),
         confidence=np.zeros(len(response) + tail, np.float32),
         weights_version=OFFLINE,
-        finish_reason="length" if cut else "eos",
+        finish_reason=finish_reason(response, eos_token_id),
         denoise_forwards=0,
         commit_forwards=0,
     )

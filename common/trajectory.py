@@ -13,7 +13,7 @@ response. The same record batches travel through the object store, are spooled t
 | reveal_round | list<int16> | per response and tail position: round within its block, from 0; -1 if offline |
 | confidence | list<float32> | per response and tail position: probability under the raw softmax when revealed |
 | weights_version | int32 | of the student that made it; -1: an offline response |
-| finish_reason | string | `eos` or `length` |
+| finish_reason | string | `eos`: the response ends with the end token; `length`: it does not |
 | denoise_forwards, commit_forwards | int32 | forwards in which this sequence took part |
 | state_count | int32 | noised copies |
 | masked_offsets, masked_state | list<int32> | masked positions of all copies: offset and the copy it belongs to |
@@ -63,6 +63,17 @@ _SCALARS: dict[str, pa.DataType] = {
     "commit_forwards": pa.int32(),
     "state_count": pa.int32(),
 }
+
+
+def until_end(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
+    """The response in `ids` int32 [n]: up to and with the first end token, or all of them; a view."""
+    ends = np.flatnonzero(ids == eos_token_id)
+    return ids[: ends[0] + 1] if len(ends) else ids
+
+
+def finish_reason(response_ids: np.ndarray, eos_token_id: int) -> str:
+    """`eos` for a response whose last token is the end token, else `length`: it was cut off, wherever it came from."""
+    return "eos" if len(response_ids) and response_ids[-1] == eos_token_id else "length"
 
 
 def _empty(dtype: type) -> Any:

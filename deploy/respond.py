@@ -8,7 +8,7 @@ interrupted command goes on where it stood. One row per response:
 | question, answer, domain | of the prompt, under the names that the config's data section gives them |
 | response | text, under data.response_field |
 | response_ids | list<int32>, as generated, with the end token |
-| finish_reason | `eos` or `length` |
+| finish_reason | `eos`: ended by itself; `length`: cut off at --max-new-tokens |
 | sample | 0, 1, ... for each prompt |
 | tokenizer_fingerprint | the ids are valid for a tokenizer with this one |
 """
@@ -34,6 +34,7 @@ from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.prompts import Prompt
 from common.student import tokenizer_fingerprint
+from common.trajectory import finish_reason
 from deploy import preflight
 from deploy.cluster import connect
 from deploy.errors import StuckError
@@ -173,7 +174,6 @@ def _table(
 ) -> pa.Table:
     data = config.data
     of = [(p, s) for p in prompts for s in range(samples)]
-    ended = [ids[-1] == tokenizer.eos_token_id for ids in responses]
     return pa.table(
         {
             data.question_field: [p.question for p, _ in of],
@@ -181,7 +181,7 @@ def _table(
             data.domain_field: [p.domain for p, _ in of],
             data.response_field: [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses],
             "response_ids": pa.array([ids.tolist() for ids in responses], pa.list_(pa.int32())),
-            "finish_reason": ["eos" if e else "length" for e in ended],
+            "finish_reason": [finish_reason(ids, tokenizer.eos_token_id) for ids in responses],
             "sample": pa.array([s for _, s in of], pa.int32()),
             "tokenizer_fingerprint": [fingerprint] * len(of),
         }

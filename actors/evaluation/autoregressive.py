@@ -12,6 +12,7 @@ from common.answers import is_correct
 from common.config.run import AnswerFormat
 from common.prompts import Prompt
 from common.student import load_tokenizer
+from common.trajectory import finish_reason, until_end
 
 
 def load_autoregressive(
@@ -57,11 +58,15 @@ def evaluate_autoregressive(
             pad_token_id=tokenizer.eos_token_id,
             **(sampling if temperature else greedy),
         )
-        for problem, row in zip(chunk, out[:, width:].tolist(), strict=True):
-            ended = tokenizer.eos_token_id in row
-            length = row.index(tokenizer.eos_token_id) + 1 if ended else len(row)
-            text = tokenizer.decode(row[:length], skip_special_tokens=True)
-            correct = is_correct(text, problem.answer or "", answer_format)
-            evaluation.add(correct=correct, tokens=length, denoise=length, commits=0, ended=ended)
+        for problem, row in zip(chunk, out[:, width:].cpu().numpy(), strict=True):
+            response = until_end(row, tokenizer.eos_token_id)
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            evaluation.add(
+                correct=is_correct(text, problem.answer or "", answer_format),
+                tokens=len(response),
+                denoise=len(response),
+                commits=0,
+                ended=finish_reason(response, tokenizer.eos_token_id) == "eos",
+            )
     evaluation.seconds = time.perf_counter() - start
     return evaluation

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from actors.sampler.request import Request
-from common.trajectory import Trajectory
+from common.trajectory import Trajectory, finish_reason, until_end
 
 PATIENCE = 4  # passes for which a slot may wait
 
@@ -222,20 +222,19 @@ class SlotState:
             start = len(request.prompt_ids)
             end = (int(self.block_host[slot]) + 1) * self.block_size
             written = ids[i, start:end]
-            eos = np.flatnonzero(written == eos_token_id)
-            cut = int(eos[0]) + 1 if len(eos) else len(written)
+            response = until_end(written, eos_token_id)
             result.append(
                 Trajectory(
                     ordinal=request.ordinal,
                     sample=request.sample,
                     domain=request.domain,
                     prompt_ids=np.asarray(request.prompt_ids, dtype=np.int32),
-                    response_ids=written[:cut],
-                    tail_ids=written[cut:],
+                    response_ids=response,
+                    tail_ids=written[len(response) :],
                     reveal_round=reveal_round[i, start:end],
                     confidence=confidence[i, start:end],
                     weights_version=weights_version,
-                    finish_reason="eos" if len(eos) else "length",
+                    finish_reason=finish_reason(response, eos_token_id),
                     denoise_forwards=int(self.denoise_forwards[slot]),
                     commit_forwards=int(self.commit_forwards[slot]),
                 )

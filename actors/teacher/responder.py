@@ -17,6 +17,7 @@ from common.config.run import RunConfig, TeacherConfig
 from common.ray_actor import as_ray_actor
 from common.seeds import stream_key
 from common.student import load_model
+from common.trajectory import until_end
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,7 @@ class TransformersEngine(ResponseEngine):
             eos_token_id=sampling.eos_token_id,
             pad_token_id=sampling.eos_token_id,
         )
-        return [_until_end(row, sampling.eos_token_id) for row in out[:, width:].cpu().numpy().astype(np.int32)]
-
-
-def _until_end(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
-    ends = np.flatnonzero(ids == eos_token_id)
-    return ids[: ends[0] + 1] if len(ends) else ids
+        return [until_end(row, sampling.eos_token_id) for row in out[:, width:].cpu().numpy().astype(np.int32)]
 
 
 class ResponderActor:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 from pydantic import ValidationError
 
 from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
@@ -18,7 +19,7 @@ from common.responses import load_responses, offline_share, offline_trajectory, 
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
-from common.trajectory import TrajectoryMeta, batch_info, from_batch, to_batch
+from common.trajectory import TrajectoryMeta, batch_info, finish_reason, from_batch, to_batch, until_end
 from deploy import preflight
 from deploy import respond as respond_module
 from learner.objective import ChunkedDivergence, empty_sums
@@ -45,19 +46,43 @@ def offline(tokenizer, count: int = 8) -> list:
     for i in range(count):
         body = rng.integers(5, 200, 3 + 2 * i).tolist()
         p = prompt([1, 3, 4, 5, 8, 9, 10, 16][i], [*body, tokenizer.eos_token_id], i)
-        made.append(offline_trajectory(p, 0, 14, BLOCK, tokenizer.mask_token_id))
+        made.append(offline_trajectory(p, 0, 14, BLOCK, tokenizer.mask_token_id, tokenizer.eos_token_id))
     return made
 
 
 def test_a_response_becomes_a_trajectory():
-    t = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 100, 4, mask_token_id=99)
+    t = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 100, 4, mask_token_id=99, eos_token_id=1)
     assert t.response_ids.tolist() == [10, 11, 12, 13, 1]
     assert t.tail_ids.tolist() == [99, 99]
     assert (t.finish_reason, t.weights_version, t.is_offline) == ("eos", -1, True)
     assert (t.reveal_round == -1).all()
-    cut = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 2, 4, mask_token_id=99)
+    cut = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 2, 4, mask_token_id=99, eos_token_id=1)
     assert cut.response_ids.tolist() == [10, 11, 12]  # to the end of the block that reaches the limit
     assert (len(cut.tail_ids), cut.finish_reason) == (0, "length")
+
+
+@pytest.mark.parametrize(
+    ("response", "limit", "kept", "reason"),
+    [
+        ([10, 11, 1], 8, 3, "eos"),
+        ([10, 11, 12], 8, 3, "length"),  # whoever made it cut it off; nothing is cut here
+        ([10, 11, 12, 13, 14, 1], 2, 3, "length"),  # the end token is behind the cut
+        ([10, 11, 1, 12, 13], 2, 3, "eos"),  # the cut leaves the end token last
+        ([1], 8, 1, "eos"),
+    ],
+)
+def test_an_offline_response_is_labelled_by_its_last_token(response, limit, kept, reason):
+    t = offline_trajectory(prompt(5, response), 0, limit, 4, mask_token_id=99, eos_token_id=1)
+    assert (t.response_ids.tolist(), t.finish_reason) == (response[:kept], reason)
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept", "reason"),
+    [([5, 6, 1], 3, "eos"), ([5, 6], 2, "length"), ([5, 1, 6, 1], 2, "eos"), ([1, 1], 1, "eos"), ([], 0, "length")],
+)
+def test_a_response_ends_at_its_first_end_token(ids, kept, reason):
+    response = until_end(np.array(ids, np.int32), 1)
+    assert (response.tolist(), finish_reason(response, 1)) == (ids[:kept], reason)
 
 
 def test_the_arrow_batch_knows_which_responses_are_offline(model_and_tokenizer):
@@ -108,11 +133,13 @@ def test_text_gets_its_end_token_and_ids_travel_unchanged(tmp_path, model_and_to
         {"question": "q", "response": "ab", "finish_reason": "length"},
         {"question": "q", "response": "other", **mine},
         {"question": "q", "response": "ab", **mine, "tokenizer_fingerprint": "another"},
+        {"question": "q", "response": "other", **mine, "response_ids": [7, eos, 8, eos]},
+        {"question": "q", "response": f"ab{tokenizer.eos_token}ab", "finish_reason": "length"},
         {"question": "not asked"},
     )
     text = tokenizer("ab", add_special_tokens=False)["input_ids"]
     ids = load_responses(data, tokenizer, [prompt(3, [])])["q"]
-    assert [i.tolist() for i in ids] == [[*text, eos], text, [7, 8, eos], [*text, eos]]
+    assert [i.tolist() for i in ids] == [[*text, eos], text, [7, 8, eos], [*text, eos], [7, eos], [*text, eos]]
     assert {i.dtype for i in ids} == {np.dtype(np.int32)}
 
 
@@ -129,6 +156,32 @@ def test_bad_responses(tmp_path, model_and_tokenizer, record, message):
     with pytest.raises(PromptError) as error:
         load_responses(write(tmp_path / "r.jsonl", record), model_and_tokenizer[1], [prompt(3, [])])
     assert message in str(error.value)
+
+
+def test_no_ids_are_an_empty_response(tmp_path, model_and_tokenizer):
+    tokenizer = model_and_tokenizer[1]
+    record = {"question": "q", "response_ids": [], "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
+    with pytest.raises(PromptError, match="line 1: the response is empty"):
+        load_responses(write(tmp_path / "r.jsonl", record), tokenizer, [prompt(3, [])])
+
+
+def test_written_responses_keep_their_label_when_they_are_read(tmp_path, model_and_tokenizer):
+    """One that --max-new-tokens cut off is `length` in the file and in the trajectory."""
+    tokenizer = model_and_tokenizer[1]
+    eos = tokenizer.eos_token_id
+    made = [np.array(ids, np.int32) for ids in ([7, 8, eos], [7, 8, 9], [eos])]
+    prompts = [Prompt(i, f"q{i}", np.arange(5, 10, dtype=np.int32)) for i in range(3)]
+    table = respond_module._table(load_config("tiny"), tokenizer, tokenizer_fingerprint(tokenizer), prompts, 1, made)
+    assert table["finish_reason"].to_pylist() == ["eos", "length", "eos"]
+    parquet.write_table(table, tmp_path / "r.parquet")
+    data = DataConfig(prompts="p", responses=str(tmp_path / "r.parquet"))
+    known = load_responses(data, tokenizer, prompts)
+    read = [
+        offline_trajectory(p, 0, 16, BLOCK, tokenizer.mask_token_id, eos)
+        for p in with_responses(prompts, 1.0, known, 1, seed=0)
+    ]
+    assert [t.response_ids.tolist() for t in read] == [ids.tolist() for ids in made]
+    assert [t.finish_reason for t in read] == ["eos", "length", "eos"]
 
 
 def test_preflight_names_the_field(tmp_path):

@@ -134,7 +134,9 @@ def test_a_mixture_of_one_is_that_way(way, t, seed):
 def test_a_mixture_draws_in_proportion():
     full = {"min_ratio": 1.0, "max_ratio": 1.0}
     state = {"kind": "mixture", "trajectory_share": 3, "complementary_share": 1, "visited": "all_rounds", "masks": full}
-    t = offline_trajectory(Prompt(0, "", np.zeros(4, np.int32), responses=(np.full(8, 7, np.int32),)), 0, 8, BLOCK, 9)
+    t = offline_trajectory(
+        Prompt(0, "", np.zeros(4, np.int32), responses=(np.full(8, 7, np.int32),)), 0, 8, BLOCK, 9, 1
+    )
     t.reveal_round = np.tile(np.arange(4, dtype=np.int16), 2)
     # a full mask's complement is empty: one copy; all_rounds: four
     copies = [selected(t, seed, state=state).state_count for seed in range(400)]
