@@ -1,11 +1,14 @@
-"""Hypothesis strategies for trajectories as a sampler could have made them."""
+"""Trajectories as a sampler could have made them, by Hypothesis or by a seed, and rows that hold many of them."""
 
 from __future__ import annotations
 
 import numpy as np
 from hypothesis import strategies as st
 
+from common.config.objective import ObjectiveConfig
+from common.states import select_states
 from common.trajectory import Trajectory
+from learner.packing import MicroBatch, causal_document, coefficients, document, fill_rows, microbatch
 
 EOS = 1
 
@@ -44,3 +47,37 @@ def trajectory(draw, block_size: int = 4, ordinal: int = 0) -> Trajectory:
         denoise_forwards=5,
         commit_forwards=blocks - 1,
     )
+
+
+def random_trajectory(rng: np.random.Generator, block_size: int, longest: int) -> Trajectory:
+    """Of any length up to `longest` tokens for prompt and response each, revealed in random rounds."""
+    prompt, response = rng.integers(1, longest + 1, 2)
+    tail = int(-(prompt + response) % block_size)
+    written = response + tail
+    return Trajectory(
+        ordinal=0,
+        sample=0,
+        prompt_ids=rng.integers(2, 50, prompt).astype(np.int32),
+        response_ids=rng.integers(2, 50, response).astype(np.int32),
+        tail_ids=rng.integers(2, 50, tail).astype(np.int32),
+        reveal_round=rng.integers(0, block_size, written).astype(np.int16),
+        confidence=rng.random(written).astype(np.float32),
+        weights_version=0,
+        finish_reason="length",
+        denoise_forwards=1,
+        commit_forwards=0,
+    )
+
+
+def packed_rows(seed: int, *, block_size: int, count: int, longest: int, width: int, rows: int) -> MicroBatch:
+    """Masked and causal documents of random trajectories, packed into at most `rows` rows of about `width` tokens."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for _ in range(count):
+        t = random_trajectory(rng, block_size, longest)
+        kind = rng.choice(["per_block", "all_rounds", "random", "complementary"])
+        select_states(t, ObjectiveConfig(state={"kind": kind}), block_size, EOS, rng)
+        documents.append(causal_document(t) if rng.random() < 0.2 else document(t, block_size, 60))
+    plan = fill_rows({i: len(d) for i, d in enumerate(documents)}, width)[:rows]
+    weights = dict(enumerate(coefficients(documents, "sum")))
+    return microbatch(plan, dict(enumerate(documents)), weights)

@@ -21,6 +21,7 @@ from learner.batches import BatchBuilder
 from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, empty_sums
 from tests.models import tiny_qwen3
+from tests.trajectories import packed_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,13 +126,10 @@ def test_parity_of_sampler_and_flex_learner(dtype):
 
 
 def test_flex_mask_is_the_dense_mask(path):
-    rng = torch.Generator().manual_seed(0)
-    doc = torch.arange(256).div(64, rounding_mode="floor")[None].cuda()
-    copy = torch.randint(0, 3, (1, 256), generator=rng).cuda()
-    block = torch.randint(0, 8, (1, 256), generator=rng).cuda()
+    batch = packed_rows(0, block_size=4, count=12, longest=60, width=512, rows=2)
+    fields = (batch.ids, batch.positions, batch.doc, batch.copy, batch.block)
+    ids, positions, doc, copy, block = (torch.from_numpy(a).cuda() for a in fields)
     model = load_model(path, torch.float32, "sdpa").cuda()
-    ids = torch.randint(8, 250, (1, 256), generator=rng).cuda()
-    positions = torch.arange(256)[None].cuda() % 64
     with torch.no_grad():
         dense = hidden_states(model, ids, positions, dense_mask(doc, copy, block))
         model.set_attn_implementation("flex_attention")
