@@ -6,6 +6,7 @@ import ipaddress
 
 from pydantic import Field, model_validator
 
+from common.config.paths import InputPath
 from common.config.section import Section
 
 
@@ -13,9 +14,11 @@ class DashboardConfig(Section):
     """The run's page. Its files are always written; `opdlm dashboard RUN` shows them where the job does not."""
 
     enabled: bool = Field(False, description="serve the page from the job, in a process of its own")
-    host: str = Field("127.0.0.1", description="address to bind; any but this machine's loopback needs token_file")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="address to bind; any but this machine's loopback needs token_file"
+    )
     port: int = Field(8270, ge=0, le=65535, description="port to bind; 0: any free one")
-    token_file: str | None = Field(
+    token_file: InputPath | None = Field(
         None, description="text file with the token that a visitor must give, 16 characters or more"
     )
     rollouts: int = Field(2, ge=0, le=16, description="rollouts of each batch kept for the trajectory viewer")

@@ -10,13 +10,16 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from common.config.paths import path_use
 from common.config.run import RunConfig
+from common.config.section import plain_types
 
 _TAGS = ("rule", "kind")  # fields that choose among sections
 
 
 def is_tag(path: list[str]) -> bool:
-    return path[-1] in _TAGS
+    """Whether a field chooses among sections; keys of a dictionary that are called so do not."""
+    return path[-1] in _TAGS and (len(path) == 1 or bool(section_at(path[:-1])))
 
 
 def tag_of(section: type[BaseModel]) -> str | None:
@@ -33,9 +36,9 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def section_at(path: list[str]) -> list[type[BaseModel]]:
+def section_at(path: list[str], root: type[BaseModel] = RunConfig) -> list[type[BaseModel]]:
     """The sections that may stand at a path; a tag in the path (`unmasking.dynamic`) picks one of a choice."""
-    sections: list[type[BaseModel]] = [RunConfig]
+    sections = [root]
     for name in path:
         tagged = [s for s in sections if tag_of(s) == name]
         sections = tagged or [
@@ -51,6 +54,29 @@ def default_tag(path: list[str]) -> dict[str, Any]:
     if isinstance(default, BaseModel) and len(section_at(path)) > 1:
         return {name: value for name, value in default if name in _TAGS}
     return {}
+
+
+def place_of(path: list[str]) -> tuple[list[str], Any]:
+    """Where an override's path ends, and the type of the values there; Any where no field is known.
+
+    A dictionary's key is all that follows its name: `labels.ray.io/region` is the key `ray.io/region`.
+    """
+    for depth, name in enumerate(path):
+        types_here = [s.model_fields[name].annotation for s in section_at(path[:depth]) if name in s.model_fields]
+        if not types_here:
+            break
+        if depth == len(path) - 1:
+            return path, typing.Union[tuple(types_here)]  # noqa: UP007 - of a list
+        for kind in plain_types(types_here[0]):
+            value_type = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
+            if value_type is not Any:
+                return [*path[: depth + 1], ".".join(path[depth + 1 :])], value_type
+    return path, Any
+
+
+def path_fields(use: str) -> list[str]:
+    """Dotted paths of all fields that hold a path of this use; see common/config/paths.py."""
+    return [path for path, _, field in leaves() if path_use(field.annotation, field.metadata) == use]
 
 
 def leaves(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, type[BaseModel], FieldInfo]]:

@@ -6,44 +6,65 @@ Every error names the field, the value and the remedy. Imports neither torch nor
 from __future__ import annotations
 
 import difflib
+import os
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from common.config.errors import ConfigError, explain
-from common.config.fields import default_tag, is_tag
+from common.config.fields import default_tag, is_tag, path_fields, place_of
+from common.config.paths import expanded
 from common.config.renamed import old_names
 from common.config.run import RunConfig
-from common.config.yaml_loader import ConfigLoader
+from common.config.section import as_typed, plain_types
+from common.config.shown import shown
+from common.config.yaml_loader import ConfigLoader, NotOfAConfig, Scalar, is_null
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRESETS = REPOSITORY / "deploy" / "presets"
 _EXAMPLE = "overrides look like --learner.lr 1e-4"
+_LARGEST_FILE = 2**20  # bytes
+_Section = TypeVar("_Section", bound=BaseModel)
 
 
-def load_config(source: str, overrides: list[str] | None = None) -> RunConfig:
-    """The validated configuration of a YAML file or a preset (`tiny`), with `--field.path value` overrides.
+def load_config(source: str, overrides: list[str] | Mapping[str, Any] | None = None) -> RunConfig:
+    """The validated configuration of a YAML file or a preset (`tiny`), with overrides: `--field.path value` as typed
+    on a command line, or values by dotted path.
 
     Paths of files that the project ships are found from any folder.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a field is unknown, was renamed or has a bad value.
     """
-    raw = _read(_find(source))
+    raw = read_yaml(find_config(source))
     if "arms" in raw:
         raise ConfigError(f"{source!r} is an ablation, which is several runs; start it with: opdlm ablate {source}")
+    if isinstance(overrides, Mapping):
+        changes = [(place_of(name.split("."))[0], deepcopy(value)) for name, value in overrides.items()]
+    else:
+        changes = parse_overrides(overrides or [])
     # a new rule or kind first: it drops the fields of the old choice, and must not drop other overrides
-    for path, value in sorted(parse_overrides(overrides or []), key=lambda item: not is_tag(item[0])):
+    for path, value in sorted(changes, key=lambda item: not is_tag(item[0])):
         _set(raw, path, value)
     if renamed := old_names(raw):
         raise ConfigError("\n".join(renamed))
+    return _with_shipped_paths(validated(RunConfig, raw))
+
+
+def validated(section: type[_Section], raw: dict[str, Any]) -> _Section:
+    """What YAML says, as a section.
+
+    Raises:
+        ConfigError: one line for each field that is unknown, missing or has a bad value.
+    """
     try:
-        config = RunConfig.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(e) for e in error.errors())) from error
-    return _with_shipped_paths(config)
+        raise ConfigError("\n".join(explain(e, section) for e in error.errors())) from error
 
 
 def preset_names() -> list[str]:
@@ -52,7 +73,10 @@ def preset_names() -> list[str]:
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[list[str], Any]]:
-    """(`path`, value) of `--a.b value` and `--a.b=value`; values are YAML, so `null`, `[1, 2]` and `1e-4` work.
+    """(`path`, value) of `--a.b value` and `--a.b=value`.
+
+    A field that takes text gets the text as typed, whatever it would be in YAML (`1.10`, `a #b`, `*`); `null` unsets
+    it where it may be unset. Other values are YAML, so `null`, `[1, 2]` and `1e-4` work.
 
     Raises:
         ConfigError: an argument is not an option, or its value is missing or not YAML.
@@ -62,43 +86,78 @@ def parse_overrides(arguments: list[str]) -> list[tuple[list[str], Any]]:
     while rest:
         option = rest.pop(0)
         if not option.startswith("--"):
-            raise ConfigError(f"unexpected argument {option!r}; {_EXAMPLE}")
+            raise ConfigError(f"unexpected argument {shown(option)}; {_EXAMPLE}")
         name, equals, text = option[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"option {option!r} has no value; {_EXAMPLE}")
+                raise ConfigError(
+                    f"option {shown(option)} has no value; {_EXAMPLE}; --FIELD=VALUE takes a value that begins with --"
+                )
             text = rest.pop(0)
-        try:
-            value = yaml.load(text, ConfigLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"--{name}: {text!r} is not valid YAML; quote it for the shell, as in '[1, 2]'"
-            ) from error
-        parsed.append((name.split("."), value))
+        path, kind = place_of(name.split("."))
+        parsed.append((path, _typed_text(name, text, kind)))
     return parsed
 
 
-def _find(source: str) -> Path:
-    for candidate in (Path(source), PRESETS / f"{source}.yaml", REPOSITORY / source):
-        if candidate.is_file():
+def _typed_text(name: str, text: str, kind: Any) -> Any:
+    if plain_types(kind) & {str, Path}:
+        return Scalar(text, None) if is_null(text) else text
+    try:
+        return as_typed(kind, yaml.load(text, ConfigLoader))
+    except yaml.YAMLError as error:
+        if kind is Any:
+            return text
+        raise ConfigError(
+            f"--{name}: {shown(text)} is not valid YAML; quote it for the shell, as in '[1, 2]'"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"--{name}: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a config file as YAML says them; see common/config/yaml_loader.py.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, is not YAML or holds no sections.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read ({error.strerror}); give a YAML file that can") from error
+    if len(text) > _LARGEST_FILE:
+        raise ConfigError(f"{str(path)!r} has {len(text):,} bytes, too many for a config; give a YAML file")
+    try:
+        raw = yaml.load(text, ConfigLoader)
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{path}: not valid YAML: no text in UTF-8 ({error.reason}); give a YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        remedy = "" if isinstance(error, NotOfAConfig) else "; fix the line, or put its text in quotes"
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}{remedy}") from error
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else "a list" if isinstance(raw, list) else shown(raw)
+        raise ConfigError(f"{path}: expected sections such as `model:` and `data:`, found {found}")
+    return raw
+
+
+def find_config(source: str, field: str = "CONFIG", wanted: str = "a YAML file, then the overrides") -> Path:
+    """A YAML file by its path, or by the name of a preset.
+
+    Raises:
+        ConfigError: there is none; says what `field` should be.
+    """
+    try:
+        path = Path(expanded(source))
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
+    for candidate in (path, PRESETS / f"{source}.yaml", REPOSITORY / path):
+        if os.path.isfile(candidate):
             return candidate
+    if os.path.exists(path):
+        raise ConfigError(f"{field}: {shown(str(path))} is not a file; give {wanted}")
     near = difflib.get_close_matches(source, preset_names(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(
-        f"no config {source!r}; {hint}give a YAML file or a preset ({', '.join(preset_names())}), then the overrides"
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_bytes(), ConfigLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}; mend it") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections such as `model:` and `data:`, found {type(raw).__name__}")
-    return raw
+    raise ConfigError(f"no config {shown(source)}; {hint}presets are {', '.join(preset_names())}; or give {wanted}")
 
 
 def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:
@@ -115,19 +174,25 @@ def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _with_shipped_paths(config: RunConfig) -> RunConfig:
     """Paths that do not exist here but ship with the project are taken from there."""
+    found = {}
+    for field in path_fields("input"):
+        path = value_at(config, field)
+        if path and not os.path.exists(path) and os.path.exists(REPOSITORY / path):
+            found[field] = str(REPOSITORY / path)
+    return with_values(config, found)
 
-    def shipped(path: str | None) -> str | None:
-        if path and not Path(path).exists() and (REPOSITORY / path).exists():
-            return str(REPOSITORY / path)
-        return path
 
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": shipped(config.model.path)}),
-            "teacher": config.teacher.model_copy(update={"path": shipped(config.teacher.path)}),
-            "data": config.data.model_copy(
-                update={"prompts": shipped(config.data.prompts), "responses": shipped(config.data.responses)}
-            ),
-            "evaluation": config.evaluation.model_copy(update={"problems": shipped(config.evaluation.problems)}),
-        }
-    )
+def value_at(config: BaseModel, field: str) -> Any:
+    """The value of a field by its dotted path."""
+    for name in field.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def with_values(config: _Section, values: Mapping[str, Any]) -> _Section:
+    """A copy with other values of some fields, by dotted path; they are not validated again."""
+    for field, value in values.items():
+        name, _, rest = field.partition(".")
+        inner = with_values(getattr(config, name), {rest: value}) if rest else value
+        config = config.model_copy(update={name: inner})
+    return config

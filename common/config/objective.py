@@ -125,7 +125,7 @@ class TeacherTarget(Section):
     """
 
     kind: Literal["teacher"] = "teacher"
-    temperature: float = Field(1.0, gt=0, description="of the teacher's softmax")
+    temperature: float = Field(1.0, ge=1e-3, le=100, description="of the teacher's softmax")
     top_k: int = Field(0, ge=0, description="keep the K most likely tokens; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the smallest set with this probability; 1: off")
     min_p: float = Field(0.0, ge=0, lt=1, description="keep tokens with this share of the best one's; 0: off")
@@ -263,7 +263,8 @@ class ObjectiveConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_method(cls, data: Any) -> Any:
-        choices = _METHODS.get(data.get("method") or "") if isinstance(data, dict) else None
+        method = data.get("method") if isinstance(data, dict) else None
+        choices = _METHODS.get(method) if isinstance(method, str) else None
         if choices is None:
             return data
         return {**{choice: {"kind": kinds[0]} for choice, kinds in choices.items()}, **data}

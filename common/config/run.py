@@ -6,32 +6,51 @@ imports neither torch nor ray, so that `--help` and `--dry-run` answer at once.
 
 from __future__ import annotations
 
+import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from common.config.dashboard import DashboardConfig
+from common.config.deepspeed import check_deepspeed
 from common.config.objective import ObjectiveConfig
+from common.config.paths import InputPath, OutputFolder, OutputUrl
 from common.config.schedule import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
-from common.config.section import OPERATION, Section
+from common.config.section import OPERATION, Section, plain_values
+from common.config.shown import shown
 from common.config.wandb import WandbConfig
+
+MOST_PROCESSES = 4096  # of one role
+MOST_TOKENS = 10**7  # of a prompt or a response
+LONGEST_WAIT_S = 10**7
 
 Dtype = Literal["float32", "bfloat16"]
 AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py
 
 
+def _far_from_zero(value: float) -> float:
+    if 0 < value < 1e-3:
+        raise ValueError(f"{value:g} is too close to 0 to divide by; use 0, which takes the best token, or 0.001")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_far_from_zero)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class ModelShape(Section):
     """Sizes of a model whose files are not on this disk, for the estimates of `--dry-run`."""
 
-    hidden_size: int = Field(gt=0, description="width of the residual stream")
-    layers: int = Field(gt=0, description="decoder layers")
-    heads: int = Field(gt=0, description="query heads")
-    kv_heads: int = Field(gt=0, description="key and value heads")
-    head_dim: int = Field(gt=0, description="width of one head")
-    intermediate_size: int = Field(gt=0, description="width of the MLP")
-    vocab_size: int = Field(gt=0, description="embedding rows")
+    hidden_size: int = Field(gt=0, le=10**6, description="width of the residual stream")
+    layers: int = Field(gt=0, le=10**4, description="decoder layers")
+    heads: int = Field(gt=0, le=10**5, description="query heads")
+    kv_heads: int = Field(gt=0, le=10**5, description="key and value heads")
+    head_dim: int = Field(gt=0, le=10**5, description="width of one head")
+    intermediate_size: int = Field(gt=0, le=10**7, description="width of the MLP")
+    vocab_size: int = Field(gt=0, le=10**8, description="embedding rows")
     tied_embeddings: bool = Field(True, description="the LM head is the embedding")
 
     @property
@@ -50,7 +69,7 @@ class ModelShape(Section):
 class ModelConfig(Section):
     """The ARLM from which the student starts."""
 
-    path: str = Field(description="folder of a Hugging Face causal LM, or its hub id")
+    path: InputPath = Field(description="folder of a Hugging Face causal LM, or its hub id")
     mask_token: str = Field("<|mask|>", description="added by the conversion where the tokenizer has no mask token")
     shape: ModelShape | None = Field(
         None, description="sizes for --dry-run where the model is not on this disk", json_schema_extra=OPERATION
@@ -92,32 +111,54 @@ Unmasking = Annotated[
 ]
 
 
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(f"(?:[A-Za-z0-9.-]+/)?{_LABEL}")
+_LABEL_VALUE = re.compile(f"|!?{_LABEL}|!?in\\({_LABEL}(?:, ?{_LABEL})*\\)")
+
+
 class Resources(Section):
     """What one process of a role reserves from Ray. Fractions of a GPU or CPU are allowed."""
 
-    cpus: float = Field(1.0, ge=0, description="Ray CPUs per process")
-    gpus: float = Field(0.0, ge=0, description="Ray GPUs per process")
-    threads: int = Field(1, ge=1, description="compute threads per process (OMP_NUM_THREADS)")
+    cpus: float = Field(1.0, ge=0, le=10**4, description="Ray CPUs per process")
+    gpus: float = Field(0.0, ge=0, le=10**3, description="Ray GPUs per process: a share of one, or whole ones")
+    threads: int = Field(1, ge=1, le=10**4, description="compute threads per process (OMP_NUM_THREADS)")
     labels: dict[str, str] = Field(
         {}, description="Ray node labels that its node must have, e.g. {opdlm-role: rollout}"
     )
+
+    @model_validator(mode="after")
+    def _can_be_reserved(self) -> Resources:
+        if self.cpus == self.gpus == 0:
+            raise ValueError("cpus and gpus are both 0, so that nothing is reserved; set cpus to 0.01 or more")
+        for name, amount in (("cpus", self.cpus), ("gpus", self.gpus)):
+            if 0 < amount < 1e-4:
+                raise ValueError(f"{name} ({amount:g}) is less than Ray can count; use 0, or 0.0001 or more")
+        if self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError(f"gpus ({self.gpus:g}) is more than one and not whole; use {math.ceil(self.gpus)}")
+        for key, value in self.labels.items():
+            if not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
+                raise ValueError(
+                    f"labels: {shown(key)}: {shown(value)} is no label of Ray; keys and values are up to 63 letters, "
+                    "digits, '-', '_' and '.', a key may begin with DOMAIN/, a value may be !VALUE or in(A, B)"
+                )
+        return self
 
 
 class RolloutConfig(Section):
     """The pool of rollout actors and how they decode."""
 
-    actors: int = Field(2, ge=1, description="processes in the pool", json_schema_extra=OPERATION)
+    actors: int = Field(2, ge=1, le=MOST_PROCESSES, description="processes in the pool", json_schema_extra=OPERATION)
     slots: int = Field(
-        64, ge=1, description="sequences decoded at the same time in one actor", json_schema_extra=OPERATION
+        64, ge=1, le=2**16, description="sequences decoded at the same time in one actor", json_schema_extra=OPERATION
     )
-    prompts_per_batch: int = Field(128, ge=1, description="prompts of one rollout batch, over all actors")
-    samples_per_prompt: int = Field(1, ge=1, description="trajectories per prompt")
+    prompts_per_batch: int = Field(128, ge=1, le=10**6, description="prompts of one rollout batch, over all actors")
+    samples_per_prompt: int = Field(1, ge=1, le=10**4, description="trajectories per prompt")
     stream_rows: int = Field(
-        8, ge=1, description="finished trajectories per record batch sent on", json_schema_extra=OPERATION
+        8, ge=1, le=10**6, description="finished trajectories per record batch sent on", json_schema_extra=OPERATION
     )
     unmasking: Unmasking = Field(DynamicUnmasking(), description="which masked positions a step reveals")
     threshold_ramp: ThresholdRamp = ThresholdRamp()
-    temperature: float = Field(1.0, ge=0, description="of the sampling softmax; 0: argmax")
+    temperature: Temperature = Field(1.0, description="of the sampling softmax; 0: argmax")
     top_k: int = Field(0, ge=0, description="sample from the K most likely tokens only; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set with this probability; 1: off")
     max_batched_tokens: int = Field(
@@ -148,7 +189,7 @@ class RolloutConfig(Section):
 class TeacherConfig(Section):
     """The pool of teacher actors: the frozen ARLM."""
 
-    path: str | None = Field(None, description="default: model.path")
+    path: InputPath | None = Field(None, description="default: model.path")
     backend: Literal["vllm", "transformers"] = Field("vllm", description="the engine that reads trajectories")
     target: Literal["topk", "hidden"] = Field(
         "hidden",
@@ -156,19 +197,23 @@ class TeacherConfig(Section):
         "to which the learner applies the teacher's LM head (exact full vocabulary)",
     )
     top_k: int = Field(16, ge=1, description="K of target topk")
-    actors: int = Field(1, ge=1, description="processes in the pool", json_schema_extra=OPERATION)
+    actors: int = Field(1, ge=1, le=MOST_PROCESSES, description="processes in the pool", json_schema_extra=OPERATION)
     dtype: Dtype = Field("bfloat16", description="of weights and activations")
     max_batched_tokens: int = Field(
         8192, ge=16, description="tokens of one teacher forward", json_schema_extra=OPERATION
     )
     max_wait_ms: float = Field(
-        20.0, ge=0, description="how long a request waits for others to join its batch", json_schema_extra=OPERATION
+        20.0,
+        ge=0,
+        le=60_000,
+        description="how long a request waits for others to join its batch",
+        json_schema_extra=OPERATION,
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="vLLM's share of its GPU's memory", json_schema_extra=OPERATION
     )
     kv_cache_mib: int = Field(
-        256, ge=16, description="vLLM's KV cache on a machine without a GPU", json_schema_extra=OPERATION
+        256, ge=16, le=2**24, description="vLLM's KV cache on a machine without a GPU", json_schema_extra=OPERATION
     )
     resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
 
@@ -176,16 +221,18 @@ class TeacherConfig(Section):
 class DataConfig(Section):
     """Prompts of the run and the held-out problems."""
 
-    prompts: str = Field(description="JSON, JSONL or Parquet file, or a folder of them")
+    prompts: InputPath = Field(description="JSON, JSONL or Parquet file, or a folder of them")
     question_field: str = Field("question", description="field of a record that holds the prompt")
     domain_field: str = Field("domain", description="field that holds the domain, where known")
     answer_field: str = Field("answer", description="field that holds the answer; used in evaluation only")
     enable_thinking: bool = Field(False, description="passed to the chat template")
-    max_prompt_tokens: int = Field(2000, ge=1, description="longer prompts are dropped and counted")
-    epochs: int = Field(1, ge=1, description="passes over the prompts, each in an order of its own")
+    max_prompt_tokens: int = Field(2000, ge=1, le=MOST_TOKENS, description="longer prompts are dropped and counted")
+    epochs: int = Field(1, ge=1, le=10**4, description="passes over the prompts, each in an order of its own")
     limit: int | None = Field(None, ge=1, description="use only the first N prompts of the seeded order")
-    domain_max_tokens: dict[str, int] = Field({}, description="response length cap by domain, tokens")
-    responses: str | None = Field(
+    domain_max_tokens: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="response length cap by domain, tokens"
+    )
+    responses: InputPath | None = Field(
         None,
         description="JSON, JSONL or Parquet file, or a folder of them, with offline responses to the questions "
         "(`opdlm respond` makes one); for objective.source offline and mixture",
@@ -196,7 +243,7 @@ class DataConfig(Section):
 class LearnerConfig(Section):
     """The DeepSpeed ZeRO-3 learner."""
 
-    ranks: int = Field(2, ge=1, description="processes in the ZeRO world")
+    ranks: int = Field(2, ge=1, le=MOST_PROCESSES, description="processes in the ZeRO world")
     batch_rows: int = Field(8, ge=1, description="trajectories per optimiser update, over all ranks")
     max_tokens_per_microbatch: int = Field(
         16384,
@@ -204,16 +251,16 @@ class LearnerConfig(Section):
         description="token budget of one packed forward on one rank, clean and noised copies counted",
         json_schema_extra=OPERATION,
     )
-    lr: float = Field(1e-5, gt=0, description="AdamW learning rate after warm-up")
+    lr: float = Field(1e-5, gt=0, le=1, description="AdamW learning rate after warm-up")
     min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine or of the decay")
     lr_schedule: Literal["cosine", "constant", "wsd"] = Field(
         "cosine", description="after the warm-up; wsd: constant, then a linear decay over the last decay_share"
     )
     decay_share: float = Field(0.2, gt=0, le=1, description="share of all updates that wsd decays over")
     warmup_batches: int = Field(5, ge=0, description="rollout batches of linear warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
-    eps: float = Field(1e-8, gt=0, description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
+    eps: float = Field(1e-8, gt=0, le=1, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="of AdamW")
     grad_clip: float = Field(1.0, ge=0, description="global gradient norm; 0: off")
     dtype: Dtype = Field("bfloat16", description="of the forward; bfloat16 keeps float32 master weights")
     logits_chunk_rows: int = Field(
@@ -232,6 +279,13 @@ class LearnerConfig(Section):
         description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer",
     )
     resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed_is_ours_to_set(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        keys = plain_values(keys)
+        check_deepspeed(keys)
+        return keys
 
     @model_validator(mode="after")
     def _rows_cover_ranks(self) -> LearnerConfig:
@@ -255,13 +309,13 @@ class PublishConfig(Section):
         description="object_store: through Ray's shared memory; broadcast: NCCL between whole GPUs, gloo between CPUs, "
         "with one more copy of the weights in learner-0; auto: broadcast where learner and rollouts have whole GPUs",
     )
-    bucket_mib: int = Field(256, ge=1, description="largest gathered buffer, MiB; one tensor may exceed it")
+    bucket_mib: int = Field(256, ge=1, le=2**20, description="largest gathered buffer, MiB; one tensor may exceed it")
 
 
 class EvaluationConfig(Section):
     """Exact match and tokens per step on held-out problems with a checkable answer."""
 
-    problems: str | None = Field(None, description="file as data.prompts, with answers; none: no evaluation")
+    problems: InputPath | None = Field(None, description="file as data.prompts, with answers; none: no evaluation")
     count: int = Field(200, ge=1, description="first N problems of the file")
     max_new_tokens: int = Field(512, ge=1, description="response length limit, tokens")
     threshold: float = Field(0.9, ge=0, le=1, description="confidence threshold of the dynamic evaluation")
@@ -284,16 +338,20 @@ class PipelineConfig(Section):
     )
     max_batches: int | None = Field(None, ge=1, description="stop after N rollout batches; default: all prompts")
     stage_timeout_s: float = Field(
-        1800.0, gt=0, description="deadline of every remote wait", json_schema_extra=OPERATION
+        1800.0, gt=0, le=LONGEST_WAIT_S, description="deadline of every remote wait", json_schema_extra=OPERATION
     )
     start_timeout_s: float = Field(
-        900.0, gt=0, description="deadline for the actors to load their models", json_schema_extra=OPERATION
+        900.0,
+        gt=0,
+        le=LONGEST_WAIT_S,
+        description="deadline for the actors to load their models",
+        json_schema_extra=OPERATION,
     )
     checkpoint_every_batches: int = Field(0, ge=0, description="0: only at the end", json_schema_extra=OPERATION)
     keep_checkpoints: int = Field(
         2, ge=1, description="older checkpoints of batches are deleted", json_schema_extra=OPERATION
     )
-    copy_checkpoints_to: str | None = Field(
+    copy_checkpoints_to: OutputUrl | None = Field(
         None,
         description="folder or URL (s3://, gs://, fsspec+PROTOCOL://) to which finished checkpoints are copied",
         json_schema_extra=OPERATION,
@@ -309,26 +367,51 @@ class RayConfig(Section):
     """Where the actors run."""
 
     address: str | None = Field(None, description="an existing cluster ('auto' or host:port); default: start one here")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of the Ray started here; default: this machine's")
+    num_cpus: int | None = Field(
+        None, ge=1, le=10**5, description="CPUs of the Ray started here; default: this machine's"
+    )
     placement_timeout_s: float = Field(
-        300.0, gt=0, description="deadline for a cluster to provide what the placement asks for, e.g. by autoscaling"
+        300.0,
+        gt=0,
+        le=LONGEST_WAIT_S,
+        description="deadline for a cluster to provide what the placement asks for, e.g. by autoscaling",
     )
     object_store_mib: int | None = Field(
-        None, ge=80, description="object store of the Ray started here; default: what the run needs, 512 at least"
+        None,
+        ge=80,
+        le=2**24,
+        description="object store of the Ray started here; default: what the run needs, 512 at least",
     )
+
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_DEVICES = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
+
+
+def _is_folder_everywhere(name: str) -> str:
+    if not _RUN_NAME.fullmatch(name) or name.endswith(".") or _DEVICES.fullmatch(name):
+        raise ValueError(
+            f"{shown(name)} is no name of a run; use up to 128 letters, digits, '.', '_' and '-', a letter or digit "
+            "first and no '.' last, and no device of Windows such as con"
+        )
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_is_folder_everywhere)]
 
 
 class RunConfig(Section):
     """Everything a run needs. See deploy/presets for complete examples."""
 
-    name: str = Field(
+    name: RunName = Field(
         "run",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="folder under output_dir",
         json_schema_extra=OPERATION,
     )
-    output_dir: Path = Field(Path("runs"), description="parent of the runs' folders", json_schema_extra=OPERATION)
-    seed: int = Field(0, ge=0, description="of prompt order, sampling and state selection")
+    output_dir: OutputFolder = Field(
+        Path("runs"), description="parent of the runs' folders", json_schema_extra=OPERATION
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of prompt order, sampling and state selection")
     block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid, at first")
     block_growth: BlockGrowth = Field(NoGrowth(), description="how it grows during training")
     model: ModelConfig
@@ -388,6 +471,11 @@ class RunConfig(Section):
                     f"block_growth.sizes {self.block_growth.later_sizes}: {later} is no larger multiple of the block "
                     f"size before it ({size}); use e.g. {2 * size}"
                 )
+        if self.block_sizes[-1] > self.curriculum.max_tokens:
+            raise ValueError(
+                f"block_growth.sizes {self.block_growth.later_sizes}: {self.block_sizes[-1]} tokens are more than the "
+                f"longest response, curriculum.max_tokens ({self.curriculum.max_tokens}); leave it out"
+            )
         return self
 
     @model_validator(mode="after")

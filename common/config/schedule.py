@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from common.config.section import Section
 
+Batch = Annotated[int, Field(ge=1)]  # number of a rollout batch, from 0: the first has block_size already
+
 
 class CurriculumConfig(Section):
     """Response length limit as a function of the rollout batch, in tokens, rounded to the block size."""
@@ -19,7 +21,7 @@ class CurriculumConfig(Section):
         "gated: by step_tokens after each batch whose mean divergence, or student entropy, is below gate_nats",
     )
     min_tokens: int = Field(100, ge=1, description="limit of the first rollout batch")
-    max_tokens: int = Field(4000, ge=1, description="limit of the last rollout batches")
+    max_tokens: int = Field(4000, ge=1, le=10**7, description="limit of the last rollout batches")
     batches: int = Field(100, ge=1, description="rollout batches until max_tokens is reached (linear, cos)")
     gate_nats: float = Field(0.2, gt=0, description="the gate of the gated schedules, nats per trained position")
     step_tokens: int = Field(100, ge=1, description="growth of the gated schedules, tokens")
@@ -47,8 +49,8 @@ class StepGrowth(Section):
     """From rollout batch at_batches[i] on, blocks have sizes[i] tokens; block_size before."""
 
     kind: Literal["steps"] = "steps"
-    sizes: tuple[int, ...] = Field((8, 16), description="the later block sizes, growing")
-    at_batches: tuple[int, ...] = Field((100, 200), description="the rollout batches at which they begin")
+    sizes: tuple[int, ...] = Field((8, 16), min_length=1, description="the later block sizes, growing")
+    at_batches: tuple[Batch, ...] = Field((100, 200), description="the rollout batches at which they begin")
 
     @property
     def later_sizes(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ class PlateauGrowth(Section):
     """
 
     kind: Literal["plateau"] = "plateau"
-    sizes: tuple[int, ...] = Field((8, 16), description="the later block sizes, growing")
+    sizes: tuple[int, ...] = Field((8, 16), min_length=1, description="the later block sizes, growing")
     window: int = Field(20, ge=1, description="rollout batches of each of the two means")
     min_improvement: float = Field(0.05, ge=0, lt=1, description="relative fall of the mean that counts as progress")
 

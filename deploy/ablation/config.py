@@ -7,14 +7,16 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from common.config.paths import OutputFolder
+from common.config.run import RunName, Temperature
 from common.config.section import Section
 
 
 class RespondConfig(Section):
     """The offline responses that off-policy arms train on: what `opdlm respond` is told."""
 
-    temperature: float = Field(1.0, ge=0, description="of the teacher's sampling softmax; 0: greedy")
-    samples: int = Field(1, ge=1, description="responses per prompt")
+    temperature: Temperature = Field(1.0, description="of the teacher's sampling softmax; 0: greedy")
+    samples: int = Field(1, ge=1, le=10**4, description="responses per prompt")
 
 
 class Claim(Section):
@@ -32,10 +34,12 @@ class Claim(Section):
 class AblationConfig(Section):
     """Every arm is trained once per seed, seed by seed, so that an interrupted ablation has all arms so far."""
 
-    name: str = Field(description="the runs are in output_dir/name/ARM-seedN")
+    name: RunName = Field(description="the runs are in output_dir/name/ARM-seedN")
     base: str = Field(description="preset or YAML file of a run, the same for all arms")
-    output_dir: Path = Field(Path("runs"), description="folder of all runs")
-    report: Path = Field(Path("docs/evidence.md"), description="the report; its plots go into images/ beside it")
+    output_dir: OutputFolder = Field(Path("runs"), description="folder of all runs")
+    report: OutputFolder = Field(
+        Path("docs/evidence.md"), description="the report; its plots go into images/ beside it"
+    )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of prompts' order and sampling")
     overrides: dict[str, Any] = Field({}, description="field: value, over the base, for all arms")
     respond: RespondConfig = RespondConfig()

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from common.config.errors import ConfigError, explain
-from common.config.file import PRESETS, load_config
+from common.config.errors import ConfigError
+from common.config.file import find_config, load_config, read_yaml, validated
 from common.config.renamed import old_names
 from common.config.run import RunConfig
-from common.config.yaml_loader import ConfigLoader
 from deploy.ablation.config import AblationConfig
 from deploy.child_environment import child_environment
 from deploy.errors import WorkerError
@@ -47,16 +45,10 @@ def load_ablation(source: str) -> AblationConfig:
     Raises:
         ConfigError: the file is missing, or a field is unknown, was renamed or has a bad value.
     """
-    path = next((p for p in (Path(source), PRESETS / f"{source}.yaml") if p.is_file()), None)
-    if path is None:
-        raise ConfigError(f"no ablation {source!r}; give a YAML file such as deploy/presets/ablation.yaml")
-    raw = yaml.load(path.read_bytes(), ConfigLoader)
+    raw = read_yaml(find_config(source, "ABLATION", "an ablation, such as deploy/presets/ablation.yaml"))
     if renamed := old_names(raw):
         raise ConfigError("\n".join(renamed))
-    try:
-        return AblationConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(e) for e in error.errors())) from error
+    return validated(AblationConfig, raw)
 
 
 def arms_of(ablation: AblationConfig) -> list[Arm]:
@@ -64,7 +56,7 @@ def arms_of(ablation: AblationConfig) -> list[Arm]:
     runs = []
     for seed in ablation.seeds:
         for name, own in ablation.arms.items():
-            fields = {
+            fields: dict[str, Any] = {
                 "name": f"{_slug(name)}-seed{seed}",
                 "output_dir": str(ablation.output_dir / ablation.name),
                 "seed": seed,
@@ -72,8 +64,7 @@ def arms_of(ablation: AblationConfig) -> list[Arm]:
                 **ablation.overrides,
                 **own,
             }
-            overrides = [part for field, value in fields.items() for part in (f"--{field}", _as_yaml(value))]
-            runs.append(Arm(name, seed, load_config(ablation.base, overrides)))
+            runs.append(Arm(name, seed, load_config(ablation.base, fields)))
     folders = [arm.config.run_dir for arm in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"arms: two names give the same folder among {sorted(ablation.arms)}; rename one")
@@ -147,7 +138,3 @@ def _command(arguments: list[str], log: Path) -> None:
 
 def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() or c == "_" else " " for c in name).split())
-
-
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -55,8 +56,15 @@ def rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str,
 
 def type_name(annotation: Any) -> str:
     """A type as a person writes it: `float`, `a | b`, `int | None`."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return " | ".join(str(a) for a in typing.get_args(annotation))
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(str(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(type_name(a) for a in arguments)
+    if annotation is types.NoneType:
+        return "None"
+    if arguments:
+        return f"{origin.__name__}[{', '.join('...' if a is ... else type_name(a) for a in arguments)}]"
+    return str(annotation.__name__)

@@ -131,8 +131,8 @@ def test_a_broken_command_line_is_explained(arguments, said):
     [
         ("model:\n  path: x\n bad: [\n", "line 3: not valid YAML"),
         ("model:\n  path: x\n  path: y\n", "line 3: not valid YAML: key 'path' stands twice"),
-        ("- a\n", "expected sections such as `model:` and `data:`, found list"),
-        ("", "expected sections such as `model:` and `data:`, found NoneType"),
+        ("- a\n", "expected sections such as `model:` and `data:`, found a list"),
+        ("", "expected sections such as `model:` and `data:`, found nothing"),
         ("\x00", "not valid YAML"),
         ("data: {prompts: p}\n", "model: missing; set model.path in the config or with --model.path VALUE"),
         ("model: {}\ndata: {prompts: p}\n", "model.path: missing; set model.path"),

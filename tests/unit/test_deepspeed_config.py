@@ -13,10 +13,10 @@ def made(on_gpu: bool, **over: Any) -> dict[str, Any]:
 
 
 def test_users_keys_win_and_leave_the_others():
-    config = made(False, zero_optimization={"reduce_bucket_size": 7}, optimizer={"params": {"eps": 0.5}})
+    config = made(False, zero_optimization={"reduce_bucket_size": 7}, optimizer={"params": {"amsgrad": True}})
     assert config["zero_optimization"]["reduce_bucket_size"] == 7
     assert config["zero_optimization"]["stage"] == 3
-    assert config["optimizer"]["params"]["eps"] == 0.5 and config["optimizer"]["params"]["lr"] == 1e-3
+    assert config["optimizer"]["params"]["amsgrad"] and config["optimizer"]["params"]["lr"] == 1e-3
 
 
 @pytest.mark.parametrize(
