@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from common.config.run import CurriculumConfig, DynamicUnmasking, RolloutConfig, RunConfig, Unmasking
 from common.config.schedule import PlateauGrowth, StepGrowth
+from common.grid import grid_floor
 
 
 @dataclass
@@ -69,4 +70,4 @@ def response_limit(config: CurriculumConfig, batch: int, block_size: int, gates:
         p = min(1.0, batch / config.batches)
         share = {"constant": 1.0, "linear": p, "cos": 1 - math.cos(math.pi * p / 2)}[config.schedule]
         tokens = config.min_tokens + share * (config.max_tokens - config.min_tokens)
-    return max(block_size, int(tokens + 1e-9) // block_size * block_size)
+    return max(block_size, grid_floor(int(tokens + 1e-9), block_size))

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.config.errors import ConfigError
 from common.config.run import DataConfig, RunConfig
+from common.grid import grid_ceil, grid_floor
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import check_same_run, copy_target
 from deploy.dashboard.process import free_port, read_token
@@ -133,12 +134,13 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
         parts.append(("evaluation.problems", problems, "evaluation.max_new_tokens", response))
     for field, rows, response_field, response in parts:
         longest = max(len(p.ids) for p in rows)
-        needed = -(-(longest + response) // config.block_sizes[-1]) * config.block_sizes[-1]
+        block_size = config.block_sizes[-1]
+        needed = grid_ceil(longest + response, block_size)
         if needed > limit:
             raise ConfigError(
                 f"{response_field}: {response} after the longest prompt of {field} ({longest} tokens) needs {needed} "
-                f"positions, the models have {limit}; lower {response_field} to {limit - longest} or less, "
-                "or drop long prompts with data.max_prompt_tokens"
+                f"positions, the models have {limit}; lower {response_field} to "
+                f"{grid_floor(limit, block_size) - longest} or less, or drop long prompts with data.max_prompt_tokens"
             )
 
 
@@ -152,7 +154,7 @@ def response_limit(field: str, path: str, prompts: list[Prompt], asked: int | No
 
     positions = AutoConfig.from_pretrained(path).max_position_embeddings
     longest = max(len(p.ids) for p in prompts)
-    room = positions // block_size * block_size - longest
+    room = grid_floor(positions, block_size) - longest
     if room < (asked or 1):
         raise ConfigError(
             f"{field}: {asked or 1} after the longest prompt ({longest} tokens) does not fit into the model's "

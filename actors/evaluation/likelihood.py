@@ -40,6 +40,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.masks import dense_mask, per_layer_kind
+from common.padded_batches import padded_batches
 from common.student import attention_windows, full_precision_logits, hidden_states, lm_head_weight
 
 Method = Literal["sequential", "bound"]
@@ -113,8 +114,8 @@ def log_likelihoods(
         for index, (context, continuation) in enumerate(pairs)
         for row in _rows(index, context, continuation, block_size, mask_token_id, estimate, token_budget)
     ]
-    for group in _groups(rows, token_budget):
-        _score(model, group, mask_token_id, log_prob, greedy)
+    for group in padded_batches([len(row.ids) for row in rows], token_budget):
+        _score(model, [rows[index] for index in group], mask_token_id, log_prob, greedy)
     return [Likelihood(float(p), bool(g)) for p, g in zip(log_prob, greedy, strict=True)]
 
 
@@ -186,18 +187,6 @@ def _rows(
             greedy=np.concatenate(greedy),
             block_size=block_size,
         )
-
-
-def _groups(rows: list[_Row], token_budget: int) -> Iterator[list[_Row]]:
-    """Rows of similar length together, at most `token_budget` tokens with padding."""
-    group: list[_Row] = []
-    for row in sorted(rows, key=lambda r: -len(r.ids)):
-        if group and (len(group) + 1) * len(group[0].ids) > token_budget:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
 
 
 @torch.inference_mode()

@@ -29,6 +29,8 @@ from actors.sampler.sampling import Decoding, sample_tokens
 from actors.sampler.slots import SlotState
 from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
 from common.config.run import Unmasking
+from common.grid import grid_ceil
+from common.padded_batches import padded_batches
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
 from common.trajectory import Trajectory
@@ -119,14 +121,13 @@ class Sampler:
 
     def _end(self, request: Request) -> int:
         """Length of the longest possible x0, on the block grid."""
-        total = len(request.prompt_ids) + request.max_new_tokens
-        return -(-total // self.block_size) * self.block_size
+        return grid_ceil(len(request.prompt_ids) + request.max_new_tokens, self.block_size)
 
     def _memory(self, length: int) -> tuple[SlotState, SlotCache]:
         """Slots and cache for sequences of `length`; kept from call to call, replaced when they are too short."""
         if self._state is None or self._cache is None or self._cache.length < length:
             self._state = self._cache = None
-            capacity = -(-length // 128) * 128
+            capacity = grid_ceil(length, 128)
             self._cache = SlotCache(self.model, self.slots, capacity)
             self._state = SlotState(self.slots, capacity, self.block_size, self.device)
             self._graphs = PassGraphs() if self._use_graphs else None
@@ -157,7 +158,9 @@ class Sampler:
         if not samples:
             return
         lengths = {group[0]: int(state.block_host[group[0]]) * self.block_size for group in samples.values()}
-        for batch in _batches(lengths, self.max_batched_tokens):
+        first = list(lengths)
+        for indices in padded_batches(list(lengths.values()), self.max_batched_tokens):
+            batch = [first[index] for index in indices]
             longest = lengths[batch[0]]
             slots = torch.tensor(batch, device=self.device)
             ends = torch.tensor([lengths[slot] for slot in batch], device=self.device)
@@ -248,17 +251,6 @@ def settle(
     return state.reveal(slots, reveal, token, confidence, waits, eos_token_id)
 
 
-def _batches(lengths: dict[int, int], most: int) -> Iterator[list[int]]:
-    """Slots, those of long prompts first, in batches of `most` tokens with their padding, or of one slot."""
-    batch: list[int] = []
-    for slot in sorted(lengths, key=lambda slot: -lengths[slot]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > most:
-            yield batch
-            batch = []
-        batch.append(slot)
-    yield batch
-
-
 def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:
     """Where the first `room` of `chosen` bool [N] are, int64 [room], filled up with N; and which are chosen but not
     among them, bool [N]."""
@@ -271,4 +263,4 @@ def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:
 
 def _round_up(count: int, step: int, most: int) -> int:
     """The next multiple of `step`, or `most`."""
-    return min(-(-count // step) * step, most)
+    return min(grid_ceil(count, step), most)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, Unmasking
+from common.reshaping import truncate
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,8 @@ def sample_tokens(
     if decoding.temperature == 0:
         tokens = choices.argmax(dim=-1)
     else:
-        probabilities = torch.softmax(_truncate(choices / decoding.temperature, decoding), dim=-1)
+        probabilities = truncate(choices / decoding.temperature, decoding.top_k, decoding.top_p).softmax(dim=-1)
         cdf = probabilities.cumsum(dim=-1)
         tokens = torch.searchsorted(cdf, (noise * cdf[..., -1])[..., None])[..., 0].clamp(max=logits.shape[-1] - 1)
     confidence = (logits.gather(-1, tokens[..., None])[..., 0] - log_z).exp()
     return tokens, confidence, entropy
-
-
-def _truncate(logits: Tensor, decoding: Decoding) -> Tensor:
-    """Top-k, then top-p (the smallest set of tokens whose probability reaches p)."""
-    if decoding.top_k:
-        kth = logits.topk(min(decoding.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if decoding.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        ordered = ordered.masked_fill(before >= decoding.top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, ordered)
-    return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from actors.teacher.targets import (
     log_tail_mass,
 )
 from common.config.run import TeacherConfig
+from common.padded_batches import padded_batches
 from common.student import lm_head_weight, load_model
 
 LOGITS_ROWS = 1024  # positions per product with the LM head: 0.6 GiB of float32 at a vocabulary of 152k
@@ -46,21 +47,11 @@ class TransformersBackend(TeacherBackend):
     @torch.inference_mode()
     def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
         answers: dict[int, Targets] = {}
-        for rows in self._batches([len(r.ids) for r in requests]):
+        for rows in padded_batches([len(r.ids) for r in requests], self.max_batched_tokens):
             batch = [requests[row] for row in rows]
             for row, hidden in zip(rows, self._hidden(batch), strict=True):
                 answers[row] = self._targets_of(hidden)
         return [answers[row] for row in range(len(requests))]
-
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Indices of sequences, the longest first, so that a batch's first one sets its width."""
-        batch: list[int] = []
-        for row in np.argsort(lengths)[::-1].tolist():
-            if batch and (len(batch) + 1) * lengths[batch[0]] > self.max_batched_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        yield batch
 
     def _hidden(self, batch: list[TargetRequest]) -> list[Tensor]:
         """Per request, the final hidden states [n, d] from which its positions are predicted."""

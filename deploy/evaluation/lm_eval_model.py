@@ -28,6 +28,7 @@ from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from common.config.errors import ConfigError
+from common.grid import grid_floor
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.model_checks import check_student_folder
 
@@ -161,7 +162,7 @@ class BlockDiffusionLM(TemplateLM):
 
     def _request(self, index: int, context: str, limit: int) -> Request:
         """A context that is too long loses its beginning."""
-        room = self.max_length // self.block_size * self.block_size - limit
+        room = grid_floor(self.max_length, self.block_size) - limit
         if room < 1:
             raise ConfigError(
                 f"max_gen_toks: {limit} leaves no room for a context in {self.max_length} positions; lower it"
@@ -195,13 +196,13 @@ class BlockDiffusionLM(TemplateLM):
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         ids = self.tok_encode(text)
-        length = self.max_length // self.block_size * self.block_size - 1
+        length = grid_floor(self.max_length, self.block_size) - 1
         for window in get_rolling_token_windows(ids, self.prefix_token_id, length, context_len=1):
             yield make_disjoint_window(window)
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """A pair that is too long loses the beginning of its context."""
-        positions = self.max_length // self.block_size * self.block_size
+        positions = grid_floor(self.max_length, self.block_size)
         if len(continuation) >= positions:
             raise ConfigError(f"a continuation of {len(continuation)} tokens does not fit into {positions} positions")
         return context[-(positions - len(continuation)) :], continuation
