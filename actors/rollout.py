@@ -21,6 +21,7 @@ from actors.sampler.sampling import Decoding
 from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
+from common.grid import grid_ceil
 from common.prompts import Prompt
 from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
@@ -120,7 +121,9 @@ class RolloutActor:
         caps = self.config.data.domain_max_tokens
 
         def limit(prompt: Prompt) -> int:
-            return min(max_new_tokens, caps.get(prompt.domain, max_new_tokens))
+            """To the end of the block in which it is reached: every position of a block is trained."""
+            tokens = min(max_new_tokens, caps.get(prompt.domain, max_new_tokens))
+            return grid_ceil(len(prompt.ids) + tokens, block_size) - len(prompt.ids)
 
         requests = [
             Request(p.ordinal, sample, p.ids, limit(p), p.domain)

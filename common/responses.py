@@ -15,6 +15,7 @@ import numpy as np
 
 from common.config.objective import MixtureSource, OfflineSource, Source
 from common.config.run import DataConfig
+from common.grid import grid_ceil
 from common.prompts import Prompt, PromptError, read_records
 from common.seeds import source_rng
 from common.student import tokenizer_fingerprint
@@ -108,14 +109,13 @@ def with_responses(
 def offline_trajectory(
     prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int, eos_token_id: int
 ) -> Trajectory:
-    """An offline response as a trajectory: cut where a rollout would have ended, its last block filled with masks.
+    """An offline response as a trajectory: at most `max_new_tokens` of it, its last block filled with masks.
 
     The fill is what decoding sees there until it reveals more; like a rollout's tail it is context and never trained.
     """
-    start = len(prompt.ids)
-    end = -(-(start + max_new_tokens) // block_size) * block_size
-    response = prompt.responses[sample][: end - start]
-    tail = -(start + len(response)) % block_size
+    response = prompt.responses[sample][:max_new_tokens]
+    length = len(prompt.ids) + len(response)
+    tail = grid_ceil(length, block_size) - length
     return Trajectory(
         ordinal=prompt.ordinal,
         sample=sample,

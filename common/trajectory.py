@@ -1,9 +1,10 @@
 """The trajectory: what a rollout leaves behind, and its Arrow form.
 
 One record per trajectory. `x0 = prompt_ids + response_ids + tail_ids` ends on the block grid. The tail is what the
-sampler wrote behind the first end token in the last block: it is context of that block's states, so it is kept for
-exact reconstruction, but it is never trained on and the teacher never sees it. Offsets count from the start of the
-response. The same record batches travel through the object store, are spooled to disk, and can be replayed.
+sampler wrote behind the first end token, or behind the length limit, in the last block: it is context of that block's
+states, so it is kept for exact reconstruction, but it is never trained on and the teacher never sees it. Offsets count
+from the start of the response. The same record batches travel through the object store, are spooled to disk, and can be
+replayed.
 
 | field | type | meaning |
 | --- | --- | --- |

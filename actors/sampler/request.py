@@ -11,7 +11,8 @@ import numpy as np
 class Request:
     """One sequence to generate.
 
-    The response runs to the end of the block in which it reaches `max_new_tokens`: up to B - 1 tokens more.
+    The response has at most `max_new_tokens` tokens. Blocks are decoded whole all the same: what is written behind the
+    limit in the last block becomes the trajectory's tail.
     """
 
     ordinal: int

@@ -222,7 +222,7 @@ class SlotState:
             start = len(request.prompt_ids)
             end = (int(self.block_host[slot]) + 1) * self.block_size
             written = ids[i, start:end]
-            response = until_end(written, eos_token_id)
+            response = until_end(written[: request.max_new_tokens], eos_token_id)
             result.append(
                 Trajectory(
                     ordinal=request.ordinal,

@@ -98,8 +98,9 @@ def generate(
             console.print(unmasking_view(trajectory, tokenizer, sampler.block_size, console))
         else:
             print(text)
-        tokens, steps = len(trajectory.response_ids), trajectory.denoise_forwards
-        console.print(Text(f"{tokens} tokens in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
+        tokens, cut, steps = len(trajectory.response_ids), len(trajectory.tail_ids), trajectory.denoise_forwards
+        written = f"{tokens} tokens" + (f" and {cut} that were cut" if cut else "")
+        console.print(Text(f"{written} in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
 
 
 def read_prompt_file(file: Path, question_field: str) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ def unmasking_view(trajectory: Trajectory, tokenizer: Any, block_size: int, cons
     """One line per denoising step, then the whole text and the number of tokens of each round.
 
     In a line, the tokens of this step stand in their round's colour, or in brackets where there are no colours;
-    `░` is a position still masked. Tokens behind the end token were written and cut off.
+    `░` is a position still masked. Tokens behind the end token or the length limit were written and cut off.
     """
     plain = console.color_system is None
     mask = "░" if console.encoding.startswith("utf") else "_"

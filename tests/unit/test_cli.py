@@ -178,7 +178,8 @@ def test_convert_then_generate_then_eval(opdlm, tmp_path):
 
     status, out, _ = opdlm("generate", student, "2 + 2?", "--max-new-tokens", 8, "--rule", "static")
     assert status == 0
-    assert "1.00 per step" in out
+    tokens, cut, steps = map(int, re.findall(r"(\d+) tokens(?: and (\d+) that were cut)? in (\d+) steps", out)[0])
+    assert (tokens, tokens + cut) == (8, steps)  # static: one token a step
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("[red]1 + 1?\n\n2 + 2?\n")
     out = opdlm("generate", student, "--file", prompts, "--max-new-tokens", 8, "--raw")[1]

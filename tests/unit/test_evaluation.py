@@ -57,6 +57,11 @@ def test_counts_are_those_of_the_trajectories(tmp_path):
     assert done["problems"] == 3
     assert done["forwards_per_token"] >= 1  # one token a step, and none is left out
     assert done["seconds"] > 0
+    sampler.set_block_size(16)
+    counts = evaluate_shard(sampler, tokenizer, problems, Decoding(StaticUnmasking(), 0.0), 10).counts
+    tokens, steps, ended = counts[:, 1], counts[:, 2], counts[:, 4] > 0
+    assert (ended & (tokens <= 10) | (tokens == 10)).all()
+    assert sorted(steps) == [10, 11, 12]  # one a position of the block, those behind the limit included
 
 
 def test_a_folder_that_was_never_converted_is_refused(tmp_path):

@@ -158,6 +158,13 @@ def test_sampled_generation_is_seeded_and_differs_between_calls(student):
     assert BlockDiffusionLM(student, seed=1).generate_until(requests) == first
 
 
+def test_a_text_has_as_many_tokens_as_were_asked_for(student):
+    lm = BlockDiffusionLM(student, block_size=16)
+    arguments = {"until": [], "max_gen_toks": 5}
+    (text,) = lm.generate_until([Instance("generate_until", {}, ("Tom has", arguments), 0)])
+    assert 1 <= len(lm.tok_encode(text)) <= lm.response_tokens <= 5
+
+
 def test_texts_end_before_the_first_stop_string():
     assert cut("one. two\n\nthree", ["\n\n", "two"]) == "one. "
     assert cut("one", ["x"]) == "one"

@@ -56,8 +56,8 @@ def test_a_response_becomes_a_trajectory():
     assert t.tail_ids.tolist() == [99, 99]
     assert (t.finish_reason, t.weights_version, t.is_offline) == ("eos", -1, True)
     assert (t.reveal_round == -1).all()
-    cut = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 2, 4, mask_token_id=99, eos_token_id=1)
-    assert cut.response_ids.tolist() == [10, 11, 12]  # to the end of the block that reaches the limit
+    cut = offline_trajectory(prompt(5, [10, 11, 12, 13, 1]), 0, 3, 4, mask_token_id=99, eos_token_id=1)
+    assert cut.response_ids.tolist() == [10, 11, 12]
     assert (len(cut.tail_ids), cut.finish_reason) == (0, "length")
 
 
@@ -66,8 +66,8 @@ def test_a_response_becomes_a_trajectory():
     [
         ([10, 11, 1], 8, 3, "eos"),
         ([10, 11, 12], 8, 3, "length"),  # whoever made it cut it off; nothing is cut here
-        ([10, 11, 12, 13, 14, 1], 2, 3, "length"),  # the end token is behind the cut
-        ([10, 11, 1, 12, 13], 2, 3, "eos"),  # the cut leaves the end token last
+        ([10, 11, 12, 13, 14, 1], 3, 3, "length"),  # the end token is behind the cut
+        ([10, 11, 1, 12, 13], 3, 3, "eos"),  # the cut leaves the end token last
         ([1], 8, 1, "eos"),
     ],
 )

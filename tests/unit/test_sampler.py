@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.sampler.request import Request
-from actors.sampler.sampler import Sampler, _batches
+from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding, sample_tokens
 from actors.sampler.slots import PATIENCE, SlotState
 from common.config.run import (
@@ -106,9 +106,6 @@ def test_prompts_cached_in_several_forwards_change_nothing(model, most):
     several = sampler(model, slots=24)
     several.max_batched_tokens = most
     assert responses(several) == base
-    lengths = dict(enumerate([5, 30, 4, 12, 9]))
-    batches = list(_batches(lengths, most))
-    assert batches == ([[1], [3], [4], [0], [2]] if most == 1 else [[1], [3, 4, 0], [2]])  # 30; 12, 9, 5; 4
 
 
 def test_a_sampler_follows_a_changing_threshold(model):
@@ -163,8 +160,35 @@ def test_ends_at_the_end_token_and_on_the_grid(model):
         assert MASK not in t.x0[len(t.prompt_ids) :]
         assert EOS not in t.response_ids[:-1]
         assert (t.finish_reason == "eos") == (t.response_ids[-1] == EOS)
-        assert 64 <= len(t.response_ids) <= 67 or t.finish_reason == "eos"
+        assert len(t.response_ids) == 64 or (t.finish_reason == "eos" and len(t.response_ids) < 64)
     assert {t.finish_reason for t in finished} == {"eos", "length"}
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8, 16])
+@pytest.mark.parametrize("limit", [1, 6, 20])
+def test_a_response_is_cut_at_the_limit_wherever_its_block_ends(model, block_size, limit):
+    decoding = Decoding(DynamicUnmasking(threshold=0.2), 1.0)
+    cut = list(sampler(model, block_size).generate(requests(limit), decoding))
+    longer = {t.ordinal: t for t in sampler(model, block_size).generate(requests(limit + 2 * block_size), decoding)}
+    for t in cut:
+        assert len(t.x0) % block_size == 0
+        assert len(t.reveal_round) == len(t.confidence) == len(t.response_ids) + len(t.tail_ids)
+        assert t.response_ids.tolist() == longer[t.ordinal].response_ids[:limit].tolist()
+        assert t.finish_reason == ("eos" if t.response_ids[-1] == EOS else "length")
+        assert len(t.response_ids) == limit or t.finish_reason == "eos"
+    assert any(len(t.response_ids) == limit for t in cut)
+
+
+def test_an_end_token_behind_the_limit_does_not_count(model):
+    """It stands in the tail; the sequence did not end by itself."""
+    decoding = Decoding(DynamicUnmasking(threshold=0.2), 1.0)
+    ended = [t for t in sampler(model, 8).generate(requests(64), decoding) if t.finish_reason == "eos"]
+    ended = [t for t in ended if (len(t.causal_ids) - 1) % 8]  # the end token is not the first of its block
+    assert ended
+    for t in ended:
+        limit = len(t.response_ids) - 1
+        (again,) = sampler(model, 8).generate([requests(limit)[t.ordinal]], decoding)
+        assert (again.finish_reason, len(again.response_ids), again.tail_ids[0]) == ("length", limit, EOS)
 
 
 def test_broken_weights_are_refused_by_name(model):

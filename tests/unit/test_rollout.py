@@ -1,0 +1,30 @@
+"""The rollout actor in this process: its trajectories are whole blocks, whatever the limit."""
+
+import numpy as np
+
+from actors.rollout import RolloutActor
+from common.config.file import load_config
+from common.config.run import DynamicUnmasking
+from common.prompts import Prompt
+from common.trajectory import from_batch
+
+BLOCK = 8
+
+
+def test_a_rollout_runs_to_the_end_of_the_block_in_which_it_reaches_its_limit():
+    actor = RolloutActor(load_config("tiny", ["--data.domain_max_tokens", "{math: 3}"]), 0)
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(i, "q", rng.integers(10, 200, length).astype(np.int32), domain=domain)
+        for i, (length, domain) in enumerate([(5, ""), (8, ""), (15, ""), (21, "math"), (16, "math")])
+    ]
+    body = rng.integers(10, 200, 40).astype(np.int32)
+    prompts += [Prompt(5, "q", prompts[0].ids, responses=(body,))]
+    rows = [t for batch in actor.rollout(prompts, 8, BLOCK, DynamicUnmasking()) for t in from_batch(batch)[0]]
+    ends = {0: 16, 1: 16, 2: 24, 3: 24, 4: 24, 5: 16}
+    assert {t.ordinal: len(t.x0) for t in rows if t.finish_reason == "length"}.items() <= ends.items()
+    for t in rows:
+        assert len(t.x0) % BLOCK == 0 and len(t.x0) <= ends[t.ordinal]
+        assert (len(t.tail_ids) == 0) or t.finish_reason == "eos"
+    assert sum(t.finish_reason == "length" for t in rows) >= 4
+    assert next(t for t in rows if t.ordinal == 5).response_ids.tolist() == body[:11].tolist()
