@@ -40,9 +40,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the run's order, how many were dropped for which reason, and the offline responses by question."""
+    """Prompts in the run's order; of the `read` rows of the files how many were dropped for which reason; and the
+    offline responses by question."""
 
     prompts: list[Prompt]
+    read: int
     dropped: dict[str, int]
     responses: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
@@ -73,7 +75,7 @@ def load_prompts(data: DataConfig, tokenizer: Any, seed: int | None) -> PromptSe
         for index in order:
             question, ids, domain, answer = kept[index]
             prompts.append(Prompt(len(prompts), question, ids, domain, answer))
-    return PromptSet(prompts, dict(dropped))
+    return PromptSet(prompts, len(questions), dict(dropped))
 
 
 def _order(count: int, seed: int | None, epoch: int) -> np.ndarray:

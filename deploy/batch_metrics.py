@@ -12,18 +12,17 @@ from common.config.run import DynamicUnmasking, RunConfig
 from deploy.checkpoints import RunState
 from deploy.cluster import Pools
 from deploy.monitoring.occupancy import Window
-from deploy.monitoring.status import RunStatus
-from deploy.remote_calls import wait_all
+from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch
 
 
 class BatchMetrics:
     """Rows with a value for every metric that is not optional; keeps the actors' counters from row to row."""
 
-    def __init__(self, config: RunConfig, pools: Pools, status: RunStatus, epoch_prompts: int) -> None:
+    def __init__(self, config: RunConfig, pools: Pools, calls: RemoteCalls, epoch_prompts: int) -> None:
         self.config = config
         self.pools = pools
-        self.status = status
+        self.calls = calls
         self.epoch_prompts = epoch_prompts
         self.previous_stats: dict[str, dict[str, Any]] = {}
         self._asked: dict[ray.ObjectRef, str] = {}
@@ -60,7 +59,7 @@ class BatchMetrics:
         self._reported(rank_stats)
         rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
         for name in rank_stats.values():
-            self.status.heard(name, rate=learner["packed_tokens"] / learner["seconds"] / len(self.pools.ranks))
+            self.calls.observers.heard(name, rate=learner["packed_tokens"] / learner["seconds"] / len(self.pools.ranks))
         rollouts = window.covered((b.started, b.rollouts_done or window.end) for b in in_flight)
         targets = window.covered((b.started, b.targets_done or window.end) for b in in_flight)
         return {
@@ -118,12 +117,12 @@ class BatchMetrics:
                 before = dict.fromkeys(before, 0.0)
             busy.append(reported["busy_seconds"] - before["busy_seconds"])
             rate = (reported["tokens"] - before["tokens"]) / max(busy[-1], 1e-9)
-            self.status.heard(name, rate=rate, pid=reported["pid"])
+            self.calls.observers.heard(name, rate=rate, pid=reported["pid"])
             self.previous_stats[name] = reported
         return busy
 
     def _reported(self, stats: dict[ray.ObjectRef, str]) -> list[dict[str, Any]]:
-        reported = wait_all(stats, "reporting statistics", self.config.pipeline.stage_timeout_s)
+        reported = self.calls.wait(stats, "reporting statistics", shown=False)
         self._spans += [span for stats_of_one in reported for span in stats_of_one["spans"]]
         return reported
 

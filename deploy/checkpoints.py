@@ -1,8 +1,9 @@
 """Checkpoints: complete Hugging Face folders with the state to go on from, written atomically.
 
     checkpoints/batch-000040/   config.json, tokenizer, model.safetensors   loads like any model folder
-                                resume/                                     DeepSpeed's shards: weights, optimiser
+                                resume/                                     DeepSpeed's shards: weights, optimizer
                                 manifest.json                               written last, holds the run's counters
+    checkpoints/final/          the same without resume/: the training is finished
 
 A folder without a manifest, or with a leading dot, is what an interrupted save left; it is never resumed from.
 """
@@ -11,20 +12,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config.errors import ConfigError
-from common.config.renamed import with_new_names
+from common.config.file import load_resolved
+from common.config.fingerprint import differences, fingerprint
 from common.config.run import RunConfig
 from deploy.curriculum import Feedback
+from deploy.files import replace_text
+from deploy.monitoring.observer import Observers
 
-_MANIFEST = "manifest.json"
-# sections that do not change what is trained, and may differ when a run goes on
-_FREE = ("output_dir", "pipeline", "evaluation", "ray", "publish", "dashboard", "wandb")
+MANIFEST = "manifest.json"
+FINAL = "final"
 
 
 @dataclass
@@ -41,12 +42,15 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; `keep` of them stay."""
+    """The checkpoints of one run, newest last; `pipeline.keep_checkpoints` of them stay."""
 
-    def __init__(self, run_dir: Path, keep: int, copy_to: str | None) -> None:
-        self.folder = run_dir.resolve() / "checkpoints"
-        self.keep = keep
-        self.copy_to = copy_to
+    def __init__(self, config: RunConfig) -> None:
+        self.folder = config.run_dir.resolve() / "checkpoints"
+        self.final = self.folder / FINAL
+        self._keep = config.pipeline.keep_checkpoints
+        self._copy_to = config.pipeline.copy_checkpoints_to
+        self._fingerprint = fingerprint(config)
+        self._missing_copies: list[str] = []
 
     def begin(self, name: str) -> Path:
         """An empty folder for all ranks to write in."""
@@ -55,38 +59,81 @@ class Checkpoints:
         partial.mkdir(parents=True)
         return partial
 
-    def finish(self, name: str, state: RunState) -> Path:
+    def finish(self, name: str, state: RunState, observers: Observers) -> Path:
         """Write the manifest, give the folder its name, copy it where asked, prune older ones."""
         partial, final = self.folder / f".{name}.partial", self.folder / name
-        (partial / _MANIFEST).write_text(json.dumps(asdict(state), indent=2) + "\n")
+        manifest = {**asdict(state), "config_fingerprint": self._fingerprint}
+        replace_text(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        if self.copy_to:
-            copy_folder(final, f"{self.copy_to.rstrip('/')}/{name}")
-        for old in self.complete()[: -self.keep]:
+        if self._copy_to:
+            self._missing_copies.append(name)
+            self.copy_missing(observers)
+        for old in self.complete()[: -self._keep]:
             shutil.rmtree(old)
         return final
 
+    def copy_missing(self, observers: Observers) -> None:
+        """Try again to copy what is not copied yet. A copy that fails is a warning: the checkpoint itself is safe, and
+        training goes on."""
+        for name in list(self._missing_copies):
+            target = f"{str(self._copy_to).rstrip('/')}/{name}"
+            if not self.has(name):
+                observers.note(f"checkpoint {name} was never copied to {target} and is pruned here", "warning")
+                self._missing_copies.remove(name)
+                continue
+            try:
+                copy_folder(self.folder / name, target)
+                self._missing_copies.remove(name)
+            except Exception as error:  # every file system has errors of its own
+                observers.note(
+                    f"copying checkpoint {name} to {target} failed ({error}); it is tried again after the next one",
+                    "warning",
+                )
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name / MANIFEST).is_file()
+
     def complete(self) -> list[Path]:
         """Resumable checkpoints, oldest first."""
-        return sorted(p.parent for p in self.folder.glob(f"batch-*/{_MANIFEST}"))
+        return sorted(p.parent for p in self.folder.glob(f"batch-*/{MANIFEST}"))
 
     def latest(self) -> tuple[Path, RunState] | None:
-        """The newest resumable checkpoint and its counters."""
-        complete = self.complete()
-        if not complete:
+        """What a run goes on from, and its counters: the final model of a finished training, else the newest resumable
+        checkpoint.
+
+        Raises:
+            ConfigError: it was made by a training of another config.
+        """
+        folders = [self.final] if self.has(FINAL) else self.complete()
+        if not folders:
             return None
-        manifest = json.loads((complete[-1] / _MANIFEST).read_text())
-        return complete[-1], RunState(**{**manifest, "feedback": Feedback(**manifest.get("feedback", {}))})
+        manifest = json.loads((folders[-1] / MANIFEST).read_text())
+        if manifest.pop("config_fingerprint", self._fingerprint) != self._fingerprint:  # older ones have none
+            raise ConfigError(
+                f"--resume: {str(folders[-1])!r} was made with another config than the run has now; start another run "
+                "with --name"
+            )
+        known = {f.name for f in fields(RunState)}
+        state = {name: value for name, value in manifest.items() if name in known}
+        return folders[-1], RunState(**{**state, "feedback": Feedback(**state.get("feedback", {}))})
 
 
 def copy_folder(source: Path, url: str) -> None:
-    """Copy a folder to a folder or URL that `copy_target` knows."""
+    """Copy a checkpoint to a folder or URL that `copy_target` knows; its manifest goes first there and comes last, so
+    that a copy with a manifest is whole."""
     from pyarrow import fs
 
+    here = fs.LocalFileSystem()
     target, path = copy_target(url)
     target.create_dir(path, recursive=True)
-    fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=target)
+    if target.get_file_info(f"{path}/{MANIFEST}").is_file:
+        target.delete_file(f"{path}/{MANIFEST}")
+    for entry in sorted(source.iterdir(), key=lambda p: p.name == MANIFEST):
+        there = f"{path}/{entry.name}"
+        if entry.is_dir():
+            target.create_dir(there, recursive=True)
+        fs.copy_files(str(entry), there, source_filesystem=here, destination_filesystem=target)
 
 
 def copy_target(url: str) -> tuple[Any, str]:
@@ -118,30 +165,8 @@ def check_same_run(config: RunConfig) -> None:
     file = config.run_dir / "config.yaml"
     if not file.is_file():
         return
-    before, now = with_new_names(yaml.safe_load(file.read_text())), config.model_dump(mode="json")
-    different = [
-        f"{path} was {old!r} and is {new!r}"
-        for section in now
-        if section not in _FREE
-        for path, old, new in _differences(section, before.get(section), now[section])
-    ]
-    if different:
+    if different := differences(load_resolved(file), config):
         raise ConfigError(
             "--resume: the config differs from the run's: " + "; ".join(different) + ". Use the run's own "
             f"{str(file)!r}, or start another run with --name"
         )
-
-
-def _differences(path: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for key in keys for d in _differences(f"{path}.{key}", old.get(key), new.get(key))]
-    return [] if old == new else [(path, old, new)]
-
-
-def truncate_metrics(run_dir: Path, batches: int) -> None:
-    """Drop logged batches that the checkpoint does not hold: they will be trained again."""
-    file = run_dir / "metrics.jsonl"
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if json.loads(line)["batch"] < batches]
-        file.write_text("".join(f"{line}\n" for line in lines))

@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import rollout
 from actors.teacher import actor as teacher
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
-from deploy.placement import LEAST_STORE_MIB, check_resources, on_cluster, plan
-from deploy.remote_calls import wait_all
+from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, on_cluster
+from deploy.remote_calls import RemoteCalls
+from deploy.roles import COUNT_FIELDS, ROLES, Role
 from learner import rank
-
-_FIELDS = {"rollout": "rollout.actors", "teacher": "teacher.actors", "learner": "learner.ranks"}
 
 # quiet and offline-safe by default; a user's own setting wins
 _WORKER_ENVIRONMENT = {
@@ -32,23 +32,34 @@ _WORKER_ENVIRONMENT = {
 }
 
 
+Groups = dict[Role, PlacementGroup]
+_POLL_SECONDS = 0.2
+
+
 @dataclass
 class Pools:
-    """Handles of all actors: rollout actors, teachers, learner ranks; and what each said when it was ready."""
+    """Handles of all actors: rollout actors, teachers, learner ranks; and the placement groups that hold them."""
 
     rollouts: list[Any]
     teachers: list[Any]
     ranks: list[Any]
-    ready: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: Groups = field(default_factory=dict)
+
+    def stop(self) -> None:
+        """End all actors and give their resources back."""
+        for actor in self.names():
+            ray.kill(actor)
+        for group in self.groups.values():
+            remove_placement_group(group)
 
     def names(self) -> dict[Any, str]:
-        named = {"rollout": self.rollouts, "teacher": self.teachers, "learner": self.ranks}
+        named: dict[Role, list[Any]] = {"rollout": self.rollouts, "teacher": self.teachers, "learner": self.ranks}
         return {actor: f"{role}-{i}" for role, actors in named.items() for i, actor in enumerate(actors)}
 
 
-def connect(config: RunConfig, needed_mib: int = LEAST_STORE_MIB) -> None:
+def connect(config: RunConfig, object_store_mib: int | None = None) -> None:
     """Connect to `ray.address`, or to the cluster whose job this process is; else start Ray on this machine, with an
-    object store of `ray.object_store_mib`, or as large as needed."""
+    object store of so many MiB."""
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
     runtime = {"env_vars": environment}
     if on_cluster(config):
@@ -60,7 +71,7 @@ def connect(config: RunConfig, needed_mib: int = LEAST_STORE_MIB) -> None:
     ray.init(
         address="local",  # never a head that happens to run on this machine
         num_cpus=config.ray.num_cpus,
-        object_store_memory=(config.ray.object_store_mib or needed_mib) * 2**20,
+        object_store_memory=(config.ray.object_store_mib or object_store_mib or LEAST_STORE_MIB) * 2**20,
         include_dashboard=False,
         runtime_env=runtime,
         log_to_driver=False,
@@ -68,15 +79,15 @@ def connect(config: RunConfig, needed_mib: int = LEAST_STORE_MIB) -> None:
     )
 
 
-def reserve(config: RunConfig) -> dict[str, PlacementGroup]:
+def reserve(config: RunConfig, placement: Placement, calls: RemoteCalls, roles: Sequence[Role]) -> Groups:
     """One placement group per role: learner ranks packed, rollout actors and teachers spread.
 
     Raises:
         ConfigError: the cluster did not provide them within `ray.placement_timeout_s`; says what is missing.
+        StopRequested: the run was asked to stop.
     """
-    placement = plan(config)
-    groups = {}
-    for role in ("learner", "teacher", "rollout"):
+    groups: Groups = {}
+    for role in reversed(roles):  # the learner first: its ranks are packed
         processes = [p for p in placement.processes if p.role == role]
         if not processes:  # hard labels need no teacher
             continue
@@ -89,17 +100,23 @@ def reserve(config: RunConfig) -> dict[str, PlacementGroup]:
         )
     deadline = time.monotonic() + config.ray.placement_timeout_s
     for role, group in groups.items():
-        if not group.wait(timeout_seconds=max(deadline - time.monotonic(), 0.1)):
-            total, free = ray.cluster_resources(), ray.available_resources()
-            check_resources(placement, total.get("CPU", 0.0), total.get("GPU", 0.0))
-            asked = ", ".join(f"{n} x {b}" for b, n in _counted(group.bundle_specs))
-            asked += _labelled(getattr(config, role).resources.labels)
-            raise ConfigError(
-                f"the cluster did not provide the {role} processes ({asked}) within ray.placement_timeout_s "
-                f"({config.ray.placement_timeout_s:g} s); free are {free.get('CPU', 0):g} CPUs and "
-                f"{free.get('GPU', 0):g} GPUs: stop other jobs, lower {_FIELDS[role]}, or wait longer"
-            )
+        while not group.wait(timeout_seconds=_POLL_SECONDS):
+            calls.stop.check()
+            if time.monotonic() > deadline:
+                raise _not_provided(config, placement, role, group)
     return groups
+
+
+def _not_provided(config: RunConfig, placement: Placement, role: Role, group: PlacementGroup) -> ConfigError:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    check_resources(placement, total.get("CPU", 0.0), total.get("GPU", 0.0))
+    asked = ", ".join(f"{n} x {b}" for b, n in _counted(group.bundle_specs))
+    asked += _labelled(getattr(config, role).resources.labels)
+    return ConfigError(
+        f"the cluster did not provide the {role} processes ({asked}) within ray.placement_timeout_s "
+        f"({config.ray.placement_timeout_s:g} s); free are {free.get('CPU', 0):g} CPUs and "
+        f"{free.get('GPU', 0):g} GPUs: stop other jobs, lower {COUNT_FIELDS[role]}, or wait longer"
+    )
 
 
 def _labelled(labels: dict[str, str]) -> str:
@@ -116,16 +133,22 @@ def _counted(bundles: list[dict[str, float]]) -> list[tuple[str, int]]:
     return list(names.items())
 
 
-def start_pools(config: RunConfig) -> Pools:
-    """Create all actors in their placement groups and wait until each has loaded its model.
+def start_pools(
+    config: RunConfig,
+    placement: Placement,
+    calls: RemoteCalls,
+    roles: Sequence[Role] = ROLES,
+) -> Pools:
+    """Create all actors of some roles in their placement groups and wait until each has loaded its model.
 
     Raises:
         ConfigError: the cluster has no room for them.
         StuckError, WorkerError: an actor did not come up in time, or failed; the message names it.
+        StopRequested: the run was asked to stop.
     """
-    groups = reserve(config)
+    groups = reserve(config, placement, calls, roles)
 
-    def create(role: str, actor_class: Any, *arguments: Any, **options: Any) -> list[Any]:
+    def create(role: Role, actor_class: Any, *arguments: Any, **options: Any) -> list[Any]:
         count = groups[role].bundle_count if role in groups else 0
         return [
             actor_class.options(
@@ -139,29 +162,35 @@ def start_pools(config: RunConfig) -> Pools:
         rollouts=create("rollout", rollout.as_remote(config), config),
         teachers=create("teacher", teacher.as_remote(config), config.teacher, config.teacher_path, shape=shape),
         ranks=create("learner", rank.as_remote(config), config),
+        groups=groups,
     )
-    timeout = config.pipeline.start_timeout_s
-    names = pools.names()
-    (address,) = wait_all({pools.ranks[0].address.remote(): names[pools.ranks[0]]}, "starting the learner", timeout)
-    ready = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
-    ready |= {actor.start.remote(*address): names[actor] for actor in pools.ranks}
-    pools.ready = dict(zip(ready.values(), wait_all(ready, "loading models", timeout), strict=True))
-    if config.weights_transport == "broadcast":
-        form_weights_group(pools, timeout)
+    names, timeout = pools.names(), config.pipeline.start_timeout_s
+    starts = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
+    if pools.ranks:
+        addresses = {pools.ranks[0].address.remote(): names[pools.ranks[0]]}
+        (address,) = calls.wait(addresses, "starting the learner", timeout_s=timeout, until_stop=True)
+        starts |= {actor.start.remote(*address): names[actor] for actor in pools.ranks}
+    ready = calls.wait(starts, "loading models", timeout_s=timeout, until_stop=True)
+    for name, facts in zip(starts.values(), ready, strict=True):
+        calls.observers.heard(name, facts)
+    if pools.ranks and config.weights_transport == "broadcast":
+        form_weights_group(pools, calls, timeout)
     return pools
 
 
-def form_weights_group(pools: Pools, timeout_s: float) -> None:
+def form_weights_group(pools: Pools, calls: RemoteCalls, timeout_s: float) -> None:
     """Connect learner rank 0 and all rollout actors for the broadcast of weights.
 
     Raises:
         StuckError, WorkerError: a member did not come in time, or failed; the message names it.
+        StopRequested: the run was asked to stop.
     """
     names, sender = pools.names(), pools.ranks[0]
     members = tuple(names[actor] for actor in (sender, *pools.rollouts))
     action = "forming the weights group"
-    (address,) = wait_all({sender.open_weights_group.remote(): members[0]}, action, timeout_s)
+    opened = {sender.open_weights_group.remote(): members[0]}
+    (address,) = calls.wait(opened, action, timeout_s=timeout_s, until_stop=True)
     joins = {sender.join_weights_group.remote(members): members[0]}
     for place, actor in enumerate(pools.rollouts, start=1):
         joins[actor.join_weights_group.remote(address, members, place)] = members[place]
-    wait_all(joins, action, timeout_s)
+    calls.wait(joins, action, timeout_s=timeout_s, until_stop=True)

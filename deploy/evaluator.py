@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from actors.evaluation.evaluation import Evaluation
 from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools
-from deploy.remote_calls import wait_all
+from deploy.remote_calls import Background, RemoteCalls
 
 
 class Evaluator:
-    """Exact match and tokens per step with the weights that the rollout actors hold now."""
+    """Exact match and tokens per step with the weights that the rollout actors hold now.
 
-    def __init__(self, config: RunConfig, problems: list[Prompt], pools: Pools) -> None:
+    Every evaluation ends at once when the run is asked to stop, with StopRequested.
+    """
+
+    def __init__(self, config: RunConfig, problems: list[Prompt], pools: Pools, calls: RemoteCalls) -> None:
         self.config = config
         self.problems = problems
         self.pools = pools
+        self.calls = calls
 
     def before(self) -> dict[str, Any]:
         """The greedy teacher and the converted, untrained student."""
@@ -34,25 +37,25 @@ class Evaluator:
         """The student under static and under dynamic decoding."""
         return {"student": {"static": self.student(StaticUnmasking(), block_size), "dynamic": self.dynamic(block_size)}}
 
-    def dynamic(self, block_size: int, idle: Callable[[], Any] | None = None) -> dict[str, float]:
-        return self.student(DynamicUnmasking(threshold=self.config.evaluation.threshold), block_size, idle)
+    def dynamic(self, block_size: int, background: Background | None = None) -> dict[str, float]:
+        return self.student(DynamicUnmasking(threshold=self.config.evaluation.threshold), block_size, background)
 
-    def student(self, unmasking: Unmasking, block_size: int, idle: Callable[[], Any] | None = None) -> dict[str, float]:
-        limit = self.config.evaluation.max_new_tokens
-        return self._over_actors("evaluate", "evaluating the student", unmasking, limit, block_size, idle=idle)
+    def student(self, unmasking: Unmasking, block_size: int, background: Background | None = None) -> dict[str, float]:
+        order = (unmasking, self.config.evaluation.max_new_tokens, block_size)
+        return self._over_actors("evaluate", "evaluating the student", *order, background=background)
 
     def due(self, done: int, last: bool) -> bool:
         """Whether the held-out problems are evaluated after `done` rollout batches."""
         every = self.config.evaluation.every_batches
         return bool(self.problems and every and (done % every == 0 or last))
 
-    def metrics(self, block_size: int, idle: Callable[[], Any]) -> dict[str, float]:
+    def metrics(self, block_size: int, background: Background) -> dict[str, float]:
         """The `eval/` metrics of the registry: greedy dynamic decoding with the weights published last.
 
-        `idle` is called meanwhile, so that rollout batches in flight go on.
+        Rollout batches in flight, the `background`, go on meanwhile.
         """
         start = time.perf_counter()
-        metrics = self.dynamic(block_size, idle)
+        metrics = self.dynamic(block_size, background)
         return {
             "eval/exact_match": metrics["exact_match"],
             "eval/tokens_per_step": metrics["tokens_per_step"],
@@ -65,7 +68,7 @@ class Evaluator:
         }
 
     def _over_actors(
-        self, method: str, action: str, *arguments: Any, idle: Callable[[], Any] | None = None
+        self, method: str, action: str, *arguments: Any, background: Background | None = None
     ) -> dict[str, float]:
         """Metrics over all problems, each rollout actor taking its share."""
         count = len(self.pools.rollouts)
@@ -76,5 +79,5 @@ class Evaluator:
             for actor, share in zip(self.pools.rollouts, shares, strict=True)
             if share
         }
-        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, idle)
+        results = self.calls.wait(calls, action, background=background, until_stop=True)
         return sum(results, Evaluation()).metrics()

@@ -4,42 +4,45 @@ Rollout batch k may start once the learner has published version k - S (S: the s
 batches are in flight and no trajectory is ever too old: the bound holds by admission, nothing is thrown away. Calls to
 an actor run in the order of submission, so weights queued behind a rollout are swapped in right after it, fetched while
 it ran, and the next rollout, queued behind these, starts while the control loop still writes down the last batch.
+
+What was left out: an event loop with a task per stage. One loop that waits for whatever is ready is enough, since no
+bulk data passes through here, and it can be read from top to bottom.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
 import yaml
 
+from common.config.fingerprint import evaluation_fingerprint, fingerprint
 from common.config.run import RunConfig
-from common.prompts import Prompt, PromptSet
 from common.responses import offline_share, with_responses
-from deploy import preflight
 from deploy.batch_metrics import BatchMetrics
-from deploy.checkpoints import Checkpoints, RunState, truncate_metrics
+from deploy.checkpoints import FINAL, Checkpoints, RunState
 from deploy.cluster import Pools, connect, start_pools
 from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
 from deploy.errors import WorkerError
 from deploy.evaluator import Evaluator
-from deploy.monitoring.health import Health
-from deploy.monitoring.metrics import RunLog
+from deploy.files import replace_text
+from deploy.monitoring.observer import Observers
 from deploy.monitoring.occupancy import Window
 from deploy.monitoring.progress import Progress
 from deploy.monitoring.ray_metrics import RayMetrics
 from deploy.monitoring.rollout_log import RolloutLog
+from deploy.monitoring.run_log import RunLog
 from deploy.monitoring.status import RunStatus
 from deploy.monitoring.wandb_log import WandbLog
-from deploy.placement import object_store_mib, on_cluster, plan
-from deploy.remote_calls import wait_all
-from deploy.rollout_batch import RolloutBatch, advance, drive
-from deploy.stop_signals import StopSignals
+from deploy.preflight import PreparedRun, clear_run_dir, finished_summary, prepare
+from deploy.remote_calls import RemoteCalls
+from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
+from deploy.stop_signals import StopRequested, StopSignals
 from deploy.versions import installed_versions
 from learner.schedule import count_updates
 
@@ -48,26 +51,23 @@ def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dic
     """Train, evaluate, and leave everything in the run's folder; returns the content of `summary.json`.
 
     An earlier run in that folder is an error, or with `overwrite` replaced, or with `resume` gone on with from its
-    newest checkpoint (from the start where it has none); a finished one is left as it is.
+    newest checkpoint (from the start where it has none). Of a training that is finished only the evaluation is made,
+    where it is missing or was another one; a run that is finished is left as it is.
 
     Raises:
         ConfigError: the run cannot start as configured.
         WorkerError, StuckError: an actor failed, died, or did not answer in time; the message names it.
-        Stopped: SIGTERM or SIGINT came; a checkpoint was written.
+        Stopped: SIGTERM or SIGINT came; what was trained is in a checkpoint.
     """
-    summary = config.run_dir / "summary.json"
-    if resume and summary.exists():  # so that a job that is tried again ends well
-        return dict(json.loads(summary.read_text()))
-    prompts, problems = preflight.check(config, overwrite, resume)
+    if resume and (summary := finished_summary(config)):  # so that a job that is tried again ends well
+        return summary
+    prepared = prepare(config, overwrite, resume)
     if overwrite:
-        preflight.clear_run_dir(config)
+        clear_run_dir(config)
     write_resolved_config(config)
-    if on_cluster(config):
-        connect(config)
-    else:
-        connect(config, object_store_mib(config, plan(config)))
+    connect(config, prepared.object_store_mib)
     try:
-        return Pipeline(config, prompts, problems).run(resume)
+        return Pipeline(prepared).run()
     finally:
         ray.shutdown()
 
@@ -75,153 +75,183 @@ def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dic
 def write_resolved_config(config: RunConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (config.run_dir / "config.yaml").write_text(resolved)
+    replace_text(config.run_dir / "config.yaml", resolved)
 
 
 class Pipeline:
-    """State of one run: `version` is the learner's, and equals the number of rollout batches trained on."""
+    """The state of one run between two steps of its loop.
 
-    def __init__(self, config: RunConfig, prompts: PromptSet, problems: list[Prompt]) -> None:
+    Life cycle: constructed in a process that is connected to Ray; `run` once, which starts the actors, trains batch
+    after batch and finishes. After `n` batches the learner's weights version is `n`, which is why a resumed run needs
+    its counters (`RunState`) and nothing else:
+
+        pipeline = Pipeline(prepare(config))
+        summary = pipeline.run()
+    """
+
+    def __init__(self, prepared: PreparedRun) -> None:
+        config = prepared.config
         self.config = config
-        self.problems = problems
-        self.responses = prompts.responses
-        self.dropped = prompts.dropped
-        self.prompts = len(prompts.prompts)
-        size = config.rollout.prompts_per_batch
-        self.epoch_prompts = len(prompts.prompts) // config.data.epochs
-        self.batches = [prompts.prompts[i : i + size] for i in range(0, len(prompts.prompts), size)]
-        self.batches = self.batches[: config.pipeline.max_batches]
-        self.run_updates = count_updates(config, len(prompts.prompts))
-        self.version = 0
-        self.state = RunState()
-        self.checkpoints = Checkpoints(
-            config.run_dir, config.pipeline.keep_checkpoints, config.pipeline.copy_checkpoints_to
-        )
+        self.prepared = prepared
+        self.state = prepared.checkpoint[1] if prepared.checkpoint else RunState()
+        self.checkpoints = Checkpoints(config)
+        self.in_flight = RolloutsInFlight()
         self.pools = Pools([], [], [])
-        self.acknowledgements: dict[ray.ObjectRef, str] = {}
-        self.queued_version = 0
-        self.in_flight: deque[RolloutBatch] = deque()
-        self.admitted = 0
-        self.health = Health()
+        self.acknowledgements: dict[ray.ObjectRef, str] = {}  # of the newest version, by the calls that load it
+        prompts, size = prepared.prompts.prompts, config.rollout.prompts_per_batch
+        self.batches = [prompts[i : i + size] for i in range(0, len(prompts), size)][: config.pipeline.max_batches]
+        self.run_updates = count_updates(config, len(prompts))
 
-    def run(self, resume: bool) -> dict[str, Any]:
+    @property
+    def version(self) -> int:
+        """The weights version that the learner published last: the number of rollout batches trained on."""
+        return self.state.batches
+
+    def run(self) -> dict[str, Any]:
         config = self.config
-        checkpoint = self.checkpoints.latest() if resume else None
-        if checkpoint:
-            self.state = checkpoint[1]
-        truncate_metrics(config.run_dir, self.state.batches)
-        self.rollout_log = RolloutLog(config.run_dir, self.state.batches)
-        with (
-            DashboardProcess(config.run_dir, config.dashboard) as page,
-            RunStatus(config.run_dir, config.name, len(self.batches), self.state.batches) as self.status,
-            StopSignals() as self.stop,
-            RunLog(config.run_dir, self.state.batches) as log,
-            RayMetrics(config.name, len(self.batches), self.prompts, self.dropped) as ray_metrics,
-            WandbLog(config) as wandb_log,
-            Progress(len(self.batches), config.name) as self.progress,
-        ):
+        with ExitStack() as stack:
+            page = stack.enter_context(DashboardProcess(config.run_dir, config.dashboard))
+            self.stop = stack.enter_context(StopSignals())
+            self.observers = stack.enter_context(self._observers())
+            self.calls = RemoteCalls(config.pipeline.stage_timeout_s, self.observers, self.stop)
             if page.url:
-                self.progress.note(f"the run's page is at {page.url}")
-            for reason, count in self.dropped.items():
-                self._note(f"{count} prompts dropped: {reason}", "starting", "warning")
-            self._note("loading models", "starting")
-            self.pools = start_pools(config)
-            self.status.actors(self.pools.ready)
-            self.evaluator = Evaluator(config, self.problems, self.pools)
-            self.batch_metrics = BatchMetrics(config, self.pools, self.status, self.epoch_prompts)
-            if checkpoint:
-                self._restore(checkpoint[0])
-            elif self.problems:
-                self._note("evaluating the teacher and the untrained student", "evaluating")
-                self.state.summary = self.evaluator.before()
-            self._note("training", "training")
-            self.progress.training()
-            self._train([log, ray_metrics, wandb_log])
-            self.state.summary["train"] = {
-                "response_tokens": self.state.response_tokens,
-                "updates": self.state.updates,
-                "seconds": self.state.seconds,
-            }
-            self.state.summary["versions"] = installed_versions()
-            self._save("final")
-            if self.problems:
-                self._note("evaluating the trained student", "evaluating")
-                self.state.summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
-        (config.run_dir / "summary.json").write_text(json.dumps(self.state.summary, indent=2) + "\n")
-        return self.state.summary
+                self.observers.note(f"the run's page is at {page.url}")
+            try:
+                if not self.prepared.trained:
+                    self._start()
+                    self._train()
+                return self._finish()
+            except StopRequested:
+                self._stop()
 
-    def _note(self, text: str, state: str, level: str = "info") -> None:
-        """What happens now, for the terminal and for the run's page."""
-        self.progress.note(text)
-        self.status.state(state, text)
-        self.status.event(text, level)
+    def _observers(self) -> Observers:
+        config, done = self.config, self.state.batches
+        prompts = self.prepared.prompts
+        return Observers(
+            [
+                RunStatus(config.run_dir, config.name, len(self.batches), done),
+                RunLog(config.run_dir, done),
+                RayMetrics(config.name, len(self.batches), prompts.read, prompts.dropped),
+                WandbLog(config, done),
+                Progress(len(self.batches), config.name, done),
+            ],
+            batches=len(self.batches),
+            done=done,
+        )
+
+    def _start(self) -> None:
+        """All actors with their models, and the state of the checkpoint or the evaluation of the untrained student."""
+        config = self.config
+        for reason, count in self.prepared.prompts.dropped.items():
+            self.observers.note(f"{count} prompts dropped: {reason}", "warning")
+        self.observers.note("loading models", state="starting")
+        self.pools = start_pools(config, self.prepared.placement, self.calls)
+        self.evaluator = Evaluator(config, self.prepared.problems, self.pools, self.calls)
+        epoch_prompts = len(self.prepared.prompts.prompts) // config.data.epochs
+        self.batch_metrics = BatchMetrics(config, self.pools, self.calls, epoch_prompts)
+        if config.dashboard.rollouts:
+            self.observers.add(RolloutLog(config.run_dir, self.state.batches, self._rollout_samples))
+        if self.prepared.checkpoint:
+            self._restore(self.prepared.checkpoint[0])
+        elif self.prepared.problems:
+            self._evaluate_untrained()
 
     def _restore(self, folder: Path) -> None:
-        """Weights and optimiser of the learner, then its version into every rollout actor."""
-        self._note(
-            f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done", "starting"
+        """Weights and optimizer of the learner, then its version into every rollout actor."""
+        self.observers.note(
+            f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done",
+            state="starting",
         )
         self._on_ranks("load", "loading a checkpoint", folder / "resume")
         for actor in self.pools.rollouts:
             actor.set_block_size.remote(self.state.block_size)
-        self.admitted = self.state.batches
-        self._publish(self.state.batches)
+        self._publish()
         self._collect_acknowledgements()
 
-    def _train(self, logs: list[RunLog | RayMetrics | WandbLog]) -> None:
+    def _train(self) -> None:
+        self.observers.note("training", state="training")
+        self.observers.training()
         begin = time.time()
-        for index in range(self.state.batches, len(self.batches)):
-            self.status.state("training")
+        while self.state.batches < len(self.batches):
             self._admit()
-            current = self.in_flight[0]
-            timeout = self.config.pipeline.stage_timeout_s
-            drive(list(self.in_flight), current, timeout, self._show, lambda: self.stop.requested)
-            if self.stop.requested:
-                self._stop()
+            current = self.in_flight.finish_oldest(self.calls)
             complete = time.time()
             self._check(current)
             learner = self._learn(current)
-            # the next batch is admitted once weights are queued, and its size may depend on these
-            self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
-            published = self._publish(index + 1)
+            published = self._publish()
             window = Window(begin, time.time())
-            metrics = self.batch_metrics.row(list(self.in_flight), learner, published, window, complete, self.state)
-            self.in_flight.popleft()
-            self.state.batches = index + 1
-            self.state.block_size = current.block_size
-            evaluated = self._evaluate(index + 1)
+            under_way = [current, *self.in_flight]
+            metrics = self.batch_metrics.row(under_way, learner, published, window, complete, self.state)
+            evaluated = self._evaluate()
             # what follows is part of the next batch's time, evaluations and checkpoints are of none
             begin = time.time() if evaluated else window.end
-            for log in logs:
-                log.batch(metrics | evaluated)
-            self._keep_samples(index)
-            self.progress.batch(metrics | evaluated)
-            self.status.batches_done(index + 1)
-            for warning in self.health.warnings(metrics):
-                self.status.event(warning, "warning")
-            begin = time.time() if self._after_batch(index + 1) else begin
+            self.observers.batch(metrics | evaluated)
+            self.stop.check()
+            if self._checkpoint_due():
+                self._save(self._batch_name())
+                begin = time.time()
         self._collect_acknowledgements()  # of the last version, before it is evaluated
+
+    def _finish(self) -> dict[str, Any]:
+        """The final model, then its evaluation; the summary is written last and says that the run is finished."""
+        summary = self.state.summary
+        if self.prepared.trained:
+            self._start_evaluation()
+        else:
+            summary["train"] = {
+                "response_tokens": self.state.response_tokens,
+                "updates": self.state.updates,
+                "seconds": self.state.seconds,
+            }
+            self._save(FINAL)
+        if self.prepared.problems:
+            self.observers.note("evaluating the trained student", state="evaluating")
+            summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
+        self.checkpoints.copy_missing(self.observers)
+        summary |= {"versions": installed_versions(), "config_fingerprint": fingerprint(self.config)}
+        summary["evaluation_fingerprint"] = evaluation_fingerprint(self.config)
+        replace_text(self.config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _evaluate_untrained(self) -> None:
+        self.observers.note("evaluating the teacher and the untrained student", state="evaluating")
+        self.state.summary |= self.evaluator.before()
+        self.state.summary["evaluation_fingerprint"] = evaluation_fingerprint(self.config)
+
+    def _start_evaluation(self) -> None:
+        """The training is finished, its evaluation is missing or was another one: the rollout actors alone, with the
+        final model; before that with the untrained one, where that was not evaluated in the same way."""
+        self.observers.note("the training is finished, what is missing is its evaluation", state="starting")
+        if self.prepared.problems and self.state.summary.get("evaluation_fingerprint") != evaluation_fingerprint(
+            self.config
+        ):
+            self._load_rollouts(self.config)
+            self._evaluate_untrained()
+            self.pools.stop()
+        final = self.config.model.model_copy(update={"path": str(self.checkpoints.final)})
+        self._load_rollouts(self.config.model_copy(update={"model": final}))
+
+    def _load_rollouts(self, config: RunConfig) -> None:
+        self.pools = start_pools(config, self.prepared.placement, self.calls, roles=("rollout",))
+        self.evaluator = Evaluator(self.config, self.prepared.problems, self.pools, self.calls)
 
     def _admit(self) -> None:
         """Start every rollout batch that the staleness bound allows."""
-        while self.admitted < len(self.batches) and self.admitted - self.version <= self.config.pipeline.staleness:
-            self.in_flight.append(self._start(self.admitted))
-            self.admitted += 1
+        while len(self.in_flight) <= self.config.pipeline.staleness:
+            index = self.state.batches + len(self.in_flight)
+            if index == len(self.batches):
+                return
+            self.in_flight.append(self._start_batch(index))
 
-    def _start(self, index: int) -> RolloutBatch:
+    def _start_batch(self, index: int) -> RolloutBatch:
         config = self.config
         block_size = block_size_at(config, index, self.state.feedback)
         limit = response_limit(config.curriculum, index, block_size, self.state.feedback.gates)
         share = offline_share(config.objective.source, index)
-        samples = config.rollout.samples_per_prompt
-        prompts = with_responses(self.batches[index], share, self.responses, samples, config.seed)
+        samples, responses = config.rollout.samples_per_prompt, self.prepared.prompts.responses
+        prompts = with_responses(self.batches[index], share, responses, samples, config.seed)
         unmasking = unmasking_at(config.rollout, index)
-        return RolloutBatch(index, prompts, config.rollout, limit, block_size, unmasking, self.pools, self.status.heard)
-
-    def _show(self, batch: RolloutBatch) -> None:
-        self.progress.stage("rollout", batch.streamed_rows, len(batch.expected))
-        self.progress.stage("teacher", batch.finished_rows, len(batch.expected))
-        self.status.working(set(batch.waited_for()))
+        return RolloutBatch(index, prompts, config.rollout, limit, block_size, unmasking, self.pools, self.calls)
 
     def _check(self, batch: RolloutBatch) -> None:
         """Every (ordinal, sample) exactly once, and none older than the staleness bound."""
@@ -236,32 +266,28 @@ class Pipeline:
             )
 
     def _learn(self, batch: RolloutBatch) -> dict[str, float]:
+        """All updates on the oldest batch, which is then no longer in flight; returns what the learner measured."""
         spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
-        results = self._on_ranks("train", "training", batch.refs, self.state.updates, self.run_updates, spool)
-        self.state.updates += int(results[0]["updates"])
-        return results[0]
+        learner: dict[str, float]
+        learner = self._on_ranks("train", "training", batch.refs, self.state.updates, self.run_updates, spool)[0]
+        self.state.updates += int(learner["updates"])
+        self.state.block_size = batch.block_size
+        self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
+        self.in_flight.popleft()
+        self.state.batches += 1
+        return learner
 
-    def _keep_samples(self, index: int) -> None:
-        """A few rollouts of the batch for the trajectory viewer, at times."""
-        if self.config.dashboard.rollouts and self.rollout_log.due:
-            rank = self.pools.ranks[0]
-            timeout = self.config.pipeline.stage_timeout_s
-            samples = wait_all({rank.rollout_samples.remote(): "learner-0"}, "giving samples", timeout)
-            self.rollout_log.add(index, samples[0])
-
-    def _publish(self, version: int) -> dict[str, float]:
-        """Publish `version`, queue it on every rollout actor, and behind it the next batch, where nothing else comes
-        first; at staleness 0 all have loaded it on return."""
+    def _publish(self) -> dict[str, float]:
+        """Publish the newest version, queue it on every rollout actor, and behind it the next batch, where nothing else
+        comes first; at staleness 0 all have loaded it on return."""
         start = time.perf_counter()
         self._collect_acknowledgements()  # of the version before, queued behind rollouts that are trained on by now
-        self.version = version
         handle = self._on_ranks("publish", "publishing weights", self.version)[0]
         for actor, name in self._named(self.pools.rollouts):
             self.acknowledgements[actor.fetch_weights.remote(handle)] = name
-            self.acknowledgements[actor.swap_weights.remote(version)] = name
-        self.queued_version = version
+            self.acknowledgements[actor.swap_weights.remote(self.version)] = name
         self.batch_metrics.ask(self.pools.rollouts)
-        if not self._evaluation_due(version) and not self.stop.requested:
+        if not self._evaluation_due() and not self.stop.requested:
             self._admit()
         if self.config.pipeline.staleness == 0:
             self._collect_acknowledgements()
@@ -269,79 +295,76 @@ class Pipeline:
 
     def _collect_acknowledgements(self) -> None:
         """Every rollout actor confirms that it has fetched, and runs, the version that was last queued on it."""
-        timeout = self.config.pipeline.stage_timeout_s
-        versions = wait_all(self.acknowledgements, "loading weights", timeout)
-        for name, version in zip(self.acknowledgements.values(), versions, strict=True):
-            if version != self.queued_version:
-                raise WorkerError(f"{name} runs weights version {version}, expected {self.queued_version}")
-            self.status.heard(name, weights_version=version)
+        names = list(self.acknowledgements.values())
+        versions = self.calls.wait(self.acknowledgements, "loading weights", background=self.in_flight)
+        for name, version in zip(names, versions, strict=True):
+            if version != max(versions):
+                raise WorkerError(f"{name} runs weights version {version}, expected {max(versions)}")
+            self.observers.heard(name, weights_version=version)
         self.acknowledgements = {}
 
     def _on_ranks(self, method: str, action: str, *arguments: Any) -> list[Any]:
         """Call all ranks together; batches in flight go on meanwhile."""
-
         calls = {getattr(actor, method).remote(*arguments): name for actor, name in self._named(self.pools.ranks)}
-        others = {name for batch in self.in_flight for name in batch.waited_for()}
-        self.status.working({*calls.values(), *others}, learner=action)
-        results = wait_all(calls, action, self.config.pipeline.stage_timeout_s, self._advance, self._arriving)
+        results = self.calls.wait(calls, action, background=self.in_flight)
         for name in calls.values():
-            self.status.heard(name, weights_version=self.version)
+            self.observers.heard(name, weights_version=self.version)
         return results
-
-    def _advance(self) -> None:
-        advance(self.in_flight)
-
-    def _arriving(self) -> list[Any]:
-        return [item for batch in self.in_flight for item in batch.waiting]
 
     def _named(self, actors: list[Any]) -> list[tuple[Any, str]]:
         names = self.pools.names()
         return [(actor, names[actor]) for actor in actors]
 
-    def _evaluation_due(self, done: int) -> bool:
-        return self.evaluator.due(done, last=done == len(self.batches))
+    def _rollout_samples(self) -> list[dict[str, Any]]:
+        calls = {self.pools.ranks[0].rollout_samples.remote(): "learner-0"}
+        samples: list[dict[str, Any]] = self.calls.wait(calls, "giving samples", shown=False)[0]
+        return samples
 
-    def _evaluate(self, done: int) -> dict[str, float]:
-        """The held-out metrics where it is time for them."""
-        if self.stop.requested or not self._evaluation_due(done):
+    def _evaluation_due(self) -> bool:
+        return self.evaluator.due(self.state.batches, last=self.state.batches == len(self.batches))
+
+    def _evaluate(self) -> dict[str, float]:
+        """The metrics of the held-out problems where it is time for them and nobody asks the run to stop."""
+        if not self._evaluation_due():
             return {}
-        self.status.state("evaluating", f"evaluating after {done} batches")
-        metrics = self.evaluator.metrics(self.state.block_size, self._advance)
-        self.progress.note(
+        done = self.state.batches
+        self.observers.note(f"evaluating after {done} batches", "detail", "evaluating")
+        try:
+            metrics = self.evaluator.metrics(self.state.block_size, self.in_flight)
+        except StopRequested:  # the batch is trained on all the same, and its row must be logged
+            return {}
+        self.observers.note(
             f"after {done} batches: exact match {metrics['eval/exact_match']:.1%}, "
-            f"{metrics['eval/tokens_per_step']:.2f} tokens per step"
+            f"{metrics['eval/tokens_per_step']:.2f} tokens per step",
+            state="training",
         )
         return metrics
 
-    def _after_batch(self, done: int) -> bool:
-        """Checkpoint where it is time, and tell whether; end here if a stop was asked for."""
-        if self.stop.requested:
-            self._stop()
-        every = self.config.pipeline.checkpoint_every_batches
-        last = done == len(self.batches)
-        due = bool(every and done % every == 0 and not last)
-        if due:
-            self._save(self._batch_name())
-        return due
-
-    def _stop(self) -> NoReturn:
-        """The learner stands between two batches: save, and end with the signal's status."""
-        done = self.state.batches
-        self.in_flight.clear()  # their rollouts are made again
-        self._note(f"asked to stop: saving a checkpoint after {done} batches", "saving")
-        if not (self.checkpoints.folder / self._batch_name()).exists():
-            self._save(self._batch_name())
-        raise self.stop.error(f"stopped after {done} of {len(self.batches)} batches; go on with --resume auto")
+    def _checkpoint_due(self) -> bool:
+        """The final checkpoint takes the place of one after the last batch."""
+        every, done = self.config.pipeline.checkpoint_every_batches, self.state.batches
+        return bool(every and done % every == 0 and done < len(self.batches))
 
     def _batch_name(self) -> str:
         return f"batch-{self.state.batches:06d}"
 
     def _save(self, name: str) -> None:
         """A checkpoint; the final one holds the model only."""
-        self.status.state("saving", f"saving checkpoint {name}")
+        self.observers.note(f"saving checkpoint {name}", "detail", "saving")
         partial = self.checkpoints.begin(name)
+        resume = None if name == FINAL else partial / "resume"
         block_size = self.state.block_size or self.config.block_size
-        self._on_ranks(
-            "save", "saving a checkpoint", partial, None if name == "final" else partial / "resume", block_size
-        )
-        self.checkpoints.finish(name, self.state)
+        self._on_ranks("save", "saving a checkpoint", partial, resume, block_size)
+        self.checkpoints.finish(name, self.state, self.observers)
+        self.observers.note("training", "detail", "training")
+
+    def _stop(self) -> NoReturn:
+        """End with the signal's status; what was trained is in a checkpoint first."""
+        done, of = self.state.batches, len(self.batches)
+        if self.checkpoints.has(FINAL):
+            raise self.stop.error("stopped after training; --resume auto evaluates the trained student") from None
+        if self.pools.ranks and done and not self.checkpoints.has(self._batch_name()):
+            self.in_flight.clear()  # their rollouts are made again
+            self.observers.note(f"asked to stop: saving a checkpoint after {done} batches", state="saving")
+            self._save(self._batch_name())
+        raise self.stop.error(f"stopped after {done} of {of} batches; go on with --resume auto") from None

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from common.config.errors import ConfigError
+from common.config.fingerprint import evaluation_fingerprint, fingerprint
 from common.config.run import DataConfig, RunConfig
 from common.grid import grid_ceil, grid_floor
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
-from deploy.checkpoints import check_same_run, copy_target
+from deploy.checkpoints import FINAL, Checkpoints, RunState, check_same_run, copy_target
 from deploy.dashboard.process import free_port, read_token
 from deploy.model_checks import check_model_folder, check_models
-from deploy.placement import check_resources, object_store_mib, on_cluster, plan
+from deploy.placement import Placement, check_resources, object_store_mib, on_cluster, plan
 
 _ANY_LENGTH = 10**9
 
 
-def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> tuple[PromptSet, list[Prompt]]:
-    """All checks of a run; returns its prompts and held-out problems, so that nothing is read twice.
+@dataclass(frozen=True)
+class PreparedRun:
+    """What the checks before a start have found and the run goes on with, so that nothing is read or planned twice.
+
+    `positions`: tokens that both models can read. `object_store_mib`: None on a cluster, which has its own.
+    `checkpoint`: folder and counters from which the run goes on; None: from the start.
+    """
+
+    config: RunConfig
+    placement: Placement
+    object_store_mib: int | None
+    tokenizer: Any
+    positions: int
+    prompts: PromptSet
+    problems: list[Prompt]
+    checkpoint: tuple[Path, RunState] | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the training is finished, so that only its evaluation is left."""
+        return self.checkpoint is not None and self.checkpoint[0].name == FINAL
+
+
+def prepare(config: RunConfig, overwrite: bool = False, resume: bool = False) -> PreparedRun:
+    """All checks of a run, and what they found.
 
     Raises:
         ConfigError: the run cannot start as configured.
@@ -29,16 +55,36 @@ def check(config: RunConfig, overwrite: bool = False, resume: bool = False) -> t
     check_run_dir(config, overwrite, resume)
     check_model_folder("model.path", config.model.path)
     check_model_folder("teacher.path", config.teacher_path)
-    check_processes(config)
+    placement = plan(config)
+    check_processes(config, placement)
     if config.pipeline.copy_checkpoints_to:
         copy_target(config.pipeline.copy_checkpoints_to)
     if config.dashboard.enabled:
         read_token(config.dashboard.token_file)
         free_port(config.dashboard.host, config.dashboard.port)
-    tokenizer, limit = check_models(config)
+    tokenizer, positions = check_models(config)
     prompts, problems = read_prompts(config, tokenizer)
-    _check_lengths(config, prompts, problems, limit)
-    return replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts)), problems
+    _check_lengths(config, prompts, problems, positions)
+    return PreparedRun(
+        config=config,
+        placement=placement,
+        object_store_mib=None if on_cluster(config) else object_store_mib(config, placement),
+        tokenizer=tokenizer,
+        positions=positions,
+        prompts=replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts)),
+        problems=problems,
+        checkpoint=Checkpoints(config).latest() if resume else None,
+    )
+
+
+def finished_summary(config: RunConfig) -> dict[str, Any]:
+    """`summary.json` of the run's folder if this very config was trained and evaluated there, else an empty one."""
+    file = config.run_dir / "summary.json"
+    if not file.is_file():
+        return {}
+    summary: dict[str, Any] = json.loads(file.read_text())
+    found = [summary.get(name) for name in ("config_fingerprint", "evaluation_fingerprint")]
+    return summary if found == [fingerprint(config), evaluation_fingerprint(config)] else {}
 
 
 def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
@@ -66,7 +112,7 @@ def clear_run_dir(config: RunConfig) -> None:
     shutil.rmtree(config.run_dir, ignore_errors=True)
 
 
-def check_processes(config: RunConfig) -> None:
+def check_processes(config: RunConfig, placement: Placement) -> None:
     """Refuse processes that cannot run here: missing CPUs, GPUs, teacher engine or Weights & Biases client."""
     if config.wandb.enabled and find_spec("wandb") is None:
         raise ConfigError("wandb.enabled: 'wandb' is not installed; install opdlm[wandb], or use --wandb.enabled false")
@@ -82,9 +128,7 @@ def check_processes(config: RunConfig) -> None:
             "teacher.backend: 'vllm' is not installed; install opdlm[cpu] or opdlm[cuda], "
             "or use --teacher.backend transformers"
         )
-    placement = plan(config)
     check_resources(placement, config.ray.num_cpus or os.cpu_count() or 1, _local_gpus() if placement.gpus else 0)
-    object_store_mib(config, placement)
 
 
 def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Prompt]]:

@@ -38,7 +38,7 @@ from common.trajectory import finish_reason
 from deploy import preflight
 from deploy.cluster import connect
 from deploy.errors import StuckError
-from deploy.remote_calls import result_of, wait_all
+from deploy.remote_calls import RemoteCalls
 
 _CHUNK = 64  # prompts of one call, and of one part
 
@@ -147,7 +147,9 @@ def _generated(
     count = min(config.teacher.actors, len(chunks))
     actor_class = as_remote(config)
     names = {actor_class.remote(config.teacher, config.teacher_path, config.seed): f"teacher-{i}" for i in range(count)}
-    wait_all({a.ready.remote(): n for a, n in names.items()}, "loading models", config.pipeline.start_timeout_s)
+    calls = RemoteCalls(config.pipeline.stage_timeout_s)
+    ready = {actor.ready.remote(): name for actor, name in names.items()}
+    calls.wait(ready, "loading models", timeout_s=config.pipeline.start_timeout_s)
     idle, waiting = list(names), list(chunks)
     running: dict[ray.ObjectRef, tuple[Any, int]] = {}
     while waiting or running:
@@ -155,13 +157,13 @@ def _generated(
             actor, index = idle.pop(), waiting.pop(0)
             requests = [ResponseRequest(p.ordinal, s, p.ids) for p in chunks[index] for s in range(samples)]
             running[actor.respond.remote(requests, sampling)] = actor, index
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=config.pipeline.stage_timeout_s)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=calls.timeout_s)
         if not ready:
             stuck = ", ".join(sorted(names[actor] for actor, _ in running.values()))
-            raise StuckError(f"no responses from {stuck} within {config.pipeline.stage_timeout_s:.0f} s")
+            raise StuckError(f"no responses from {stuck} within {calls.timeout_s:.0f} s")
         actor, index = running.pop(ready[0])
         idle.append(actor)
-        yield index, result_of(ready[0], names[actor], "generating responses")
+        yield index, calls.result(ready[0], names[actor], "generating responses")
 
 
 def _table(

@@ -1,9 +1,10 @@
-"""One rollout batch in flight: from prompts to record batches with targets. Only references move here."""
+"""Rollout batches in flight: from prompts to record batches with targets. Only references move here."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -13,9 +14,10 @@ from common.prompts import Prompt
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
 from deploy.errors import StuckError
-from deploy.remote_calls import last_heard, result_of
+from deploy.remote_calls import RemoteCalls
 
 _POLL_SECONDS = 0.2
+ROLLOUTS, TARGETS = "generating", "computing targets"  # what actors do for a batch
 
 
 class RolloutBatch:
@@ -35,9 +37,8 @@ class RolloutBatch:
         block_size: int,
         unmasking: Unmasking,
         pools: Pools,
-        heard: Callable[[str], None] = lambda name: None,
+        calls: RemoteCalls,
     ) -> None:
-        """`heard` is called with the name of an actor that delivered."""
         self.index = index
         self.max_new_tokens = max_new_tokens
         self.block_size = block_size
@@ -50,7 +51,7 @@ class RolloutBatch:
         self.rollouts_done = self.targets_done = 0.0
         self.peak_teacher_queue = 0
         self._pools = pools
-        self._heard = heard
+        self._calls = calls
         self._stream_rows = rollout.stream_rows
         self._names = pools.names()
         self._streams: dict[Any, str] = {}
@@ -108,15 +109,13 @@ class RolloutBatch:
             elif item in self._annotating:
                 self._raise_failed_streams()  # a failed stream's last batch makes its teacher call fail too
                 batch, name = self._annotating.pop(item)
-                self.infos.append(result_of(item, name, "computing targets"))
-                self._heard(name)
+                self.infos.append(self._calls.result(item, name, TARGETS))
                 self.refs.append(batch)
                 self._load[self._of_teacher.pop(item)] -= 1
                 if self.done:
                     self.targets_done = time.time()
 
     def _take_from(self, generator: Any) -> None:
-        self._heard(self._generators[generator])
         batch = next(generator, None)
         if batch is None:
             del self._generators[generator]
@@ -124,7 +123,7 @@ class RolloutBatch:
                 self.rollouts_done = self.targets_done = time.time()
                 self._raise_failed_streams()
             return
-        last_heard[self._streams[generator]] = time.time()
+        self._calls.observers.heard(self._streams[generator])
         if not self._pools.teachers:
             self._take_finished(generator, batch)
             return
@@ -140,55 +139,85 @@ class RolloutBatch:
         info = next(generator, None)
         if info is None:
             self._raise_failed_streams()
-        self.infos.append(result_of(info, self._generators[generator], "generating rollouts"))
+        self.infos.append(self._calls.result(info, self._generators[generator], ROLLOUTS))
         self.refs.append(batch)
 
     def _raise_failed_streams(self) -> None:
         ended = {stream.completed(): name for stream, name in self._streams.items()}
         ready, _ = ray.wait(list(ended), num_returns=len(ended), timeout=0)
         for ref in ready:
-            result_of(ref, ended[ref], "generating rollouts")
+            self._calls.result(ref, ended[ref], ROLLOUTS)
 
-    def waited_for(self) -> list[str]:
-        """Names of the actors that this batch waits for."""
-        return [*self._generators.values(), *(name for _, name in self._annotating.values())]
+    @property
+    def working(self) -> dict[str, str]:
+        """The actors that this batch waits for, and what they do."""
+        teachers = {name for _, name in self._annotating.values()}
+        return dict.fromkeys(self._generators.values(), ROLLOUTS) | dict.fromkeys(teachers, TARGETS)
 
 
-def advance(batches: Sequence[RolloutBatch]) -> None:
-    """Handle all that is ready now, without waiting.
+class RolloutsInFlight:
+    """The rollout batches that are under way, oldest first: the `Background` of all other waits."""
 
-    Raises:
-        WorkerError: a worker failed.
-    """
-    waiting = [item for batch in batches for item in batch.waiting]
-    if waiting:
-        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        for batch in batches:
+    def __init__(self) -> None:
+        self._batches: deque[RolloutBatch] = deque()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        return iter(self._batches)
+
+    def append(self, batch: RolloutBatch) -> None:
+        self._batches.append(batch)
+
+    def popleft(self) -> RolloutBatch:
+        return self._batches.popleft()
+
+    def clear(self) -> None:
+        self._batches.clear()
+
+    @property
+    def waiting(self) -> list[Any]:
+        return [item for batch in self._batches for item in batch.waiting]
+
+    @property
+    def working(self) -> dict[str, str]:
+        return {name: work for batch in self._batches for name, work in batch.working.items()}
+
+    def advance(self) -> None:
+        """Handle all that is ready now, without waiting.
+
+        Raises:
+            WorkerError: a worker failed.
+        """
+        if waiting := self.waiting:
+            self._handle(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])
+
+    def finish_oldest(self, calls: RemoteCalls) -> RolloutBatch:
+        """Advance all batches until the oldest is done; it stays in flight until it is trained on.
+
+        Raises:
+            StuckError: nothing moved within the deadline; names the actors that were waited for.
+            WorkerError: a worker failed.
+            StopRequested: the run was asked to stop.
+        """
+        oldest = self._batches[0]
+        moved = time.perf_counter()
+        while not oldest.done:
+            calls.stop.check()
+            ready, _ = ray.wait(self.waiting, num_returns=1, timeout=_POLL_SECONDS)
+            self._handle(ready)
+            rows = len(oldest.expected)
+            calls.observers.active(
+                self.working, {"rollout": (oldest.streamed_rows, rows), "teacher": (oldest.finished_rows, rows)}
+            )
+            if ready:
+                moved = time.perf_counter()
+            elif time.perf_counter() - moved > calls.timeout_s:
+                names = ", ".join(sorted(self.working))
+                raise StuckError(f"rollout batch {oldest.index}: nothing from {names} for {calls.timeout_s:.0f} s")
+        return oldest
+
+    def _handle(self, ready: list[Any]) -> None:
+        for batch in self._batches:
             batch.advance(ready)
-
-
-def drive(
-    batches: list[RolloutBatch],
-    target: RolloutBatch,
-    timeout_s: float,
-    show: Callable[[RolloutBatch], None],
-    stopping: Callable[[], bool],
-) -> None:
-    """Advance all batches until `target` is done, or `stopping()` holds; `show` is called with it meanwhile.
-
-    Raises:
-        StuckError: nothing moved for `timeout_s`; names the actors that were waited for.
-        WorkerError: a worker failed.
-    """
-    last_progress = time.perf_counter()
-    while not target.done and not stopping():
-        waiting = [item for batch in batches for item in batch.waiting]
-        ready, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_SECONDS)
-        for batch in batches:
-            batch.advance(ready)
-        show(target)
-        if ready:
-            last_progress = time.perf_counter()
-        elif time.perf_counter() - last_progress > timeout_s:
-            names = ", ".join(sorted({name for batch in batches for name in batch.waited_for()}))
-            raise StuckError(f"rollout batch {target.index}: nothing from {names} for {timeout_s:.0f} s")

@@ -11,6 +11,10 @@ from deploy.errors import Stopped
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class StopRequested(Exception):  # noqa: N818 (no error: the run ends as it was asked to)
+    """Leaves what is under way when the run was asked to stop."""
+
+
 class StopSignals:
     """Notes the first signal; a second Ctrl-C interrupts at once.
 
@@ -23,6 +27,13 @@ class StopSignals:
     @property
     def requested(self) -> bool:
         return self.received != 0
+
+    def check(self) -> None:
+        """Raises:
+        StopRequested: a signal has come.
+        """
+        if self.requested:
+            raise StopRequested
 
     def error(self, message: str) -> Stopped:
         return Stopped(message, 128 + self.received)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from common.config.errors import ConfigError, explain
 from common.config.fields import default_tag, is_tag, path_fields, place_of
 from common.config.paths import expanded
-from common.config.renamed import old_names
+from common.config.renamed import old_names, with_new_names
 from common.config.run import RunConfig
 from common.config.section import as_typed, plain_types
 from common.config.shown import shown
@@ -53,6 +53,18 @@ def load_config(source: str, overrides: list[str] | Mapping[str, Any] | None = N
     if renamed := old_names(raw):
         raise ConfigError("\n".join(renamed))
     return _with_shipped_paths(validated(RunConfig, raw))
+
+
+def load_resolved(file: Path) -> RunConfig:
+    """The configuration that a run has written, maybe one of an earlier release with other names.
+
+    Raises:
+        ConfigError: the file is not YAML, or this release cannot read it.
+    """
+    try:
+        return validated(RunConfig, with_new_names(read_yaml(file)))
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def validated(section: type[_Section], raw: dict[str, Any]) -> _Section:

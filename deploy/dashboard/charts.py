@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.monitoring.metrics import METRICS
-
-ROLES = ("rollout", "teacher", "learner")
+from deploy.roles import ROLES
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 
 from common.config.errors import ConfigError
 from common.config.renamed import RUN_FILES
-from deploy.dashboard.charts import ROLES
 from deploy.dashboard.decimation import min_max, moving_average
 from deploy.monitoring.metrics import METRICS
+from deploy.roles import ROLES, STAGES
 
 _RECENT_BATCHES = 10  # shares and bottleneck are means over these
 _OLD_SECONDS = 15.0  # status.json is written every second
@@ -79,10 +79,9 @@ class RunReader:
             role: {kind: _number(float(np.mean(recent[f"{kind}/{role}"]))) for kind in ("busy", "waiting", "blocked")}
             for role in ROLES
         }
-        stages = (*ROLES, "publish")
         wall = max(sum(recent["seconds/batch"]), 1e-9)
-        parts = {stage: sum(recent[f"seconds/{stage}"]) / wall for stage in stages}
-        slowest = max(stages, key=lambda stage: parts[stage])
+        parts = {stage: sum(recent[f"seconds/{stage}"]) / wall for stage in STAGES}
+        slowest = max(STAGES, key=lambda stage: parts[stage])
         return {"roles": shares, "bottleneck": slowest, "bottleneck_share": _number(min(parts[slowest], 1.0))}
 
     def series(

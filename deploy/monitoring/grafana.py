@@ -91,7 +91,7 @@ def _first_row() -> list[tuple[str, str, str, str]]:
         ("Last answer", "s", "since any actor answered", f"time() - {_of_run('actor_heard')}"),
         ("Last batch", "s", "since a batch was logged", f"time() - {_of_run('time')}"),
         ("KL now", METRICS["kl"].unit, METRICS["kl"].meaning, _of_run("kl")),
-        ("Dropped prompts", "share", "of all prompts", f"({dropped} or {prompts} * 0) / {prompts}"),
+        ("Dropped prompts", "share", "of the prompts read", f"({dropped} or {prompts} * 0) / {prompts}"),
     ]
 
 

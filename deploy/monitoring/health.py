@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 _WATCHED = ("loss", "kl", "grad_norm")
 _HISTORY = 20
@@ -15,11 +17,11 @@ class Health:
     """Looks at every batch's metrics beside those of the last twenty."""
 
     def __init__(self) -> None:
-        self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
+        self._history: deque[Mapping[str, Any]] = deque(maxlen=_HISTORY)
         self._lowest_kl = math.inf
         self._last: dict[str, float] = {}
 
-    def warnings(self, metrics: dict[str, float]) -> list[str]:
+    def warnings(self, metrics: Mapping[str, Any]) -> list[str]:
         """What deserves a look in this batch; one line each, with the numbers."""
         found = {f"{name} not finite": f"{name} is {metrics[name]}" for name in _WATCHED if not_finite(metrics[name])}
         if len(self._history) == _HISTORY:
@@ -30,7 +32,7 @@ class Health:
         self._last |= dict.fromkeys(due, batch)
         return [f"batch {batch:.0f}: {text}" for text in due.values()]
 
-    def _against_history(self, metrics: dict[str, float]) -> dict[str, str]:
+    def _against_history(self, metrics: Mapping[str, Any]) -> dict[str, str]:
         found = {}
         usual = median(m["seconds/batch"] for m in self._history)
         if metrics["seconds/batch"] > 4 * usual:

@@ -19,8 +19,8 @@ class LiveSpec:
 
 LIVE_METRICS: dict[str, LiveSpec] = {
     "batches": LiveSpec("", "rollout batches that the run will have in the end"),
-    "prompts": LiveSpec("", "prompts of the run, over all epochs"),
-    "dropped_prompts": LiveSpec("", "prompts left out when the run began", label="reason"),
+    "prompts": LiveSpec("", "prompts read in one pass over the files, those left out too"),
+    "dropped_prompts": LiveSpec("", "prompts left out of every pass", label="reason"),
     "not_finite": LiveSpec("", "1 where a metric of the last batch was NaN or infinite, else 0", label="metric"),
     "actor_heard": LiveSpec("s", "Unix time at which an actor last answered", label="actor"),
 }

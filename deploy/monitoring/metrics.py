@@ -1,12 +1,8 @@
-"""The run's metrics: one registry of names, and one log that writes them as JSON lines and TensorBoard events."""
+"""The run's metrics: one registry of names, units and meanings."""
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
 
 
 @dataclass(frozen=True)
@@ -81,45 +77,3 @@ METRICS: dict[str, MetricSpec] = {
     "eval/tokens_per_second": _evaluated("tokens/s", "response tokens per busy second of one rollout actor"),
     "seconds/evaluation": MetricSpec("s", "wall time of the evaluation, not part of seconds/batch", optional=True),
 }
-
-
-class RunLog:
-    """Appends to `metrics.jsonl` (one object per rollout batch) and to TensorBoard events in `tensorboard/`.
-
-    Every object has all names of METRICS, in that order; an optional one that was not measured is null. TensorBoard
-    drops what an earlier part of the run logged from batch `first` on: it is trained again.
-    """
-
-    def __init__(self, run_dir: Path, first: int = 0) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / "metrics.jsonl"
-        self._events_dir = run_dir / "tensorboard"
-        self._first = first
-
-    def __enter__(self) -> RunLog:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._file: IO[str] = self._path.open("a")
-        self._events = SummaryWriter(str(self._events_dir), purge_step=self._first or None)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-        self._events.close()
-
-    def batch(self, metrics: dict[str, float]) -> None:
-        """Log one rollout batch; optional metrics may be left out.
-
-        Raises:
-            KeyError: a metric is not in METRICS, or one that is not optional is missing.
-        """
-        metrics = {**metrics, "time": time.time()}
-        required = {name for name, spec in METRICS.items() if not spec.optional}
-        if wrong := (metrics.keys() - METRICS.keys()) | (required - metrics.keys()):
-            raise KeyError(f"metrics differ from the registry: {sorted(wrong)}")
-        self._file.write(json.dumps({name: metrics.get(name) for name in METRICS}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name not in ("batch", "time"):
-                self._events.add_scalar(name, value, int(metrics["batch"]))
-        self._events.flush()

@@ -3,82 +3,75 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-_STAGES = ("rollout", "teacher", "learner", "publish")
+from deploy.monitoring.observer import Note, Observer
+from deploy.monitoring.pace import Pace
+from deploy.roles import ROLES, STAGES
+
 _LABEL_WIDTH, _BAR_WIDTH = 12, 40
+_STYLES = {"info": "", "warning": "yellow", "error": "bold red"}
 
 
-class Progress:
-    """A live display on a terminal, one plain line per rollout batch elsewhere."""
+class Progress(Observer):
+    """A live display on a terminal, one plain line per rollout batch elsewhere. Notes stay in the scroll-back."""
 
-    def __init__(self, total_batches: int, name: str, console: Console | None = None) -> None:
+    def __init__(self, total_batches: int, name: str, done: int = 0, console: Console | None = None) -> None:
         self.console = console or Console()
-        self.total = total_batches
-        self.metrics: dict[str, float] = {}
-        self.started = self.training_started = time.monotonic()
-        self.first: tuple[float, int] | None = None  # when the first batch of this process was through, and its number
+        self.metrics: Mapping[str, Any] = {}
+        self.started = time.monotonic()
         label = TextColumn(f"{{task.description:>{_LABEL_WIDTH}}}")
         count = MofNCompleteColumn()
+        left = TextColumn("left {task.fields[left]}")
         self._run_bar = Bars(
-            label, BarColumn(_BAR_WIDTH), count, TextColumn("batches"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
+            label, BarColumn(_BAR_WIDTH), count, TextColumn("batches"), TimeElapsedColumn(), left
         )  # fmt: skip
-        self._run = self._run_bar.add_task(name, total=total_batches, start=False)
+        self._run = self._run_bar.add_task(name, total=total_batches, completed=done, left="-:--:--")
         self._stage_bars = Bars(label, BarColumn(_BAR_WIDTH), count, TextColumn("trajectories of this batch"))
         self._stages: dict[str, Any] = {}
         self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def end(self, error: BaseException | None) -> None:
         if self._live.is_started:
             self._live.stop()
 
-    def stage(self, stage: str, done: int, total: int) -> None:
-        """Trajectories of the current batch that are through a stage."""
-        if stage not in self._stages:
-            self._stages[stage] = self._stage_bars.add_task(stage)
-        self._stage_bars.update(self._stages[stage], completed=done, total=total)
+    def note(self, note: Note) -> None:
+        if note.level != "detail":
+            seconds = (f"{time.monotonic() - self.started:7.1f} s", "dim")
+            self.console.print(Text.assemble(seconds, "  ", (note.text, _STYLES[note.level])), soft_wrap=True)
 
-    def training(self) -> None:
-        """The first rollout batch begins: the expected end counts from here."""
-        self.training_started = time.monotonic()
-        self._run_bar.start_task(self._run)
+    def active(self, working: Mapping[str, str], stages: Mapping[str, tuple[int, int]]) -> None:
+        for stage, (done, total) in stages.items():
+            if stage not in self._stages:
+                self._stages[stage] = self._stage_bars.add_task(stage)
+            self._stage_bars.update(self._stages[stage], completed=done, total=total)
 
-    def batch(self, metrics: dict[str, float]) -> None:
-        """A rollout batch is through; `metrics` as in deploy/monitoring/metrics.py."""
+    def batch(self, metrics: Mapping[str, Any], pace: Pace) -> None:
         self.metrics = metrics
-        done = int(metrics["batch"]) + 1
-        now = time.monotonic()
-        started, before = self.first or (self.training_started, done - 1)
-        self.first = self.first or (now, done)
-        self._run_bar.update(self._run, completed=done)
+        left = timedelta(seconds=round(pace.seconds_left or 0))
+        self._run_bar.update(self._run, completed=pace.done, left=str(left))
         if not self.console.is_terminal:
-            per_batch = (now - started) / (done - before)  # from the second on without the first, which compiles
-            rates = "  ".join(f"{s} {metrics[f'{s}/tokens_per_second']:.0f} tok/s" for s in _STAGES[:3])
-            left = timedelta(seconds=round(per_batch * (self.total - done)))
-            times = f"{metrics['seconds/batch']:.2f} s  left {left}"
+            rates = "  ".join(f"{role} {metrics[f'{role}/tokens_per_second']:.0f} tok/s" for role in ROLES)
             self.console.print(
-                f"batch {done}/{self.total}  {self._headline()}  {rates}  {times}",
+                f"batch {pace.done}/{pace.batches}  {self._headline()}  {rates}  "
+                f"{metrics['seconds/batch']:.2f} s  left {left}",
                 soft_wrap=True,
                 highlight=False,
             )
-
-    def note(self, text: str) -> None:
-        """What happens now; stays visible in a terminal's scroll-back too."""
-        self.console.print(Text.assemble((f"{time.monotonic() - self.started:7.1f} s", "dim"), f"  {text}"))
 
     def _headline(self) -> str:
         m = self.metrics
@@ -97,7 +90,7 @@ class Progress:
         table = Table(box=None, padding=(0, 2))
         for column in ("last batch", "tokens/s", "seconds", "of wall time"):
             table.add_column(column, justify="left" if column == "last batch" else "right")
-        for stage in _STAGES:
+        for stage in STAGES:
             rate, seconds = m.get(f"{stage}/tokens_per_second"), m[f"seconds/{stage}"]
             share = seconds / max(m["seconds/batch"], 1e-9)
             table.add_row(stage, "" if rate is None else f"{rate:,.0f}", f"{seconds:.2f}", f"{share:.0%}")

@@ -6,20 +6,21 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from ray.util.metrics import Gauge
 
 from deploy.monitoring.live_metrics import LIVE_METRICS, help_text, ray_name
 from deploy.monitoring.metrics import METRICS
-from deploy.remote_calls import last_heard
+from deploy.monitoring.observer import Observer
+from deploy.monitoring.pace import Pace
 
 # Ray forgets a gauge that was not recorded for two of its report intervals, of 10 s by default
 _RECORD_SECONDS = 2.0
 _WATCHED = ("loss", "kl", "grad_norm")
 
 
-class RayMetrics:
+class RayMetrics(Observer):
     """Gauges named `opdlm_...` (`ray_opdlm_...` in Prometheus) with the label `run`; one per entry of both registries.
 
     Gauges and not counters: what adds up over a run goes on from its checkpoint when the run does. Entered after
@@ -27,6 +28,7 @@ class RayMetrics:
     """
 
     def __init__(self, run: str, batches: int, prompts: int, dropped: Mapping[str, int]) -> None:
+        """`dropped` of the `prompts` read in one pass over the files were left out, by reason."""
         self._gauges = {name: _gauge(name, run) for name in (*METRICS, *LIVE_METRICS)}
         self._values: dict[tuple[str, str], float] = {}  # by metric and the value of its label
         self._set("batches", batches)
@@ -36,15 +38,18 @@ class RayMetrics:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_recording, name="ray-metrics", daemon=True)
 
-    def __enter__(self) -> RayMetrics:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def end(self, error: BaseException | None) -> None:
         self._stop.set()
         self._thread.join()
 
-    def batch(self, metrics: Mapping[str, float | None]) -> None:
+    def heard(self, actor: str, facts: Mapping[str, Any]) -> None:
+        self._set("actor_heard", facts["last_heard"], actor)
+
+    def batch(self, metrics: Mapping[str, Any], pace: Pace | None = None) -> None:
         """Show one rollout batch; a metric that was not measured keeps its last value, and so does one that is not
         finite, which Ray would not export: `not_finite` tells of it."""
         for name, value in {**metrics, "time": time.time()}.items():
@@ -59,8 +64,6 @@ class RayMetrics:
 
     def _keep_recording(self) -> None:
         while not self._stop.wait(_RECORD_SECONDS):
-            for actor, heard in list(last_heard.items()):
-                self._set("actor_heard", heard, actor)
             for (name, label), value in list(self._values.items()):
                 key = _label(name)
                 self._gauges[name].set(value, {key: label} if key else None)

@@ -8,36 +8,42 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deploy.monitoring.status import replace_text
+from deploy.files import replace_text
+from deploy.monitoring.observer import Observer
+from deploy.monitoring.pace import Pace
 
 RECENT, OLDER = 16, 16
 _WRITE_SECONDS = 2.0
 
 
-class RolloutLog:
-    """Keeps RECENT + OLDER rollouts; the file is replaced at most every two seconds."""
+class RolloutLog(Observer):
+    """Keeps RECENT + OLDER rollouts; they are asked for, and the file is replaced, at most every two seconds."""
 
-    def __init__(self, run_dir: Path, batches: int) -> None:
-        """`batches`: those that a resumed run has done; later ones in the file are dropped."""
+    def __init__(self, run_dir: Path, batches: int, samples: Callable[[], list[dict[str, Any]]]) -> None:
+        """`batches`: those that a resumed run has done; later ones in the file are dropped. `samples` gives a few
+        rollouts of the batch that was trained on last."""
+        self._samples = samples
         self._path = run_dir / "trajectories.jsonl"
         self._lines: list[tuple[int, str]] = []  # (batch, JSON)
         self._written = 0.0
         if self._path.is_file():
-            lines = [(int(json.loads(line)["batch"]), line) for line in self._path.read_text().splitlines()]
+            text = self._path.read_text()
+            lines = [(int(json.loads(line)["batch"]), line) for line in text[: text.rfind("\n") + 1].splitlines()]
             self._lines = [(batch, line) for batch, line in lines if batch < batches]
 
-    @property
-    def due(self) -> bool:
-        return time.monotonic() - self._written >= _WRITE_SECONDS
+    def batch(self, metrics: Mapping[str, Any], pace: Pace | None = None) -> None:
+        if time.monotonic() - self._written >= _WRITE_SECONDS:
+            self._add(int(metrics["batch"]), self._samples())
 
-    def add(self, batch: int, rollouts: list[dict[str, Any]]) -> None:
+    def _add(self, batch: int, rollouts: list[dict[str, Any]]) -> None:
         self._lines += [(batch, json.dumps({"batch": batch, **rollout})) for rollout in rollouts]
         while len(self._lines) > RECENT + OLDER:
             del self._lines[self._crowded()]
-        replace_text(self._path, "".join(f"{line}\n" for _, line in self._lines))
+        replace_text(self._path, "".join(f"{line}\n" for _, line in self._lines), sync=False)
         self._written = time.monotonic()
 
     def _crowded(self) -> int:

@@ -13,22 +13,22 @@ import os
 import socket
 import threading
 import time
-from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from deploy.errors import Stopped
+from deploy.files import replace_text
+from deploy.monitoring.observer import Note, Observer
+from deploy.monitoring.pace import Pace
 
 _WRITE_SECONDS = 1.0
-_RECENT_BATCHES = 20  # the expected end is computed from these
-_WORKING = {"rollout": "generating", "teacher": "computing targets"}
-_ALONE = {"evaluating": "rollout", "saving": "learner"}  # the role that works in these states
 
 
-class RunStatus:
+class RunStatus(Observer):
     """Life cycle: entered for the run; the final state is that of the exception with which it is left, if any.
 
-    The methods only note; a thread writes, so that the control loop never waits for the disk.
+    The calls only note; a thread writes, so that the control loop never waits for the disk.
     """
 
     def __init__(self, run_dir: Path, name: str, batches: int, done: int = 0) -> None:
@@ -51,84 +51,61 @@ class RunStatus:
             "expected_end": None,
         }
         self._actors: dict[str, dict[str, Any]] = {}
-        self._batch_times: deque[float] = deque(maxlen=_RECENT_BATCHES + 1)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="status", daemon=True)
 
-    def __enter__(self) -> RunStatus:
+    def __enter__(self) -> Self:
         self._write()
         self._thread.start()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    def note(self, note: Note) -> None:
+        """Its state and text are shown until the next; unless it is a detail it goes to events.jsonl too."""
+        with self._lock:
+            self._facts["progressed"] = time.time()
+            if note.state:
+                self._facts |= {"state": note.state, "detail": note.text}
+        if note.level != "detail":
+            with self._events_path.open("a") as file:
+                file.write(json.dumps({"time": time.time(), "level": note.level, "text": note.text}) + "\n")
+
+    def heard(self, actor: str, facts: Mapping[str, Any]) -> None:
+        """The first answer of an actor makes its row; another pid than before is a restart."""
+        with self._lock:
+            self._facts["progressed"] = facts["last_heard"]
+            row = self._actors.setdefault(actor, _new_row(actor))
+            row["restarts"] += facts.get("pid", row["pid"]) != row["pid"] is not None
+            row |= {name: value for name, value in facts.items() if name in row}
+
+    def active(self, working: Mapping[str, str], stages: Mapping[str, tuple[int, int]]) -> None:
+        with self._lock:
+            for name, row in self._actors.items():
+                row["state"] = working.get(name, "waiting")
+
+    def batch(self, metrics: Mapping[str, Any], pace: Pace) -> None:
+        with self._lock:
+            self._facts |= {
+                "batch": pace.done,
+                "progressed": time.time(),
+                "batch_seconds": pace.seconds_per_batch,
+                "expected_end": pace.expected_end,
+            }
+
+    def end(self, error: BaseException | None) -> None:
         self._stop.set()
         self._thread.join()
         self._facts["expected_end"] = None
+        self.active({}, {})
         if error is None:
-            self.state("finished")
+            self._facts |= {"state": "finished", "detail": ""}
         elif isinstance(error, (Stopped, KeyboardInterrupt)):
-            self.state("stopped", str(error))
-            self.event("stopped: " + str(error))
+            self._facts |= {"state": "stopped", "detail": str(error)}
+            self.note(Note(f"stopped: {error}"))
         else:
-            self.state("failed", str(error))
-            self.event(f"failed: {error}", "error")
+            self._facts |= {"state": "failed", "detail": str(error)}
+            self.note(Note(f"failed: {error}", "error"))
         self._write()
-
-    def state(self, state: str, detail: str = "") -> None:
-        """What the run does now: starting, evaluating, training, saving; in the end finished, stopped or failed."""
-        with self._lock:
-            self._facts |= {"state": state, "detail": detail, "progressed": time.time()}
-            for row in self._actors.values():
-                row["state"] = state if row["role"] == _ALONE.get(state) else "waiting"
-
-    def event(self, text: str, level: str = "info") -> None:
-        """Append to events.jsonl; there are few of them."""
-        with self._events_path.open("a") as file:
-            file.write(json.dumps({"time": time.time(), "level": level, "text": text}) + "\n")
-
-    def actors(self, ready: dict[str, dict[str, Any]]) -> None:
-        """The actors that have come up: what each one's `ready` or `start` returned, by name."""
-        with self._lock:
-            for name, facts in ready.items():
-                self._actors[name] = {
-                    "name": name,
-                    "role": facts["role"],
-                    "node": facts["node"],
-                    "pid": facts["pid"],
-                    "weights_version": facts.get("weights_version"),
-                    "state": "waiting",
-                    "rate": None,
-                    "last_heard": time.time(),
-                    "restarts": 0,
-                }
-
-    def heard(self, name: str, **facts: Any) -> None:
-        """An actor answered; `facts` are columns of its row. Another pid than before is a restart."""
-        now = time.time()
-        with self._lock:
-            self._facts["progressed"] = now
-            row = self._actors[name]
-            row["restarts"] += facts.get("pid", row["pid"]) != row["pid"]
-            row |= {**facts, "last_heard": now}
-
-    def working(self, names: set[str], learner: str = "training") -> None:
-        """The actors that have work now; all others wait. `learner` says what the ranks do."""
-        with self._lock:
-            for name, row in self._actors.items():
-                state = _WORKING.get(row["role"], learner)
-                row["state"] = state if name in names else "waiting"
-
-    def batches_done(self, batch: int) -> None:
-        """So many rollout batches are trained on; gives the expected end."""
-        now = time.time()
-        with self._lock:
-            self._batch_times.append(now)
-            self._facts |= {"batch": batch, "progressed": now}
-            if len(self._batch_times) > 1:
-                seconds = (now - self._batch_times[0]) / (len(self._batch_times) - 1)
-                left = self._facts["batches"] - batch
-                self._facts |= {"batch_seconds": seconds, "expected_end": now + seconds * left}
 
     def _keep_writing(self) -> None:
         while not self._stop.wait(_WRITE_SECONDS):
@@ -137,11 +114,18 @@ class RunStatus:
     def _write(self) -> None:
         with self._lock:
             text = json.dumps({**self._facts, "heartbeat": time.time(), "actors": list(self._actors.values())})
-        replace_text(self._path, text)
+        replace_text(self._path, text, sync=False)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+def _new_row(actor: str) -> dict[str, Any]:
+    return {
+        "name": actor,
+        "role": "",
+        "node": "",
+        "pid": None,
+        "weights_version": None,
+        "state": "waiting",
+        "rate": None,
+        "last_heard": None,
+        "restarts": 0,
+    }

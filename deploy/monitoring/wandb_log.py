@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 from common.config.run import RunConfig
 from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.observer import Observer
+from deploy.monitoring.pace import Pace
 
 
-class WandbLog:
+class WandbLog(Observer):
     """Does nothing unless `wandb.enabled`. A run that goes on from a checkpoint goes on under the same id.
 
-    Its files lie in the run's folder, in `wandb/`.
+    Its files lie in the run's folder, in `wandb/`. The step of a row is its rollout batch.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, first: int = 0) -> None:
+        """Batches from `first` on are trained now; what an earlier part of the run logged of them is dropped."""
         self._config = config
+        self._first = first
         self._run: Any = None
 
-    def __enter__(self) -> WandbLog:
+    def __enter__(self) -> Self:
         settings = self._config.wandb
         if settings.enabled:
             import wandb
@@ -32,28 +36,33 @@ class WandbLog:
                 group=settings.group,
                 mode=settings.mode,
                 name=self._config.name,
-                id=_run_id(self._config.run_dir),
-                resume="allow",
                 dir=self._config.run_dir,
                 config=self._config.model_dump(mode="json"),
+                **_beginning(self._config.run_dir, self._first, settings.mode),
             )
             self._run.define_metric("*", step_metric="batch")
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def end(self, error: BaseException | None) -> None:
         if self._run:
-            self._run.finish(exit_code=1 if kind else 0)
+            self._run.finish(exit_code=1 if error else 0)
 
-    def batch(self, metrics: Mapping[str, float | None]) -> None:
+    def batch(self, metrics: Mapping[str, Any], pace: Pace | None = None) -> None:
         """Log one rollout batch; a metric that was not measured is left out."""
         if self._run:
             measured = {name: metrics[name] for name in METRICS if metrics.get(name) is not None}
-            self._run.log({name: value for name, value in measured.items() if name != "time"})
+            row = {name: value for name, value in measured.items() if name != "time"}
+            self._run.log(row, step=int(metrics["batch"]), commit=True)
 
 
-def _run_id(run_dir: Path) -> str:
-    """The same id as long as the run's folder lives: names may repeat in a project, ids may not."""
+def _beginning(run_dir: Path, first: int, mode: str) -> dict[str, Any]:
+    """How `wandb.init` begins: a new id for a run that begins anew, since names may repeat in a project and ids may
+    not; else the run's own id, which the server takes back to the batch before `first`. Offline files cannot be taken
+    back; the later rows of a batch count when they are synced."""
     file = run_dir / "wandb_id"
-    if not file.exists():
+    if first == 0 or not file.exists():
         file.write_text(uuid4().hex)
-    return file.read_text()
+        return {"id": file.read_text()}
+    if mode == "offline":
+        return {"id": file.read_text(), "resume": "allow"}
+    return {"resume_from": f"{file.read_text()}?_step={first - 1}"}

@@ -1,6 +1,7 @@
 """Checkpoints: the manifest comes last, older ones go, finished ones are copied, and what is incomplete is not used."""
 
 import json
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
@@ -8,19 +9,40 @@ from pyarrow import fs
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from deploy import preflight
-from deploy.checkpoints import Checkpoints, RunState
+from deploy.checkpoints import Checkpoints, RunState, check_same_run, copy_folder
 from deploy.curriculum import Feedback
+from deploy.monitoring.observer import Note, Observer, Observers
+from deploy.pipeline import write_resolved_config
 
 
-def save(checkpoints: Checkpoints, state: RunState) -> str:
-    name = f"batch-{state.batches:06d}"
-    (checkpoints.begin(name) / "resume").mkdir()
-    (checkpoints.folder / f".{name}.partial" / "model.safetensors").write_text(str(state.batches))
-    return checkpoints.finish(name, state).name
+class Notes(Observer):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def note(self, note: Note) -> None:
+        assert note.level == "warning"
+        self.warnings.append(note.text)
+
+
+def checkpoints_of(folder: Path, keep: int, copy_to: str | None = None, *overrides: str) -> Checkpoints:
+    options = ["--output_dir", str(folder), "--pipeline.keep_checkpoints", str(keep), *overrides]
+    return Checkpoints(load_config("tiny", options + (["--pipeline.copy_checkpoints_to", copy_to] if copy_to else [])))
+
+
+def save(checkpoints: Checkpoints, state: RunState, name: str = "", notes: Notes | None = None) -> str:
+    name = name or f"batch-{state.batches:06d}"
+    partial = checkpoints.begin(name)
+    (partial / "resume").mkdir()
+    (partial / "resume" / "shard").write_text("states")
+    (partial / "model.safetensors").write_text(str(state.batches))
+    with Observers([notes or Notes()]) as observers:
+        return checkpoints.finish(name, state, observers).name
 
 
 def test_the_newest_are_kept_and_resumed_from(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2, copy_to=None)
+    checkpoints = checkpoints_of(tmp_path, 2)
     assert checkpoints.latest() is None
     states = [RunState(batches=b, updates=8 * b, block_size=4, feedback=Feedback(gates=b)) for b in (5, 10, 15)]
     assert [save(checkpoints, s) for s in states] == ["batch-000005", "batch-000010", "batch-000015"]
@@ -31,7 +53,7 @@ def test_the_newest_are_kept_and_resumed_from(tmp_path):
 
 
 def test_a_checkpoint_without_manifest_is_not_there(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2, copy_to=None)
+    checkpoints = checkpoints_of(tmp_path, 2)
     save(checkpoints, RunState(batches=5))
     (checkpoints.begin("batch-000010") / "model.safetensors").write_text("half")  # killed while it saved
     (checkpoints.folder / "batch-000015").mkdir()
@@ -43,7 +65,7 @@ def test_a_checkpoint_without_manifest_is_not_there(tmp_path):
 @pytest.mark.parametrize("scheme", ["", "file://", "fsspec+memory://"])
 def test_finished_checkpoints_are_copied_and_stay_when_pruned(tmp_path, scheme):
     place = f"/bucket-{tmp_path.name}" if "memory" in scheme else f"{tmp_path}/copies"
-    checkpoints = Checkpoints(tmp_path / "run", keep=1, copy_to=f"{scheme}{place}/")
+    checkpoints = checkpoints_of(tmp_path / "run", 1, f"{scheme}{place}/")
     for batches in (5, 10):
         save(checkpoints, RunState(batches=batches))
     system, root = fs.FileSystem.from_uri(f"{scheme}{place}") if scheme else (fs.LocalFileSystem(), place)
@@ -58,4 +80,90 @@ def test_finished_checkpoints_are_copied_and_stay_when_pruned(tmp_path, scheme):
 def test_a_place_that_cannot_be_opened_is_refused_before_anything_starts(tmp_path, url):
     overrides = ["--output_dir", str(tmp_path), "--teacher.backend", "transformers"]
     with pytest.raises(ConfigError, match=r"pipeline\.copy_checkpoints_to: '.*fsspec\+PROTOCOL"):
-        preflight.check(load_config("tiny", [*overrides, "--pipeline.copy_checkpoints_to", url]))
+        preflight.prepare(load_config("tiny", [*overrides, "--pipeline.copy_checkpoints_to", url]))
+
+
+def test_a_copy_that_fails_is_a_warning_and_tried_again(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("a file where the folder should be")
+    checkpoints, notes = checkpoints_of(tmp_path / "run", 2, str(target)), Notes()
+    save(checkpoints, RunState(batches=5), notes=notes)
+    (warning,) = notes.warnings
+    assert warning.startswith(f"copying checkpoint batch-000005 to {target}/batch-000005 failed (")
+    assert "it is tried again after the next one" in warning
+    target.unlink()  # mended
+    save(checkpoints, RunState(batches=10), notes=notes)
+    assert len(notes.warnings) == 1
+    assert sorted(p.name for p in target.iterdir()) == ["batch-000005", "batch-000010"]
+    assert (target / "batch-000005" / "resume" / "shard").read_text() == "states"
+
+
+def test_a_checkpoint_that_was_never_copied_is_named_when_it_is_pruned(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("in the way")
+    checkpoints, notes = checkpoints_of(tmp_path / "run", 1, str(target)), Notes()
+    for batches in (5, 10, 15):
+        save(checkpoints, RunState(batches=batches), notes=notes)
+    assert f"checkpoint batch-000005 was never copied to {target}/batch-000005 and is pruned here" in notes.warnings
+
+
+def test_the_manifest_of_a_copy_comes_last(tmp_path, monkeypatch):
+    """A copy over an older one of the same name has no manifest until all of it is there."""
+    source, target = tmp_path / "batch-000005", tmp_path / "copy"
+    for folder, text in ((source, "new"), (target, "old")):
+        (folder / "resume").mkdir(parents=True)
+        for name in ("a.json", "manifest.json", "model.safetensors", "resume/shard"):
+            (folder / name).write_text(text)
+    copy_files, seen = fs.copy_files, []
+
+    def watched(entry: str, there: str, **options) -> None:
+        seen.append((Path(entry).name, (target / "manifest.json").exists()))
+        copy_files(entry, there, **options)
+
+    monkeypatch.setattr(fs, "copy_files", watched)
+    copy_folder(source, str(target))
+    assert sorted(seen[:-1]) == [("a.json", False), ("model.safetensors", False), ("resume", False)]
+    assert seen[-1] == ("manifest.json", False)
+    assert all((target / name).read_text() == "new" for name in ("manifest.json", "resume/shard"))
+
+
+def test_a_finished_training_is_gone_on_with_from_its_final_model(tmp_path):
+    checkpoints = checkpoints_of(tmp_path, 2)
+    save(checkpoints, RunState(batches=5))
+    save(checkpoints, RunState(batches=8), "final")
+    folder, state = checkpoints.latest() or pytest.fail("none")
+    assert (folder.name, state.batches) == ("final", 8)
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    save(checkpoints_of(tmp_path, 2), RunState(batches=5))
+    with pytest.raises(ConfigError, match=r"batch-000005' was made with another config"):
+        checkpoints_of(tmp_path, 2, None, "--learner.lr", "1e-3").latest()
+    assert checkpoints_of(tmp_path, 2, None, "--rollout.actors", "1").latest()
+
+
+def test_a_checkpoint_of_an_earlier_release_loads(tmp_path):
+    """Its manifest had no fingerprint, and counters of its own."""
+    checkpoints = checkpoints_of(tmp_path, 2)
+    save(checkpoints, RunState(batches=5))
+    file = checkpoints.folder / "batch-000005" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["config_fingerprint"]
+    file.write_text(json.dumps(manifest | {"gone": 1}))
+    assert (checkpoints.latest() or pytest.fail("none"))[1] == RunState(batches=5)
+
+
+@pytest.mark.parametrize(
+    ("override", "different"),
+    [
+        (("--pipeline.staleness", "1"), "pipeline.staleness was 0 and is 1"),
+        (("--pipeline.max_batches", "10"), "pipeline.max_batches was 330 and is 10"),
+        (("--learner.lr", "1e-3"), "learner.lr was 0.0006 and is 0.001"),
+    ],
+)
+def test_a_resume_that_would_train_something_else_is_refused(tmp_path, override, different):
+    before = load_config("tiny", ["--output_dir", str(tmp_path)])
+    write_resolved_config(before)
+    check_same_run(load_config("tiny", ["--output_dir", str(tmp_path), "--rollout.actors", "1"]))
+    with pytest.raises(ConfigError, match=f"--resume: the config differs from the run's: {different}\\. Use"):
+        check_same_run(load_config("tiny", ["--output_dir", str(tmp_path), *override]))

@@ -8,16 +8,19 @@ import pytest
 from actors.evaluation.evaluation import Evaluation
 from common.config.file import load_config
 from common.prompts import Prompt
-from deploy import evaluator as evaluator_module
 from deploy.cluster import Pools
 from deploy.evaluator import Evaluator
 from deploy.monitoring.metrics import METRICS
+from deploy.remote_calls import RemoteCalls
+from deploy.rollout_batch import RolloutsInFlight
 
 PROBLEMS = [Prompt(0, "1 + 1?", np.zeros(3, dtype=np.int32), answer="2")]
 
 
 def evaluator(every: int, problems: list[Prompt] = PROBLEMS) -> Evaluator:
-    return Evaluator(load_config("tiny", ["--evaluation.every_batches", str(every)]), problems, Pools([], [], []))
+    return Evaluator(
+        load_config("tiny", ["--evaluation.every_batches", str(every)]), problems, Pools([], [], []), RemoteCalls(1.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,15 +38,15 @@ def test_metrics_are_the_optional_metrics_of_the_registry(monkeypatch):
         sums.add(correct=row < 3, tokens=10, denoise=5, commits=row // 2 * 5, ended=row % 2 == 0)
     waited: list[Any] = []
 
-    def answers(calls: Any, action: str, timeout_s: float, idle: Any) -> list[Evaluation]:
-        waited.append(idle)
+    def answers(self: Any, calls: Any, action: str, **options: Any) -> list[Evaluation]:
+        waited.append(options)
         return [sums]
 
-    monkeypatch.setattr(evaluator_module, "wait_all", answers)
-    advance = list
-    metrics = evaluator(1).metrics(4, advance)
+    monkeypatch.setattr(RemoteCalls, "wait", answers)
+    in_flight = RolloutsInFlight()
+    metrics = evaluator(1).metrics(4, in_flight)
     assert metrics.keys() == {name for name, spec in METRICS.items() if spec.optional}
-    assert waited == [advance]  # rollouts in flight go on meanwhile
+    assert waited == [{"background": in_flight, "until_stop": True}]  # rollouts in flight go on meanwhile
     assert metrics["eval/exact_match"] == 0.75
     assert metrics["eval/tokens_per_step"] == 2
     assert metrics["eval/forwards_per_token_with_commits"] == 0.75

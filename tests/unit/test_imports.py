@@ -33,8 +33,7 @@ ROOMS = {
     ),
     "learner": (("learner",),),
     "deploy": (
-        ("deploy.child_environment", "deploy.errors", "deploy.versions"),
-        ("deploy.remote_calls", "deploy.stop_signals"),
+        ("deploy.child_environment", "deploy.errors", "deploy.files", "deploy.roles", "deploy.versions"),
         ("deploy.monitoring",),
         ("deploy.dashboard",),
         ("deploy",),

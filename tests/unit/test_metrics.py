@@ -5,7 +5,8 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deploy.monitoring.metrics import METRICS, RunLog
+from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.run_log import RunLog
 
 
 def metrics(batch: int) -> dict[str, float]:
@@ -55,7 +56,7 @@ def test_optional_metrics_are_null_in_rows_and_absent_from_events(tmp_path):
 
 def test_a_log_goes_on_where_it_was(tmp_path):
     for batch in range(2):
-        with RunLog(tmp_path) as log:
+        with RunLog(tmp_path, batch) as log:
             log.batch(metrics(batch))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -72,3 +73,15 @@ def test_batches_that_are_trained_again_stand_once_in_the_events(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("kl")] == [(0, 0), (1, 1), *((n, 200 + n) for n in range(2, 7))]
+
+
+def test_a_cut_keeps_the_first_batches_and_drops_half_a_last_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"batch": batch}) + "\n" for batch in range(4)]
+    for first, kept in ((2, rows[:2]), (4, rows)):
+        file.write_text("".join(rows) + '{"batch": 4, "lo')
+        before = file.stat().st_ino
+        with RunLog(tmp_path, first):
+            assert file.read_text() == "".join(kept)
+        assert file.stat().st_ino != before, "replaced as a whole: a reader never sees a part"
+        assert not list(tmp_path.glob(".*partial"))

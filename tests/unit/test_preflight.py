@@ -32,7 +32,7 @@ def config(tmp_path, *overrides: str):
 
 def refused(settings) -> str:
     with pytest.raises(ConfigError) as error:
-        preflight.check(settings)
+        preflight.prepare(settings)
     return str(error.value)
 
 
@@ -42,11 +42,12 @@ def edit(folder: Path, **changes) -> None:
 
 
 def test_a_good_run_gets_its_prompts_and_problems(tmp_path):
-    prompts, problems = preflight.check(config(tmp_path, "--data.epochs", "2"))
+    prepared = preflight.prepare(config(tmp_path, "--data.epochs", "2"))
+    prompts, problems = prepared.prompts, prepared.problems
     assert [p.ordinal for p in prompts.prompts] == list(range(8))
     assert [p.ordinal for p in problems] == [0, 1]
     assert all(p.answer for p in problems)
-    assert preflight.check(config(tmp_path, "--evaluation.problems", "null"))[1] == []
+    assert preflight.prepare(config(tmp_path, "--evaluation.problems", "null")).problems == []
 
 
 @pytest.mark.parametrize("field", ["model.path", "teacher.path"])
@@ -83,7 +84,7 @@ def test_no_row_for_a_mask_token(tmp_path, copy):
     tokenizer_config.pop("mask_token")
     (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     overrides = ["--model.path", str(copy), "--model.mask_token", "<|new|>"]
-    assert preflight.check(config(tmp_path, *overrides))
+    assert preflight.prepare(config(tmp_path, *overrides))
     edit(copy, vocab_size=263)
     assert "the mask token needs id 263, but the embedding has 263 rows" in refused(config(tmp_path, *overrides))
 
@@ -121,7 +122,7 @@ def test_more_cpus_or_gpus_than_there_are(tmp_path):
     assert "asks for 1.75 CPUs" in said
     assert "Ray has 1" in said
     assert "asks for 2 GPUs" in refused(config(tmp_path, "--learner.resources.gpus", "1"))
-    assert preflight.check(config(tmp_path, "--ray.num_cpus", "1", "--ray.address", "auto"))
+    assert preflight.prepare(config(tmp_path, "--ray.num_cpus", "1", "--ray.address", "auto"))
     shared = ["--learner.resources.gpus", "0.5", "--ray.address", "auto"]
     assert "several ranks on one GPU" in refused(config(tmp_path, *shared))
 
@@ -139,7 +140,7 @@ def test_an_earlier_run_is_replaced_only_when_asked(tmp_path):
     assert "holds an unfinished run; choose another --name" in refused(settings)
     (settings.run_dir / "summary.json").write_text("{}")
     assert "holds a finished run; choose another --name" in refused(settings)
-    preflight.check(settings, overwrite=True)
+    preflight.prepare(settings, overwrite=True)
     assert (settings.run_dir / "summary.json").exists()  # checking removes nothing
 
 
@@ -148,7 +149,7 @@ def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
     settings.run_dir.mkdir(parents=True)
     (settings.run_dir / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="is not the folder of a run"):
-        preflight.check(settings, overwrite=True)
+        preflight.prepare(settings, overwrite=True)
 
 
 @pytest.mark.parametrize(

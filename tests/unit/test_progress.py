@@ -5,6 +5,7 @@ import io
 from rich.console import Console
 
 from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.observer import Observers
 from deploy.monitoring.progress import Progress, summary_table
 
 
@@ -20,12 +21,13 @@ def metrics(batch: int) -> dict[str, float]:
 def shown(terminal: bool, batches: list[int]) -> str:
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=terminal)
-    with Progress(10, "demo", console) as progress:
-        progress.note("loading [models]")
-        progress.training()
-        progress.stage("rollout", 3, 8)
+    with Observers([Progress(10, "demo", batches[0], console)], 10, batches[0]) as observers:
+        observers.note("loading [models]")
+        observers.note("saving", "detail")
+        observers.training()
+        observers.active({}, {"rollout": (3, 8)})
         for batch in batches:
-            progress.batch(metrics(batch))
+            observers.batch(metrics(batch))
     return out.getvalue()
 
 
@@ -38,16 +40,15 @@ def test_plain_lines_where_there_is_no_terminal():
     assert "\x1b" not in "".join(lines)
 
 
+def test_warnings_that_follow_from_the_metrics_reach_the_terminal():
+    console = Console(file=io.StringIO(), width=200)
+    with Observers([Progress(10, "demo", console=console)], 10) as observers:
+        observers.batch(metrics(0) | {"kl": float("nan")})
+    assert "batch 0: kl is nan" in console.file.getvalue()
+
+
 def test_a_resumed_run_goes_on_counting():
     assert "batch 8/10" in shown(False, [7])
-
-
-def test_expected_end_leaves_out_the_first_batch(monkeypatch):
-    """Which compiles: 100 s, then 2 s each."""
-    clock = iter([0.0, 0.0, 0.0, 100.0, 102.0, 104.0])
-    monkeypatch.setattr("deploy.monitoring.progress.time.monotonic", lambda: next(clock))
-    lines = shown(False, [0, 1, 2]).splitlines()[1:]
-    assert [line.split("left ")[1] for line in lines] == ["0:15:00", "0:00:16", "0:00:14"]
 
 
 def test_live_display_shows_bars_stages_and_metrics():

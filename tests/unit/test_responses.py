@@ -190,7 +190,7 @@ def test_preflight_names_the_field(tmp_path):
         load_config("tiny", overrides)
     responses = ["--data.responses", str(tmp_path / "none.parquet"), "--output_dir", str(tmp_path)]
     with pytest.raises(ConfigError, match=r"^data\.responses: .*does not exist"):
-        preflight.check(load_config("tiny", [*overrides, *responses]))
+        preflight.prepare(load_config("tiny", [*overrides, *responses]))
 
 
 @pytest.mark.parametrize(

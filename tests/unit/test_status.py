@@ -9,6 +9,7 @@ import pytest
 from deploy.errors import Stopped, WorkerError
 from deploy.monitoring.health import Health
 from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.observer import Observers
 from deploy.monitoring.occupancy import Window
 from deploy.monitoring.rollout_log import OLDER, RECENT, RolloutLog
 from deploy.monitoring.status import RunStatus
@@ -33,35 +34,48 @@ def wait_until(condition) -> None:
 
 
 def test_status_of_a_run_from_start_to_end(tmp_path):
-    with RunStatus(tmp_path, "r", batches=10) as status:
+    with Observers([status := RunStatus(tmp_path, "r", batches=10)], 10) as observers:
         assert read(tmp_path)["state"] == "starting"
-        status.actors(READY)
-        status.state("evaluating", "evaluating the teacher")
+        for name, facts in READY.items():
+            observers.heard(name, facts)
+        observers.note("evaluating the teacher", state="evaluating")
+        observers.active({"rollout-0": "evaluating"})
         assert [row["state"] for row in status._actors.values()] == ["evaluating", "waiting", "waiting"]
-        status.state("training")
-        status.working({"rollout-0", "learner-0"}, learner="publishing weights")
-        status.heard("rollout-0", weights_version=4, rate=100.0, pid=11)
-        status.batches_done(1)
-        status.batches_done(2)
+        observers.note("training", "detail", "training")
+        observers.active({"rollout-0": "generating", "learner-0": "publishing weights"})
+        observers.heard("rollout-0", weights_version=4, rate=100.0, pid=11)
+        for batch in range(2):
+            observers.batch(metrics(batch))
         first = read(tmp_path)["heartbeat"]
         wait_until(lambda: read(tmp_path)["heartbeat"] > first)
         facts = read(tmp_path)
         rows = {row["name"]: row for row in facts["actors"]}
         assert [rows[name]["state"] for name in READY] == ["generating", "waiting", "publishing weights"]
-        assert rows["rollout-0"]["weights_version"] == 4
+        assert rows["rollout-0"] | {"last_heard": None} == {
+            "name": "rollout-0",
+            "role": "rollout",
+            "node": "10.0.0.1",
+            "pid": 11,
+            "weights_version": 4,
+            "state": "generating",
+            "rate": 100.0,
+            "last_heard": None,
+            "restarts": 0,
+        }
         assert rows["teacher-0"]["weights_version"] is None
-        assert rows["rollout-0"]["restarts"] == 0
-        assert facts["batch"] == 2
+        assert (facts["state"], facts["detail"], facts["batch"]) == ("training", "training", 2)
         assert facts["expected_end"] == pytest.approx(time.time(), abs=30)
     assert read(tmp_path)["state"] == "finished"
     assert read(tmp_path)["expected_end"] is None
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["text"] for event in events] == ["evaluating the teacher"], "details are kept nowhere"
 
 
 def test_another_pid_is_a_restart(tmp_path):
     status = RunStatus(tmp_path, "r", batches=1)
-    status.actors(READY)
+    status.heard("rollout-0", READY["rollout-0"] | {"last_heard": 0.0})
     for pid in (11, 21, 21, 31):
-        status.heard("rollout-0", pid=pid)
+        status.heard("rollout-0", {"pid": pid, "last_heard": 0.0})
     assert status._actors["rollout-0"]["restarts"] == 2
 
 
@@ -70,7 +84,7 @@ def test_another_pid_is_a_restart(tmp_path):
     [(Stopped("stopped after 2 of 10 batches", 143), "stopped", "info"), (WorkerError("x died"), "failed", "error")],
 )
 def test_the_end_of_a_run_that_did_not_finish(tmp_path, error, state, level):
-    with pytest.raises(type(error)), RunStatus(tmp_path, "r", batches=10):
+    with pytest.raises(type(error)), Observers([RunStatus(tmp_path, "r", batches=10)]):
         raise error
     assert (read(tmp_path)["state"], read(tmp_path)["detail"]) == (state, str(error))
     event = json.loads((tmp_path / "events.jsonl").read_text())
@@ -78,13 +92,20 @@ def test_the_end_of_a_run_that_did_not_finish(tmp_path, error, state, level):
     assert str(error) in event["text"]
 
 
+def log_rollouts(folder, done: int, batches: range, rollout: dict) -> None:
+    log = RolloutLog(folder, done, lambda: [rollout])
+    for batch in batches:
+        log._written = 0.0  # long ago
+        log.batch({"batch": batch})
+
+
+def logged(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+
+
 def test_rollouts_are_bounded_recent_and_reach_back(tmp_path):
-    log = RolloutLog(tmp_path, 0)
-    assert log.due
-    for batch in range(200):
-        log.add(batch, [{"tokens": ["x"]}])
-    assert not log.due
-    batches = [json.loads(line)["batch"] for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
+    log_rollouts(tmp_path, 0, range(200), {"tokens": ["x"]})
+    batches = [rollout["batch"] for rollout in logged(tmp_path)]
     assert len(batches) == RECENT + OLDER
     assert batches[-RECENT:] == list(range(200 - RECENT, 200))
     assert batches[0] == 0
@@ -93,13 +114,20 @@ def test_rollouts_are_bounded_recent_and_reach_back(tmp_path):
     assert np.diff(batches).max() < 200 / 3
 
 
+def test_rollouts_are_asked_for_at_times_only(tmp_path):
+    asked = []
+    log = RolloutLog(tmp_path, 0, lambda: asked.append(1) or [{}])
+    for batch in range(5):
+        log.batch({"batch": batch})
+    assert len(asked) == 1
+
+
 def test_rollouts_of_a_resumed_run_go_on(tmp_path):
-    RolloutLog(tmp_path, 0).add(4, [{}])
-    log = RolloutLog(tmp_path, 5)
-    log.add(5, [{}])
-    RolloutLog(tmp_path, 5).add(5, [{"again": True}])
-    lines = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
-    assert lines == [{"batch": 4}, {"batch": 5, "again": True}]
+    log_rollouts(tmp_path, 0, range(4, 6), {})
+    with (tmp_path / "trajectories.jsonl").open("a") as file:
+        file.write('{"batch": 6, "tok')  # cut by a crash
+    log_rollouts(tmp_path, 5, range(5, 6), {"again": True})
+    assert logged(tmp_path) == [{"batch": 4}, {"batch": 5, "again": True}]
 
 
 def metrics(batch: int, **changed: float) -> dict[str, float]:

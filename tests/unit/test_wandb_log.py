@@ -6,7 +6,7 @@ from common.config.errors import ConfigError
 from common.config.file import load_config
 from deploy import preflight
 from deploy.monitoring.metrics import METRICS
-from deploy.monitoring.wandb_log import WandbLog
+from deploy.monitoring.wandb_log import WandbLog, _beginning
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install opdlm[wandb]")
 
@@ -29,7 +29,7 @@ def test_metrics_are_in_the_runs_folder(tmp_path):
     settings.run_dir.mkdir()
     ids = set()
     for start in (0, 3):  # a run, and its continuation
-        with WandbLog(settings) as log:
+        with WandbLog(settings, start) as log:
             ids.add(wandb.run.id)
             assert wandb.run.project == "mine" and wandb.run.config["learner"]["lr"] == settings.learner.lr
             for batch in range(start, start + 3):
@@ -52,4 +52,14 @@ def test_nothing_happens_unless_asked_for(tmp_path):
 def test_missing_client_is_refused_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"wandb\.enabled: 'wandb' is not installed; install opdlm\[wandb\]"):
-        preflight.check_processes(config(tmp_path, "--wandb.enabled", "true"))
+        preflight.prepare(config(tmp_path, "--wandb.enabled", "true"))
+
+
+def test_a_run_that_goes_on_is_taken_back_to_its_checkpoint(tmp_path):
+    """What the server does with it cannot be seen here; that the client accepts it can."""
+    new = _beginning(tmp_path, 0, "online")
+    assert _beginning(tmp_path, 3, "online") == {"resume_from": f"{new['id']}?_step=2"}
+    assert _beginning(tmp_path, 3, "offline") == {"id": new["id"], "resume": "allow"}
+    moment = wandb.Settings(resume_from=_beginning(tmp_path, 3, "online")["resume_from"]).resume_from
+    assert (moment.run, moment.metric, moment.value) == (new["id"], "_step", 2)
+    assert _beginning(tmp_path, 0, "online") != new, "one that begins anew gets an id of its own"
