@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from queue import Empty, Queue
 
 import torch
@@ -18,9 +19,12 @@ class WeightsInbox:
     `swap` kept the sampler's thread in all, waiting for the fetch included.
     """
 
-    def __init__(self, transport: WeightsTransport, timeout_s: float) -> None:
+    def __init__(
+        self, transport: WeightsTransport, timeout_s: float, stopwatch: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.transport = transport
         self.timeout_s = timeout_s
+        self._stopwatch = stopwatch
         self.pause_seconds = 0.0
         self._fetched: Queue[tuple[int, list[tuple[str, Tensor]] | Exception]] = Queue(maxsize=1)
 
@@ -40,7 +44,7 @@ class WeightsInbox:
             TimeoutError: it was not fetched in time.
             ValueError: another version was fetched, or it does not fit the model.
         """
-        start = time.perf_counter()
+        start = self._stopwatch()
         try:
             fetched, tensors = self._fetched.get(timeout=self.timeout_s)
         except Empty:
@@ -52,4 +56,4 @@ class WeightsInbox:
         load_weights(model, tensors)
         if any(parameter.is_cuda for parameter in model.parameters()):
             torch.cuda.current_stream().synchronize()  # the next fetch writes where these tensors are
-        self.pause_seconds += time.perf_counter() - start
+        self.pause_seconds += self._stopwatch() - start

@@ -7,7 +7,8 @@ hand-over; nodes that keep time by NTP agree to milliseconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -18,13 +19,27 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 class BusySpans:
     """The (begin, end) spans since they were last taken."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, now: Callable[[], float] = time.time, stopwatch: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """`now` says where a span ends; `stopwatch` measures its length, and never jumps as `now` may."""
+        self._now = now
+        self._stopwatch = stopwatch
         self._spans: list[Span] = []
 
     def add(self, seconds: float) -> None:
         """A span of so many seconds, which ends now."""
-        now = time.time()
+        now = self._now()
         self._spans.append((now - seconds, now))
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """The body of a `with` statement as a span, even if it raises."""
+        start = self._stopwatch()
+        try:
+            yield
+        finally:
+            self.add(self._stopwatch() - start)
 
     def take(self) -> list[Span]:
         spans, self._spans = self._spans, []
@@ -36,10 +51,7 @@ def computes(method: _Method) -> _Method:
 
     @wraps(method)
     def timed(self: Any, *arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        try:
+        with self.spans.measure():
             return method(self, *arguments, **options)
-        finally:
-            self.spans.add(time.perf_counter() - start)
 
     return timed  # type: ignore[return-value]

@@ -219,9 +219,8 @@ class TeacherActor:
                 await self._attempt([work])
 
     def _annotate(self, works: list[_Work]) -> None:
-        start = time.perf_counter()
-        annotate(self.backend, [t for w in works for t in w.trajectories], self.shape)
-        self.spans.add(time.perf_counter() - start)
+        with self.spans.measure():
+            annotate(self.backend, [t for w in works for t in w.trajectories], self.shape)
         kind, width, dtype = self.backend.kind, self.backend.width, self.backend.hidden_dtype
         for work in works:
             meta = replace(work.meta, target_kind=kind, target_width=width, hidden_dtype=dtype)

@@ -10,27 +10,50 @@ from deploy.monitoring.occupancy import Window
 
 
 class Actor:
+    """`seconds` have passed; the wall clock shows 1,000 more."""
+
     def __init__(self):
-        self.spans = BusySpans()
+        self.seconds = 0.0
+        self.spans = BusySpans(lambda: 1000.0 + self.seconds, lambda: self.seconds)
 
     @computes
     def load(self, value, fails=False):
         """Loads."""
-        time.sleep(0.01)
+        self.seconds += value
         if fails:
             raise ValueError("no")
         return value
 
 
 def test_a_call_leaves_one_span_even_if_it_fails():
-    actor, before = Actor(), time.time()
+    actor = Actor()
     assert actor.load(3) == 3
+    actor.seconds += 10  # nothing is computed
     with pytest.raises(ValueError, match="no"):
-        actor.load(3, fails=True)
-    (first, second), after = actor.spans.take(), time.time()
-    assert before <= first[0] + 1e-3 and first[1] <= second[0] + 1e-3 and second[1] <= after
-    assert all(0.01 <= end - begin < 1 for begin, end in (first, second))
+        actor.load(2, fails=True)
+    actor.seconds += 10
+    actor.spans.add(4)
+    assert actor.spans.take() == [(1000, 1003), (1013, 1015), (1021, 1025)]
     assert actor.spans.take() == []
+
+
+def test_a_clock_that_is_set_back_does_not_change_the_length_of_a_span():
+    seconds, clock = iter([5.0, 7.0]), iter([100.0])
+    spans = BusySpans(lambda: next(clock), lambda: next(seconds))
+    with spans.measure():
+        pass
+    assert spans.take() == [(98.0, 100.0)]
+
+
+def test_spans_are_in_unix_time():
+    actor, before = SimpleNamespace(spans=BusySpans()), time.time()
+    with actor.spans.measure():
+        pass
+    ((begin, end),) = actor.spans.take()
+    assert begin <= end and before - 1 <= begin and end <= time.time() + 1
+
+
+def test_the_decorated_method_keeps_its_name():
     assert (Actor.load.__name__, Actor.load.__doc__) == ("load", "Loads.")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -272,17 +274,44 @@ def test_actor_merges_concurrent_requests(path: str, target: str) -> None:
     asyncio.run(actor.close())
 
 
-def test_actor_waits_for_company_but_not_for_long(path: str) -> None:
-    actor = TeacherActor(config(max_wait_ms=200), path)
+def _call(actor: TeacherActor, row: Trajectory) -> asyncio.Task[Any]:
+    return asyncio.create_task(actor.annotate(to_batch([row], META)))
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def test_actor_waits_for_company(path: str) -> None:
+    """Requests of 15 tokens, batches of 45, and no deadline to speak of: the third one completes a batch."""
+    actor = TeacherActor(config(max_wait_ms=3_600_000, max_batched_tokens=45), path)
 
     async def run() -> None:
-        first = asyncio.create_task(actor.annotate(to_batch([trajectory(0, [1])], META)))
-        await asyncio.sleep(0.02)
-        await asyncio.gather(first, actor.annotate(to_batch([trajectory(1, [1])], META)))
-        await actor.annotate(to_batch([trajectory(2, [1])], META))
+        calls = []
+        for ordinal in range(3):
+            assert (actor.stats()["queue_depth"], actor.stats()["batches"]) == (ordinal, 0)
+            calls.append(_call(actor, trajectory(ordinal, [1])))
+            await _until(lambda: len(actor.waiting) == len(calls))
+        await asyncio.gather(*calls)
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert actor.stats()["batches"] == 1
+
+
+def test_actor_does_not_wait_for_long(path: str) -> None:
+    """Nothing comes that would complete a batch: who is there at the deadline is served, together or alone."""
+    actor = TeacherActor(config(max_wait_ms=50), path)
+
+    async def run() -> None:
+        await asyncio.gather(*(_call(actor, trajectory(ordinal, [1])) for ordinal in range(2)))
+        assert actor.stats()["batches"] == 1
+        await _call(actor, trajectory(2, [1]))
+
+    start = time.monotonic()
+    asyncio.run(asyncio.wait_for(run(), 60))
     assert actor.stats()["batches"] == 2
+    assert time.monotonic() - start > 0.09  # two deadlines
 
 
 class _Picky(TeacherBackend):
@@ -313,20 +342,46 @@ def test_a_failure_reaches_only_the_request_at_fault(monkeypatch: pytest.MonkeyP
     assert (stats["failed_requests"], stats["sequences"], stats["queue_depth"]) == (1, 3, 0)
 
 
-def test_a_cancelled_caller_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.teacher.actor, "build_backend", lambda *_: _Picky())
-    actor = TeacherActor(config(max_wait_ms=50), "nowhere")
-    rows = [trajectory(i, [3]) for i in range(2)]
+class _Held(_Picky):
+    """Answers when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        self.entered.set()
+        assert self.go.wait(60)
+        return super()._forward(requests)
+
+
+@pytest.mark.parametrize("while_it", ["waits for company", "is served"])
+def test_a_cancelled_caller_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch, while_it: str) -> None:
+    backend = _Held()
+    monkeypatch.setattr(actors.teacher.actor, "build_backend", lambda *_: backend)
+    actor = TeacherActor(config(max_wait_ms=3_600_000, max_batched_tokens=45), "nowhere")
+    rows = [trajectory(i, [3]) for i in range(4)]
     for row in rows:
         row.prompt_ids[:] = row.response_ids[:] = 1
 
-    async def run() -> Any:
-        leader, other = (asyncio.create_task(actor.annotate(to_batch([row], META))) for row in rows)
-        await asyncio.sleep(0.01)
-        leader.cancel()
-        return await asyncio.wait_for(other, 10)
+    async def run() -> None:
+        leader, other = _call(actor, rows[0]), _call(actor, rows[1])
+        await _until(lambda: len(actor.waiting) == 2)
+        if while_it == "is served":
+            third = _call(actor, rows[2])  # completes a batch
+            await _until(backend.entered.is_set)
+            leader.cancel()
+            await asyncio.wait([leader])
+            calls = [other, third]
+        else:
+            leader.cancel()
+            await asyncio.wait([leader])
+            calls = [other, _call(actor, rows[2])]
+        backend.go.set()
+        assert [answer.num_rows for answer in await asyncio.gather(*calls)] == [1, 1]
+        assert leader.cancelled()
 
-    assert asyncio.run(run()).num_rows == 1
+    asyncio.run(asyncio.wait_for(run(), 60))
     assert actor.stats()["queue_depth"] == 0
 
 

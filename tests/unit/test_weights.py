@@ -2,7 +2,6 @@
 
 import dataclasses
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -117,9 +116,9 @@ def test_a_receiver_that_does_not_come_is_named_on_both_sides(group):
     sender, receiver, absent = group
     for member in (sender, receiver):
         member.timeout_s = 0.3
-    handle = sender.publish(1, buckets(tensors()))
     with pytest.raises(TimeoutError, match=r"could not receive weights version 1 .* waiting for rollout-1$"):
-        receiver.fetch(handle)
+        receiver.fetch(WeightsHandle(1, ()))
+    handle = sender.publish(1, buckets(tensors()))
     with pytest.raises(TimeoutError, match=r"waiting for rollout-1$"):
         sender.publish(2, buckets(tensors()))
     absent.timeout_s = 0.3
@@ -212,17 +211,20 @@ def test_load_in_place_and_refusals():
 
 
 class Slow(WeightsTransport):
-    """Fetches `value` everywhere when it is let go; a value that is an error is raised."""
+    """Fetches `value` everywhere when it is let go; a value that is an error is raised. A fetch takes 3 `seconds`."""
 
     def __init__(self, value: float | Exception) -> None:
         self.value = value
-        self.go = threading.Event()
+        self.seconds = 0.0
+        self.entered, self.go = threading.Event(), threading.Event()
 
     def publish(self, version, buckets):
         raise NotImplementedError
 
     def fetch(self, handle):
+        self.entered.set()
         assert self.go.wait(10)
+        self.seconds += 3.0
         if isinstance(self.value, Exception):
             raise self.value
         return [("embed.weight", torch.full((4, 3), self.value))]
@@ -232,25 +234,32 @@ def test_inbox_fetches_beside_the_sampler_and_swaps_on_demand():
     model = Tied()
     storage = model.embed.weight.data_ptr()
     transport = Slow(2.0)
-    inbox = WeightsInbox(transport, timeout_s=10)
+    swap_began = threading.Event()
+
+    def stopwatch() -> float:
+        swap_began.set()
+        return transport.seconds
+
+    inbox = WeightsInbox(transport, timeout_s=10, stopwatch=stopwatch)
     before = model.embed.weight.clone()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         fetch = pool.submit(inbox.fetch, WeightsHandle(1, ()))
-        time.sleep(0.05)
+        assert transport.entered.wait(10)
+        assert torch.equal(model.embed.weight, before)
         transport.go.set()
         fetch.result()
         assert torch.equal(model.embed.weight, before)  # the sampler's until it asks
         assert inbox.pause_seconds == 0
         inbox.swap(model, 1)
         assert (model.embed.weight == 2).all() and model.embed.weight.data_ptr() == storage
-        first = inbox.pause_seconds
-        assert first > 0
+        assert inbox.pause_seconds == 0  # it was there before it was asked for
 
         transport.go.clear()
-        fetch = pool.submit(inbox.fetch, WeightsHandle(2, ()))
-        threading.Timer(0.1, transport.go.set).start()
+        swap_began.clear()
+        pool.submit(inbox.fetch, WeightsHandle(2, ()))
+        pool.submit(lambda: swap_began.wait(10) and transport.go.set())
         inbox.swap(model, 2)  # waits
-        assert inbox.pause_seconds >= first + 0.05
+        assert inbox.pause_seconds == 3.0
 
 
 def test_inbox_passes_errors_on_and_waits_with_a_deadline():
