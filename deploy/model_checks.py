@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
+from common.model_files import ModelError, check_fetched, check_plain, check_unquantised, read_json, stored_tensors
 
 
 def check_model_folder(field: str, path: str) -> None:
-    """Refuse a folder that is missing or holds no causal LM; a hub id passes.
+    """Refuse a folder that is missing, holds no causal LM, or one whose weights are not whole; a hub id passes.
+
+    Only headers are read, and neither torch nor transformers is loaded.
 
     Raises:
         ConfigError: names the field, the path and the remedy.
@@ -21,14 +25,18 @@ def check_model_folder(field: str, path: str) -> None:
         if looks_local(path):
             raise ConfigError(f"{field}: folder {path!r} does not exist; give a Hugging Face model folder or a hub id")
         return
-    architectures = model_json(field, path).get("architectures") or []
+    with model_errors(field, path):
+        check_fetched(folder)
+    config = model_json(field, path)
+    architectures = config.get("architectures") or []
     if not any(name.endswith("ForCausalLM") for name in architectures):
         raise ConfigError(
             f"{field}: {path!r} is {', '.join(architectures) or 'of no stated architecture'}, not a causal LM "
             "(an architecture that ends in ForCausalLM); choose another model"
         )
-    if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"{field}: {path!r} holds no .safetensors file; save the model with save_pretrained")
+    with model_errors(field, path):
+        check_unquantised(config)
+        check_plain(stored_tensors(folder))
 
 
 def check_student_folder(path: str) -> None:
@@ -40,15 +48,22 @@ def check_student_folder(path: str) -> None:
         )
 
 
+@contextmanager
+def model_errors(field: str, path: str) -> Iterator[None]:
+    """Errors about a model's files, with the field and the path that they stand for."""
+    try:
+        yield
+    except ModelError as error:
+        raise ConfigError(f"{field}: {path!r} {error}") from error
+
+
 def model_json(field: str, path: str) -> dict[str, Any]:
     """The config.json of a model folder."""
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{field}: {path!r} has no config.json; give the folder of a Hugging Face causal LM")
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ConfigError(f"{field}: {str(file)!r} is not a JSON object ({error}); save the model again") from error
+    with model_errors(field, path):
+        return read_json(file)
 
 
 def looks_local(path: str) -> bool:
@@ -58,21 +73,24 @@ def looks_local(path: str) -> bool:
 
 def check_models(config: RunConfig) -> tuple[Any, int]:
     """The student's tokenizer, and the number of positions that both models can read."""
-    from transformers import AutoConfig
+    from common.student import (
+        check_family,
+        check_weights,
+        checked_conversion,
+        load_config,
+        load_tokenizer,
+        tokenizer_fingerprint,
+    )
 
-    from common.student import check_family, convert, load_tokenizer, tokenizer_fingerprint
-
-    try:
-        model_config, tokenizer = convert(config.model.path, config.block_size, config.model.mask_token)
-        teacher_config = AutoConfig.from_pretrained(config.teacher_path)
-        teacher_tokenizer = load_tokenizer(config.teacher_path)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model.path {config.model.path!r}, teacher.path {config.teacher_path!r}: {error}") from error
-    if config.target_kind == "hidden":  # the LM head is applied here; other targets come from the engine
-        try:
+    path, teacher_path = config.model.path, config.teacher_path
+    with model_errors("model.path", path):
+        model_config, tokenizer, _ = checked_conversion(path, config.block_size, config.model.mask_token)
+    with model_errors("teacher.path", teacher_path):
+        teacher_config, teacher_tokenizer = load_config(teacher_path), load_tokenizer(teacher_path)
+        if teacher_path != path:
+            check_weights(teacher_path, teacher_config)
+        if config.target_kind == "hidden":  # the LM head is applied here; other targets come from the engine
             check_family(teacher_config)
-        except ValueError as error:
-            raise ConfigError(f"teacher.path {config.teacher_path!r}: {error}") from error
     if tokenizer_fingerprint(teacher_tokenizer) != tokenizer_fingerprint(tokenizer):
         raise ConfigError(
             f"teacher.path {config.teacher_path!r} and model.path {config.model.path!r} have different tokenizers; "

@@ -31,12 +31,13 @@ def convert(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT: {str(out)!r} exists; choose another folder, or remove it")
-    from deploy.model_checks import check_model_folder
+    from deploy.model_checks import check_model_folder, model_errors
 
     check_model_folder("MODEL", model)
     import torch
 
     from common.student import convert_folder
 
-    convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
+    with model_errors("MODEL", model):
+        convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
     console.print(f"wrote {out}; it is untrained: opdlm train does that", soft_wrap=True, highlight=False)

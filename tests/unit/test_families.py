@@ -159,7 +159,7 @@ def packer(model, tokenizer) -> BatchBuilder:
     ("family", "changes", "message"),
     [
         ("gemma2", {"head_dim": 32}, "soft-caps its logits"),
-        ("gpt2", {"n_embd": 64, "n_head": 2, "n_layer": 2}, "model_type 'gpt2' is not supported"),
+        ("gpt2", {"n_embd": 64, "n_head": 2, "n_layer": 2}, "model_type 'gpt2', which is not supported"),
         ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 64}, "is not supported"),
     ],
 )

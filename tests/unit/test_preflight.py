@@ -61,11 +61,13 @@ def test_a_folder_that_is_no_causal_lm(tmp_path, copy):
     edit(copy, architectures=["BertModel"])
     assert "is BertModel, not a causal LM" in refused(config(tmp_path, *path))
     edit(copy, architectures=["Gemma2ForCausalLM"], model_type="gemma2")
-    assert "model_type 'gemma2' soft-caps its logits (attn_logit_softcapping 50.0)" in refused(config(tmp_path, *path))
+    assert "model_type 'gemma2', which soft-caps its logits (attn_logit_softcapping 50.0)" in refused(
+        config(tmp_path, *path)
+    )
     (copy / "model.safetensors").unlink()
     assert "holds no .safetensors file" in refused(config(tmp_path, *path))
     (copy / "config.json").write_text("{")
-    assert "config.json' is not a JSON object" in refused(config(tmp_path, *path))
+    assert "has config.json that is not a JSON object" in refused(config(tmp_path, *path))
     (copy / "config.json").unlink()
     assert "has no config.json" in refused(config(tmp_path, *path))
 
@@ -86,7 +88,7 @@ def test_no_row_for_a_mask_token(tmp_path, copy):
     overrides = ["--model.path", str(copy), "--model.mask_token", "<|new|>"]
     assert preflight.prepare(config(tmp_path, *overrides))
     edit(copy, vocab_size=263)
-    assert "the mask token needs id 263, but the embedding has 263 rows" in refused(config(tmp_path, *overrides))
+    assert "it needs id 263, but the embedding has 263 rows" in refused(config(tmp_path, *overrides))
 
 
 def test_a_tokenizer_without_chat_template(tmp_path, copy):
