@@ -41,11 +41,11 @@ def explain(error: Any, root: type[BaseModel] = RunConfig) -> str:
             name = context["discriminator"].strip("'")
             tags = [str(tag_of(section)) for section in section_at(path, root)]
             tag = given.get(name) if isinstance(given, dict) else None
-            said = "missing" if tag is None else f"{shown(tag)} is unknown{_near(str(tag), tags)}"
+            said = "missing" if tag is None else f"{shown(tag)} is unknown{_near(tag, tags)}"
             return f"{field}.{name}: {said}; choose {', '.join(tags)}"
         case "literal_error":
             options = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-            return f"{field}: {value} is unknown{_near(str(given), options)}; choose {', '.join(options)}"
+            return f"{field}: {value} is unknown{_near(given, options)}; choose {', '.join(options)}"
         case "value_error":
             return f"{field}: {message}" if field else message
         case "model_type" | "model_attributes_type" | "dict_type":
@@ -92,6 +92,7 @@ def _suggestion(location: list[str], root: type[BaseModel]) -> str:
     return f"the fields here are {', '.join(beside)}"
 
 
-def _near(given: str, options: list[str]) -> str:
-    near = difflib.get_close_matches(given[:_LONGEST_NAME], options, n=1, cutoff=0.6)
+def _near(given: Any, options: list[str]) -> str:
+    text = given[:_LONGEST_NAME] if isinstance(given, str) else ""
+    near = difflib.get_close_matches(text, options, n=1, cutoff=0.6)
     return f", did you mean {near[0]!r}?" if near else ""

@@ -20,7 +20,7 @@ from common.config.fields import default_tag, is_tag, path_fields, place_of
 from common.config.paths import expanded
 from common.config.renamed import old_names, with_new_names
 from common.config.run import RunConfig
-from common.config.section import as_typed, plain_types
+from common.config.section import plain_types
 from common.config.shown import shown
 from common.config.yaml_loader import ConfigLoader, NotOfAConfig, Scalar, is_null
 
@@ -107,23 +107,21 @@ def parse_overrides(arguments: list[str]) -> list[tuple[list[str], Any]]:
                 )
             text = rest.pop(0)
         path, kind = place_of(name.split("."))
-        parsed.append((path, _typed_text(name, text, kind)))
+        parsed.append((path, _value_of(text, kind, name)))
     return parsed
 
 
-def _typed_text(name: str, text: str, kind: Any) -> Any:
+def _value_of(text: str, kind: Any, name: str) -> Any:
     if plain_types(kind) & {str, Path}:
         return Scalar(text, None) if is_null(text) else text
     try:
-        return as_typed(kind, yaml.load(text, ConfigLoader))
+        return yaml.load(text, ConfigLoader)
     except yaml.YAMLError as error:
         if kind is Any:
             return text
         raise ConfigError(
             f"--{name}: {shown(text)} is not valid YAML; quote it for the shell, as in '[1, 2]'"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"--{name}: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def as_typed(annotation: Any, value: Any) -> Any:
         # a number is due: `true`, which Python takes for 1, is refused as the text that it is
         return str(value).lower() if kinds & {int, float} and bool not in kinds else value
     if isinstance(value, int | float):
-        if int in kinds and float not in kinds and abs(value) > _LARGEST:
+        if int in kinds and float not in kinds and math.isfinite(value) and abs(value) > _LARGEST:
             raise ValueError(f"{shown(value)} is too large; use {_LARGEST} or less")
         return value + 0.0 if isinstance(value, float) else value  # no negative zero
     for kind in kinds:

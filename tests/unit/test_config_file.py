@@ -8,6 +8,7 @@ from common.config.errors import ConfigError
 from common.config.file import REPOSITORY, load_config, parse_overrides
 from common.config.objective import JensenShannon, MixedKL
 from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking
+from common.config.yaml_loader import Scalar
 
 MINIMAL = "model: {path: deploy/models/tiny-arlm}\ndata: {prompts: questions.jsonl}\n"
 
@@ -58,8 +59,8 @@ def test_every_spelling_of_a_number_is_a_number(tmp_path, text):
 @given(st.floats(min_value=1e-30, max_value=1e30))
 def test_floats_survive_the_command_line(value):
     [(_, parsed)] = parse_overrides(["--learner.lr", repr(value)])
-    assert parsed == value
-    assert isinstance(parsed, float)
+    assert parsed == Scalar(repr(value), value)
+    assert isinstance(parsed.value, float)
 
 
 @pytest.mark.parametrize("name", ["7", "on", "no", "2026-01-31", "1.5"])
