@@ -284,8 +284,8 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 
 def test_actor_waits_for_company(path: str) -> None:
-    """Requests of 15 tokens, batches of 45, and no deadline to speak of: the third one completes a batch."""
-    actor = TeacherActor(config(max_wait_ms=3_600_000, max_batched_tokens=45), path)
+    """Requests of 15 tokens, batches of 45, and a deadline that is far away: the third one completes a batch."""
+    actor = TeacherActor(config(max_wait_ms=60_000, max_batched_tokens=45), path)
 
     async def run() -> None:
         calls = []
@@ -295,7 +295,7 @@ def test_actor_waits_for_company(path: str) -> None:
             await _until(lambda: len(actor.waiting) == len(calls))
         await asyncio.gather(*calls)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 30))
     assert actor.stats()["batches"] == 1
 
 
@@ -359,7 +359,7 @@ class _Held(_Picky):
 def test_a_cancelled_caller_does_not_hold_up_others(monkeypatch: pytest.MonkeyPatch, while_it: str) -> None:
     backend = _Held()
     monkeypatch.setattr(actors.teacher.actor, "build_backend", lambda *_: backend)
-    actor = TeacherActor(config(max_wait_ms=3_600_000, max_batched_tokens=45), "nowhere")
+    actor = TeacherActor(config(max_wait_ms=60_000, max_batched_tokens=45), "nowhere")
     rows = [trajectory(i, [3]) for i in range(4)]
     for row in rows:
         row.prompt_ids[:] = row.response_ids[:] = 1
@@ -381,7 +381,7 @@ def test_a_cancelled_caller_does_not_hold_up_others(monkeypatch: pytest.MonkeyPa
         assert [answer.num_rows for answer in await asyncio.gather(*calls)] == [1, 1]
         assert leader.cancelled()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 30))
     assert actor.stats()["queue_depth"] == 0
 
 
