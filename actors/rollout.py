@@ -35,9 +35,18 @@ from common.weights.transport import WeightsHandle, WeightsTransport
 
 
 class RolloutActor:
-    """Life cycle: constructed with version 0 (the ARLM's weights); `rollout` streams record batches of finished
-    trajectories with their states selected; `fetch_weights` runs beside it, in a thread of its own; `swap_weights`
-    between rollout batches."""
+    """A Ray actor that samples trajectories with the weights version that it was last told to run.
+
+    Life cycle: constructed with version 0, the ARLM's weights. `rollout` streams record batches of finished
+    trajectories, their states selected. `fetch_weights` runs beside it in a thread of its own; all other calls run one
+    after the other, so `swap_weights` takes effect between two rollout batches:
+
+        actor = as_remote(config).remote(config, 0)
+        stream = actor.rollout.options(num_returns="streaming").remote(prompts, 64, 4, unmasking)
+        batches = [ray.get(ref) for ref in stream]            # made with version 0
+        actor.fetch_weights.remote(handle)                    # of version 1
+        assert ray.get(actor.swap_weights.remote(1)) == 1     # what is sampled from now on is made with version 1
+    """
 
     def __init__(self, config: RunConfig, index: int) -> None:
         torch.set_num_threads(config.rollout.resources.threads)
@@ -80,7 +89,7 @@ class RolloutActor:
         }
 
     def join_weights_group(self, address: tuple[str, int], members: tuple[str, ...], rank: int) -> None:
-        """From now on receive weights by broadcast; at the same time as all other members."""
+        """Receive weights by broadcast from now on. Returns when all other members have joined too."""
         device, timeout = self.sampler.device, self.config.weights_timeout_s
         store = connect(*address, timeout)
         self._take_weights_from(BroadcastTransport(store, members, rank, device, timeout))
@@ -91,29 +100,30 @@ class RolloutActor:
     @ray.method(concurrency_group="weights")
     @computes
     def fetch_weights(self, handle: WeightsHandle) -> int:
-        """Receive a published version while rollouts go on; returns it. The one before must have been swapped in."""
+        """Receive a published version while rollouts go on; returns its number. The version before must have been
+        swapped in."""
         self.inbox.fetch(handle)
         return handle.version
 
     @computes
     def swap_weights(self, version: int) -> int:
-        """Run a version that is fetched, or being fetched, from now on; returns it as the acknowledgement."""
+        """Run a version from now on, once it is fetched; returns its number as the acknowledgement."""
         self.inbox.swap(self.sampler.model, version)
         self.sampler.weights_version = version
         return version
 
     def set_block_size(self, block_size: int) -> None:
-        """Of rollouts and evaluation from now on."""
+        """The block size of rollouts and evaluation from now on."""
         self.sampler.set_block_size(block_size)
         self.meta = replace(self.meta, block_size=block_size)
 
     def rollout(
         self, prompts: list[Prompt], max_new_tokens: int, block_size: int, unmasking: Unmasking
     ) -> Iterator[pa.RecordBatch | BatchInfo]:
-        """Stream finished trajectories in record batches of about `rollout.stream_rows` rows; offline responses of
-        prompts that have them come first.
+        """Stream finished trajectories in record batches of `rollout.stream_rows` rows, the last one shorter.
 
-        Where no teacher comes after, each is followed by its BatchInfo.
+        Prompts with offline responses take these and are not sampled; they come first. Where there is no teacher, each
+        record batch is followed by its BatchInfo.
         """
         rollout = self.config.rollout
         self.set_block_size(block_size)
@@ -162,8 +172,8 @@ class RolloutActor:
             yield batch_info(batch)
 
     def stats(self) -> dict[str, Any]:
-        """Cumulative counters of this actor; `tokens` are those of finished responses. `spans` is when it generated
-        or loaded weights since the last call (common/busy.py)."""
+        """Counters since the actor started; `tokens` are those of finished responses. `spans` says when it sampled or
+        loaded weights since the last call (common/busy.py)."""
         return {
             "pid": os.getpid(),
             "busy_seconds": self.busy_seconds,
@@ -177,14 +187,14 @@ class RolloutActor:
     def evaluate(
         self, problems: list[Prompt], unmasking: Unmasking, max_new_tokens: int, block_size: int
     ) -> Evaluation:
-        """Greedy decoding of this actor's share of the held-out problems with its current weights."""
+        """Greedy decoding of this actor's share of the held-out problems, with its current weights."""
         self.set_block_size(block_size)
         decoding = Decoding(unmasking, 0.0)
         answer_format = self.config.evaluation.answer_format
         return evaluate_shard(self.sampler, self.tokenizer, problems, decoding, max_new_tokens, answer_format)
 
     def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> Evaluation:
-        """Greedy autoregressive decoding of the same by the frozen ARLM."""
+        """Greedy autoregressive decoding of the same problems by the frozen ARLM."""
         model, tokenizer = load_autoregressive(self.config.teacher_path, str(self.sampler.device))
         answer_format = self.config.evaluation.answer_format
         return evaluate_autoregressive(model, tokenizer, problems, max_new_tokens, answer_format=answer_format)

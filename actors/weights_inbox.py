@@ -1,4 +1,8 @@
-"""The inbox of weights: one version is fetched beside the sampler, and swapped in between two rollouts."""
+"""The inbox of weights: a version is fetched while the sampler runs, and copied into the model between two rollouts.
+
+Left out: a second model that the sampler would switch to. The pause would be shorter, but CUDA graphs hold the
+addresses of the first model's parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,18 @@ from common.weights.transport import WeightsHandle, WeightsTransport, load_weigh
 
 
 class WeightsInbox:
-    """Life cycle of a version: `fetch` in a thread of its own, then `swap` in the sampler's, which frees the inbox.
+    """Holds at most one version: the next one may be fetched when the one before was swapped in.
 
-    It holds one version at most: the next may be fetched after the last was swapped in. `pause_seconds` counts how long
-    `swap` kept the sampler's thread in all, waiting for the fetch included.
+    Life cycle of a version: `fetch` in a thread of its own, then `swap` in the sampler's thread. Either may be called
+    first; `swap` waits for the fetch.
+
+        fetching thread             the sampler's thread
+        inbox.fetch(handle_of_1)    ... samples with version 0
+                                    inbox.swap(model, 1)
+        inbox.fetch(handle_of_2)    ... samples with version 1
+                                    inbox.swap(model, 2)
+
+    `pause_seconds` is the total time that `swap` took, including its wait for the fetch.
     """
 
     def __init__(
@@ -29,7 +41,7 @@ class WeightsInbox:
         self._fetched: Queue[tuple[int, list[tuple[str, Tensor]] | Exception]] = Queue(maxsize=1)
 
     def fetch(self, handle: WeightsHandle) -> None:
-        """Receive and verify a version. What it raises, `swap` raises too."""
+        """Receive and verify a version. An error is raised here and again by `swap`."""
         try:
             tensors = self.transport.fetch(handle)
         except Exception as error:
@@ -38,7 +50,7 @@ class WeightsInbox:
         self._fetched.put((handle.version, tensors), timeout=self.timeout_s)
 
     def swap(self, model: nn.Module, version: int) -> None:
-        """Copy the fetched version into the model's parameters, where they are.
+        """Copy the fetched version into the model's parameters, in place.
 
         Raises:
             TimeoutError: it was not fetched in time.
@@ -55,5 +67,5 @@ class WeightsInbox:
             raise ValueError(f"weights version {fetched} was fetched, expected {version}")
         load_weights(model, tensors)
         if any(parameter.is_cuda for parameter in model.parameters()):
-            torch.cuda.current_stream().synchronize()  # the next fetch writes where these tensors are
+            torch.cuda.current_stream().synchronize()  # the next fetch overwrites these tensors
         self.pause_seconds += self._stopwatch() - start

@@ -1,7 +1,7 @@
 """Offline responses: trajectories that the student did not make, from a file of questions and responses.
 
-They take the place of rollouts (objective.source `offline`) or of a share of them (`mixture`) and go the same way from
-there: states, teacher, Arrow, learner. A response has no realised rounds, so its states are random masks.
+They replace all rollouts (objective.source `offline`) or a share of them (`mixture`), and are then treated like
+rollouts: states, teacher, Arrow, learner. A response has no realised rounds, so its states are random masks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from common.trajectory import NO_ROUND, OFFLINE, Trajectory, finish_reason, unti
 
 
 def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
-    """The ids of the responses in `data.responses`, int32, by question; those to other questions are left out.
+    """The ids of the responses in `data.responses`, int32, by question; responses to other questions are ignored.
 
-    A record holds the question and the response as text, which gets the end token unless its `finish_reason` is
-    `length`; or, as `opdlm respond` writes it, also the ids that were generated, which are taken as they are if its
-    `tokenizer_fingerprint` is this tokenizer's.
+    A record has the question and the response as text. The end token is appended unless the record's `finish_reason`
+    is `length`. A record that `opdlm respond` wrote also has the generated ids; they are used in place of the text if
+    the record's `tokenizer_fingerprint` is that of this tokenizer. Every response ends at its first end token.
 
     Raises:
-        PromptError: see read_records; a response is missing, empty or holds the mask token; or prompts have none.
+        PromptError: see read_records; a response is missing, empty or contains the mask token; or a prompt has none.
     """
     assert data.responses is not None
     wanted = {p.question for p in prompts}
@@ -69,7 +69,7 @@ def _ids(place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerp
     ids = until_end(ids, eos)
     if not len(ids) or tokenizer.mask_token_id in ids:
         wrong = f"holds the mask token {tokenizer.mask_token!r}" if len(ids) else "is empty"
-        raise PromptError(f"{place}: the response {wrong}; mend or remove it")
+        raise PromptError(f"{place}: the response {wrong}; correct or remove it")
     return ids
 
 
@@ -89,10 +89,10 @@ def offline_share(source: Source, batch: int) -> float:
 def with_responses(
     prompts: list[Prompt], share: float, offline: dict[str, list[np.ndarray]], samples: int, seed: int
 ) -> list[Prompt]:
-    """The prompts, those with `responses` set that take their offline ones.
+    """The prompts; those that take offline responses have `responses` set.
 
-    Which do, and with which responses, is seeded by the ordinal alone; a prompt's samples get different responses
-    while there are enough.
+    Which prompts do, and which responses they take, is seeded by the ordinal alone. The samples of a prompt take
+    different responses as long as there are enough.
     """
 
     def choose(prompt: Prompt) -> Prompt:
@@ -109,9 +109,10 @@ def with_responses(
 def offline_trajectory(
     prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int, eos_token_id: int
 ) -> Trajectory:
-    """An offline response as a trajectory: at most `max_new_tokens` of it, its last block filled with masks.
+    """An offline response as a trajectory: at most `max_new_tokens` of it, its last block filled with mask tokens.
 
-    The fill is what decoding sees there until it reveals more; like a rollout's tail it is context and never trained.
+    The mask tokens are what decoding sees there before it reveals more. Like a rollout's tail they are context and
+    never trained.
     """
     response = prompt.responses[sample][:max_new_tokens]
     length = len(prompt.ids) + len(response)

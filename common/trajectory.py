@@ -1,19 +1,22 @@
-"""The trajectory: what a rollout leaves behind, and its Arrow form.
+"""The trajectory: the result of a rollout, and its Arrow form.
 
 One record per trajectory. `x0 = prompt_ids + response_ids + tail_ids` ends on the block grid. The tail is what the
-sampler wrote behind the first end token, or behind the length limit, in the last block: it is context of that block's
-states, so it is kept for exact reconstruction, but it is never trained on and the teacher never sees it. Offsets count
-from the start of the response. The same record batches travel through the object store, are spooled to disk, and can be
-replayed.
+sampler wrote in the last block behind the first end token, or behind the length limit. It is context of that block's
+states, so it is kept for exact reconstruction, but it is never trained on, and the teacher never reads it. Offsets
+count from the start of the response. The same record batches are sent through Ray's object store and written to disk as
+the spool.
+
+Left out: one record per state, which would repeat the sequence and its targets for every noised copy; and columns that
+may be missing. A reader refuses a schema that differs from its own, and says where.
 
 | field | type | meaning |
 | --- | --- | --- |
-| ordinal, sample | int64, int32 | the key: position in the run's seeded prompt order, sample number |
+| ordinal, sample | int64, int32 | the key: position in the run's seeded prompt order, number of the sample |
 | domain | string | of the prompt |
 | prompt_ids, response_ids, tail_ids | list<int32> | token ids |
 | reveal_round | list<int16> | per response and tail position: round within its block, from 0; -1 if offline |
 | confidence | list<float32> | per response and tail position: probability under the raw softmax when revealed |
-| weights_version | int32 | of the student that made it; -1: an offline response |
+| weights_version | int32 | of the student that sampled it; -1: an offline response |
 | finish_reason | string | `eos`: the response ends with the end token; `length`: it does not |
 | denoise_forwards, commit_forwards | int32 | forwards in which this sequence took part |
 | state_count | int32 | noised copies |
@@ -37,8 +40,8 @@ import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
-OFFLINE = -1  # weights_version of an offline response, which no student made
-NO_ROUND = -1  # its reveal_round
+OFFLINE = -1  # weights_version of an offline response
+NO_ROUND = -1  # reveal_round of an offline response
 
 _LISTS: dict[str, pa.DataType] = {
     "prompt_ids": pa.int32(),
@@ -67,13 +70,13 @@ _SCALARS: dict[str, pa.DataType] = {
 
 
 def until_end(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """The response in `ids` int32 [n]: up to and with the first end token, or all of them; a view."""
+    """`ids` int32 [n] up to and including the first end token, or all of them if there is none; a view."""
     ends = np.flatnonzero(ids == eos_token_id)
     return ids[: ends[0] + 1] if len(ends) else ids
 
 
 def finish_reason(response_ids: np.ndarray, eos_token_id: int) -> str:
-    """`eos` for a response whose last token is the end token, else `length`: it was cut off, wherever it came from."""
+    """`eos` if the response's last token is the end token, else `length`: it was cut off, by whoever made it."""
     return "eos" if len(response_ids) and response_ids[-1] == eos_token_id else "length"
 
 
@@ -83,7 +86,7 @@ def _empty(dtype: type) -> Any:
 
 @dataclass
 class Trajectory:
-    """One rollout; NumPy arrays with the dtypes of the table above. Targets are empty until the teacher gave them."""
+    """One trajectory; NumPy arrays with the dtypes of the table above. Targets are empty before the teacher's pass."""
 
     ordinal: int
     sample: int
@@ -114,7 +117,7 @@ class Trajectory:
 
     @property
     def is_offline(self) -> bool:
-        """An offline response: without realised rounds, and its tail is mask tokens."""
+        """Whether this is an offline response: it has no realised rounds, and its tail is mask tokens."""
         return self.weights_version == OFFLINE
 
     @property
@@ -125,7 +128,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class TrajectoryMeta:
-    """Facts that hold for a whole record batch, kept in the schema's metadata.
+    """What holds for a whole record batch, stored in the schema's metadata.
 
     `target_kind` is `none` before the teacher's pass and for hard labels, else `topk` or `hidden`; `target_width` is
     K or d.
@@ -153,7 +156,7 @@ class TrajectoryMeta:
 
         Raises:
             ValueError: a key is missing, the version is unknown, or the columns are not this version's; the message
-                names it.
+                names the key, version or column.
         """
         raw = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         missing = [f.name for f in fields(cls) if f.name not in raw]
@@ -209,7 +212,7 @@ def from_batch(batch: pa.RecordBatch) -> tuple[list[Trajectory], TrajectoryMeta]
     """The trajectories of a record batch; their arrays are read-only views of its buffers.
 
     Raises:
-        ValueError: the batch does not fit the schema (see TrajectoryMeta.of).
+        ValueError: the batch does not have this schema (see TrajectoryMeta.of).
     """
     meta = TrajectoryMeta.of(batch.schema)
     columns: dict[str, list[Any]] = {}
@@ -222,7 +225,7 @@ def from_batch(batch: pa.RecordBatch) -> tuple[list[Trajectory], TrajectoryMeta]
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """What the pipeline needs to know of a record batch without reading it."""
+    """What the pipeline needs to know about a record batch, so that it need not read it."""
 
     keys: list[tuple[int, int]]  # (ordinal, sample)
     oldest_version: int | None  # None: all are offline responses
@@ -241,7 +244,7 @@ class BatchInfo:
 
 
 def batch_info(batch: pa.RecordBatch) -> BatchInfo:
-    """Count a record batch; `teacher_tokens` are those of the trajectories that have targets."""
+    """The numbers of a record batch; `teacher_tokens` are those of the trajectories that have targets."""
     trajectories, meta = from_batch(batch)
     read = [t for t in trajectories if len(t.target_offsets)] if meta.target_kind != "none" else []
     return BatchInfo(

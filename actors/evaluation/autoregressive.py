@@ -18,7 +18,7 @@ from common.trajectory import finish_reason, until_end
 def load_autoregressive(
     path: str, device: str, dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM as it is, without any mask of ours; default dtype: float32 on CPU, else bfloat16."""
+    """A causal LM with its own mask; default dtype: float32 on CPU, else bfloat16."""
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     return model.to(device).eval(), load_tokenizer(path)
@@ -36,7 +36,7 @@ def evaluate_autoregressive(
     batch_size: int = 64,
     answer_format: AnswerFormat = "answer_line",
 ) -> Evaluation:
-    """Decode with transformers' `generate`, left-padded batches; one forward makes one token, temperature 0: greedy."""
+    """Decode left-padded batches with transformers' `generate`; a token takes one forward, temperature 0 is greedy."""
     start = time.perf_counter()
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

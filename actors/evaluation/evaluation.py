@@ -20,10 +20,10 @@ _COUNTS = ("correct", "response_tokens", "denoise_forwards", "commit_forwards", 
 
 @dataclass
 class Evaluation:
-    """What became of every problem; shards add up.
+    """The counts of every problem; `+` joins the shards of several actors.
 
     `counts` is int64 [problems, 5] with the columns correct (0 or 1), response tokens, denoising forwards, commit
-    forwards, ended by itself (0 or 1), each of one sequence. `seconds` is the time spent decoding, summed over shards.
+    forwards, and ended with the end token (0 or 1). `seconds` is the time spent decoding, summed over shards.
     """
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros((0, len(_COUNTS)), dtype=np.int64))
@@ -38,9 +38,9 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Ratios for tables and `summary.json`.
 
-        Tokens per step = response tokens / denoising forwards. `forwards_per_token` counts denoising forwards,
-        `forwards_per_token_with_commits` also the commits of blocks to the cache, as if each were a forward of its
-        own (the sampler fuses them into the next block's first forward).
+        Tokens per step = response tokens / denoising forwards. `forwards_per_token` counts denoising forwards.
+        `forwards_per_token_with_commits` also counts the commits of blocks to the cache, as if each took its own
+        forward; the sampler does them in the next block's first forward.
         """
         metrics = {name: float(value) for name, value in _ratios(self.counts.sum(axis=0), len(self.counts)).items()}
         tokens = int(self.counts[:, _COUNTS.index("response_tokens")].sum())
@@ -48,16 +48,15 @@ class Evaluation:
         return metrics | {"tokens_per_second": speed, "problems": len(self.counts), "seconds": self.seconds}
 
     def spread_over_problems(self, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
-        """Bootstrap: standard deviation of each ratio over sets of as many problems drawn with replacement.
+        """Bootstrap: standard deviation of each ratio over sets of equally many problems, sampled with replacement.
 
         The standard error of the metric as an estimate for all problems of this kind (Efron, 1979).
         """
         problems = len(self.counts)
         rng = np.random.default_rng(seed)
-        times_drawn = rng.multinomial(
-            problems, np.full(problems, 1 / problems), size=resamples
-        )  # [resamples, problems]
-        resampled = _ratios(times_drawn @ self.counts, problems)
+        # [resamples, problems]: how often each problem is in the set
+        times = rng.multinomial(problems, np.full(problems, 1 / problems), size=resamples)
+        resampled = _ratios(times @ self.counts, problems)
         return {name: float(values.std(ddof=1)) for name, values in resampled.items()}
 
 
@@ -83,7 +82,7 @@ def evaluate_shard(
     max_new_tokens: int,
     answer_format: AnswerFormat = "answer_line",
 ) -> Evaluation:
-    """Decode the problems with the sampler's current weights and count."""
+    """Decode the problems with the sampler's current weights, and count."""
     start = time.perf_counter()
     answers = {p.ordinal: p.answer for p in problems}
     requests = [Request(p.ordinal, 0, p.ids, max_new_tokens, p.domain) for p in problems]

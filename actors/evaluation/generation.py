@@ -1,4 +1,4 @@
-"""A student's folder as a sampler, and texts from it."""
+"""A student's folder loaded as a sampler, and the texts that it generates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreT
     """Model and tokenizer of a converted student's folder; default device: CUDA where there is one.
 
     Raises:
-        ValueError: the folder's config has no mask_token_id, so it was never converted.
+        ValueError: the folder's config has no mask_token_id, because it was never converted.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path, getattr(torch, dtype), "sdpa").to(device)
@@ -33,7 +33,7 @@ def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreT
 def sampler_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int | None, slots: int, seed: int = 0
 ) -> Sampler:
-    """A sampler on a loaded student; default block size: the model's own."""
+    """A sampler for a loaded student; default block size: the model's own."""
     return Sampler(
         model,
         block_size=block_size or model.config.block_size,
@@ -53,7 +53,7 @@ def generate_texts(
     max_new_tokens: int,
     chat: bool = True,
 ) -> list[tuple[str, Trajectory]]:
-    """Response text and trajectory of each prompt, in order; `chat` applies the chat template."""
+    """Response text and trajectory of each prompt, in the order of the prompts; `chat` applies the chat template."""
     requests = [Request(i, 0, _prompt_ids(tokenizer, prompt, chat), max_new_tokens) for i, prompt in enumerate(prompts)]
     done: dict[int, Any] = {t.ordinal: t for t in sampler.generate(requests, decoding)}
     return [(tokenizer.decode(done[i].response_ids, skip_special_tokens=True), done[i]) for i in range(len(prompts))]

@@ -2,8 +2,8 @@ r"""Log-likelihood of a given continuation under a block-diffusion student.
 
 With b running over the blocks of the absolute grid, log p(x) = sum_b log p(x^b | x^{<b}). Within a block the student
 gives, for any set M of masked positions, p(x_i | x^{<b}, x^b_{known}) for each i in M; the mask token is left out of
-the softmax, as in decoding. Let S be the n continuation positions of a block. What stands before S in the block
-(the tail of the context) is known in every state, and what comes behind the continuation is masked in every state.
+the softmax, as in decoding. Let S be the n continuation positions of a block. The positions before S in the block
+(the end of the context) are known in every state, and those behind the continuation are masked in every state.
 The likelihood of a block depends on the order in which it is decoded, so there are two estimates:
 
 `sequential`, exact for the decoder that reveals one token a step from left to right (rule `sequential`, T = 1):
@@ -12,18 +12,18 @@ The likelihood of a block depends on the order in which it is decoded, so there 
 
 Its probabilities of all continuations of one length sum to 1. It takes n states of the block.
 
-`bound`, for the decoder that reveals one token a step in an order drawn uniformly; by Jensen's inequality
+`bound`, for the decoder that reveals one token a step in a uniformly random order; by Jensen's inequality
 
     log E_sigma[prod_j p(x_{sigma_j} | x_{sigma_{<j}})]  >=  E_sigma[sum_j log p(x_{sigma_j} | x_{sigma_{<j}})]
         = sum_{M subset of S, M not empty}  1 / (|M| C(n, |M|))  sum_{i in M} log p(x_i | x_{S \ M})
 
-the right side being the evidence bound of masked diffusion with its time integral done (Ou et al., 2024,
-arXiv 2406.03736). All 2^n - 1 masks are enumerated where `samples` allows it, so that the bound is exact: for n = 4
-that is 15 states. Else it is estimated without bias: |M| uniform on 1..n, M uniform of that size, n / |M| times the
-sum, averaged over `samples` draws. The draws depend on the seed and the block's index only, so the options of one
+The right side is the evidence bound of masked diffusion with its time integral solved (Ou et al., 2024,
+arXiv 2406.03736). If there are at most `samples` masks, all 2^n - 1 are enumerated and the bound is exact: for n = 4
+these are 15 states. Otherwise it is estimated without bias: |M| uniform on 1..n, M uniform of that size, n / |M| times
+the sum, averaged over `samples` masks. These depend on the seed and the block's index only, so the options of one
 question are compared under the same masks.
 
-Every state is a noised copy of its block behind the clean sequence, as in training, so one forward scores many.
+As in training, every state is a noised copy of its block behind the clean sequence, so one forward scores many states.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _HEAD_ROWS = 1024  # positions whose logits exist at the same time
 
 @dataclass(frozen=True)
 class Estimate:
-    """Which likelihood, and how exactly; `samples` and `seed` are of the bound."""
+    """Which estimate of the likelihood; `samples` and `seed` are for the bound."""
 
     method: Method = "sequential"
     samples: int = 64
@@ -58,7 +58,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """`log_prob` in nats; `greedy`: left-to-right decoding at temperature 0 would write this continuation."""
+    """`log_prob` in nats; `greedy`: left-to-right decoding at temperature 0 would give this continuation."""
 
     log_prob: float
     greedy: bool
@@ -66,8 +66,8 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class BlockState:
-    """One state of a block: bool [n] masked, float64 [n] weight of each position, and the position whose most likely
-    token left-to-right decoding would take here (-1: none)."""
+    """One state of a block: bool [n] masked, float64 [n] weight of each position, and the position that left-to-right
+    decoding would reveal here (-1: none)."""
 
     masked: np.ndarray
     weight: np.ndarray
@@ -75,7 +75,7 @@ class BlockState:
 
 
 def block_states(n: int, block: int, estimate: Estimate) -> list[BlockState]:
-    """The states of a block with n continuation positions, and the weights that make up its estimate."""
+    """The states of a block with n continuation positions, with their weights in the estimate."""
     left_to_right = [np.arange(n) >= j for j in range(n)]
     if estimate.method == "sequential":
         return [BlockState(masked, np.eye(n)[j], j) for j, masked in enumerate(left_to_right)]
@@ -91,7 +91,7 @@ def block_states(n: int, block: int, estimate: Estimate) -> list[BlockState]:
             size = int(rng.integers(1, n + 1))
             masked = np.isin(np.arange(n), rng.permutation(n)[:size])
             states.append(BlockState(masked, masked * (n / size / estimate.samples)))
-    # for the greedy flag alone
+    # these only serve the greedy flag
     return states + [BlockState(masked, np.zeros(n), j) for j, masked in enumerate(left_to_right)]
 
 
@@ -106,7 +106,7 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """Score the continuation of every (context ids, continuation ids), in order.
 
-    `token_budget` bounds the tokens of one forward, clean and noised; one copy of one sequence may exceed it.
+    One forward has at most `token_budget` tokens, clean and noised, or one sequence with one noised block.
     """
     log_prob, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
     rows = [
@@ -121,9 +121,9 @@ def log_likelihoods(
 
 @dataclass
 class _Row:
-    """A clean sequence and some noised copies of its blocks, int64 [L] each; then what is scored there.
+    """A clean sequence and some noised copies of its blocks, int64 [L] each, and what is scored there.
 
-    Scored: int64 columns `at` [K] with tokens `target` [K], `weight` float64 [K] and `greedy` bool [K].
+    Scored: columns `at` int64 [K] with tokens `target` int64 [K], `weight` float64 [K] and `greedy` bool [K].
     """
 
     index: int
@@ -146,12 +146,12 @@ def _rows(
     estimate: Estimate,
     token_budget: int,
 ) -> Iterator[_Row]:
-    """The states of one sequence, in as few rows of at most `token_budget` tokens as they fit in."""
+    """The states of one sequence, in as few rows of at most `token_budget` tokens as possible."""
     if not continuation:
         return
     x = np.asarray([*context, *continuation], dtype=np.int64)
     blocks = range(len(context) // block_size, (len(x) - 1) // block_size + 1)
-    clean = blocks[-1] * block_size  # the last block is nobody's context
+    clean = blocks[-1] * block_size  # no block has the last one as context
     states = []
     for block in blocks:
         first, end = max(block * block_size, len(context)), min((block + 1) * block_size, len(x))
@@ -166,7 +166,7 @@ def _rows(
             noised = np.full(block_size, mask_token_id, dtype=np.int64)
             known = x[position[0] : position[0] + block_size]
             noised[: len(known)] = known
-            offset = first - position[0] + np.arange(len(state.masked))  # of the continuation within the block
+            offset = first - position[0] + np.arange(len(state.masked))  # continuation positions within the block
             noised[offset[state.masked]] = mask_token_id
             scored = (state.weight > 0) | (np.arange(len(state.masked)) == state.greedy_at)
             ids.append(noised)
@@ -193,7 +193,7 @@ def _rows(
 def _score(
     model: PreTrainedModel, rows: list[_Row], mask_token_id: int, log_prob: np.ndarray, greedy: np.ndarray
 ) -> None:
-    """One forward; adds what was scored to `log_prob` [pairs] and `greedy` [pairs]."""
+    """One forward; adds its scores to `log_prob` [pairs] and `greedy` [pairs]."""
     device = lm_head_weight(model).device
     length = max(len(row.ids) for row in rows)
 

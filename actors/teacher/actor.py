@@ -1,6 +1,9 @@
 """The teacher pool: the frozen ARLM, asked once per trajectory for its next-token distributions.
 
 A backend answers requests; an actor collects the requests of all rollout actors into large batches for it.
+
+Left out: a background task that serves a queue. Callers serve instead, each in its turn, so an error always reaches a
+caller, and nothing can die unnoticed.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info,
 
 
 def build_backend(config: TeacherConfig, model_path: str) -> TeacherBackend:
-    """Loads the configured engine; it computes with `config.resources.threads` threads.
+    """Load the configured engine; it computes with `config.resources.threads` threads.
 
     Raises:
         ValueError: more than one GPU is reserved for one teacher.
@@ -44,9 +47,9 @@ def build_backend(config: TeacherConfig, model_path: str) -> TeacherBackend:
 
 
 def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape: TeacherTarget = AS_IT_IS) -> None:
-    """Fills the target fields for the `target_offsets` of each trajectory; they stay empty where it has none.
+    """Fill the target fields for the `target_offsets` of each trajectory; they stay empty where there are none.
 
-    Top-k targets are reshaped here; hidden states are, in the learner, after the LM head.
+    Top-k targets are reshaped here. With hidden states the learner reshapes, after the LM head.
     """
     asked = [t for t in trajectories if len(t.target_offsets)]
     requests = [TargetRequest(t.causal_ids, len(t.prompt_ids) + t.target_offsets) for t in asked]
@@ -62,7 +65,7 @@ def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape:
 
 @dataclass(eq=False)
 class _Work:
-    """One record batch on its way through the teacher; in the end it has a result or an error."""
+    """A record batch that waits for its targets; in the end it has a result or an error."""
 
     trajectories: list[Trajectory]
     meta: TrajectoryMeta
@@ -90,9 +93,17 @@ class _Work:
 class TeacherActor:
     """An asyncio Ray actor around one backend.
 
-    Life cycle: constructed with the model loaded; `annotate` at any time, by any number of callers at once; `close`
-    or a kill. A call that finds nobody serving serves a batch made of its own request and of the others that wait,
-    so there is no background task that could die unseen.
+    Life cycle: constructed with the model loaded; then `annotate`, from any number of callers at once; `close` or a
+    kill at the end. The state between calls is the list of waiting requests and the counters.
+
+        actor = as_remote(config).remote(config.teacher, config.teacher_path)
+        calls = [actor.annotate.remote(batch) for batch in batches]  # served together where they fit
+        annotated = ray.get(calls)                                   # the same rows, with targets
+        ray.get(actor.close.remote())
+
+    One caller at a time serves: it waits until `max_batched_tokens` are there or the oldest request is `max_wait_ms`
+    old, runs one backend batch of the oldest requests, and repeats until its own is done. If that caller is cancelled,
+    the next one goes on with what still waits.
     """
 
     def __init__(self, config: TeacherConfig, model_path: str, index: int = 0, shape: TeacherTarget = AS_IT_IS) -> None:
@@ -101,7 +112,7 @@ class TeacherActor:
         self.shape = shape
         self.index = index
         start = time.perf_counter()
-        # engines keep state per thread (OpenMP, CUDA): one thread builds and runs this one
+        # engines keep state per thread (OpenMP, CUDA), so one thread builds and runs this one
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         self.backend = self.thread.submit(build_backend, config, model_path).result()
         self.load_seconds = time.perf_counter() - start
@@ -128,7 +139,7 @@ class TeacherActor:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Cumulative counters of this actor; `queue_depth` is the number of record batches in it now. `spans` is when
+        """Counters since the actor started; `queue_depth` is the number of record batches in it now. `spans` says when
         it computed targets since the last call (common/busy.py)."""
         return {
             "pid": os.getpid(),
@@ -145,8 +156,8 @@ class TeacherActor:
         """The same trajectories with targets; the schema's metadata says which.
 
         Raises:
-            ValueError: the batch does not fit the schema, or has targets already.
-            RuntimeError: the backend failed on it; names the ordinals, and the cause is chained.
+            ValueError: the batch does not fit the schema, or already has targets.
+            RuntimeError: the backend failed on it; the message names the ordinals, and the cause is chained.
         """
         trajectories, meta = from_batch(batch)
         meta.require(target_kind="none")
@@ -163,18 +174,18 @@ class TeacherActor:
         return work.result
 
     async def annotate_with_info(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, BatchInfo]:
-        """As `annotate`, with the few numbers that the pipeline reads in place of the batch."""
+        """As `annotate`, and the few numbers that the pipeline reads instead of the batch."""
         annotated = await self.annotate(batch)
         return annotated, batch_info(annotated)
 
     async def close(self) -> None:
-        """Waits for the batch in flight and releases the engine; the actor is of no use afterwards."""
+        """Wait for the batch in progress and release the engine; the actor cannot be used afterwards."""
         async with self.turn:
             await asyncio.wrap_future(self.thread.submit(self.backend.close))
             self.thread.shutdown()
 
     async def _serve(self) -> None:
-        """Annotates the oldest waiting requests, one backend batch of them."""
+        """Annotate the oldest waiting requests, as one backend batch."""
         deadline = self.waiting[0].arrived + self.config.max_wait_ms / 1000
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.enough.wait(), max(0.0, deadline - time.monotonic()))
@@ -187,13 +198,13 @@ class TeacherActor:
         served = [w for w in works if w.error is None]
         self.sequences += sum(len(w.asked) for w in served)
         self.tokens += sum(w.tokens for w in served)
-        # only now: had this task been cancelled, the next one would have to serve them
+        # not earlier: if this task is cancelled, the next one must serve them
         self.waiting = [w for w in self.waiting if not w.done]
         if self._waiting_tokens() < self.config.max_batched_tokens:
             self.enough.clear()
 
     def _oldest(self) -> list[_Work]:
-        """At least one request, and more as long as all fit into max_batched_tokens."""
+        """The oldest request, and the next ones while all fit into max_batched_tokens."""
         works = self.waiting[:1]
         tokens = works[0].tokens
         for work in self.waiting[1:]:
@@ -207,14 +218,14 @@ class TeacherActor:
         return sum(w.tokens for w in self.waiting)
 
     async def _attempt(self, works: list[_Work]) -> None:
-        """Gives every work a result or an error."""
+        """Give every request a result or an error."""
         run = asyncio.wrap_future(self.thread.submit(self._annotate, works))
         await asyncio.wait([run])
         error = run.exception()
         if error is not None and len(works) == 1:
             works[0].error = error
         elif error is not None:
-            # one by one, so that only the request at fault fails
+            # one by one, so that only the faulty request fails
             for work in works:
                 await self._attempt([work])
 

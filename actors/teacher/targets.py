@@ -1,7 +1,10 @@
 """What a teacher is asked, what it answers, and the interface of its backends.
 
-The target of position i is the teacher's distribution given x0^{<i}, so one causal pass over x0 serves every state of a
-trajectory, and the pass may end before the last asked position.
+The target of position i is the teacher's distribution given x0^{<i}. One causal pass over x0 therefore serves all
+states of a trajectory, and the pass may stop before the last requested position.
+
+There are two kinds of targets. `topk` is small and has a tail mass in place of the other tokens; `hidden` is exact: the
+learner computes all logits from d numbers a position. Left out: logits as targets, V numbers a position.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from torch import Tensor
 from common.config.objective import TeacherTarget
 from common.reshaping import reshape
 
-LEAST_TAIL_MASS = 1e-12  # keeps log_tail_mass finite; float32 log-probabilities resolve the mass to about 1e-7
+LEAST_TAIL_MASS = 1e-12  # keeps log_tail_mass finite; float32 log-probabilities give the mass to about 1e-7
 
 
 @dataclass(frozen=True)
 class TargetRequest:
-    """One sequence and where its next-token distributions are wanted.
+    """One sequence and the positions whose next-token distributions are requested.
 
     `ids` int32 [length], `positions` int [n]: the distribution at i >= 1 is that of ids[i] given ids[:i].
     """
@@ -36,7 +39,8 @@ class TargetRequest:
 class TopkTargets:
     """The K best tokens of n distributions, best first.
 
-    `ids` int32 [n, K], `logprobs` float32 [n, K], `log_tail_mass` float32 [n]: log of the mass of all other tokens.
+    `ids` int32 [n, K], `logprobs` float32 [n, K], `log_tail_mass` float32 [n]: log of the probability of all other
+    tokens together.
     """
 
     ids: np.ndarray
@@ -46,7 +50,7 @@ class TopkTargets:
 
 @dataclass(frozen=True)
 class HiddenTargets:
-    """`hidden` [n, d]: final hidden states after the last norm, float32, or uint16 that holds bfloat16 bits."""
+    """`hidden` [n, d]: final hidden states after the last norm, float32, or uint16 with the bits of bfloat16."""
 
     hidden: np.ndarray
 
@@ -55,7 +59,7 @@ Targets = TopkTargets | HiddenTargets
 
 
 class TeacherBackend(ABC):
-    """A loaded teacher with one kind of target. It is built, used and closed in one thread."""
+    """A loaded teacher with one kind of target. It is constructed, used and closed in one thread."""
 
     def __init__(
         self, kind: Literal["topk", "hidden"], width: int, hidden_dtype: str, vocab_size: int, max_length: int
@@ -82,11 +86,11 @@ class TeacherBackend(ABC):
         return [next(answers) if len(r.positions) else self._nothing() for r in requests]
 
     def close(self) -> None:
-        """Releases the engine."""
+        """Release the engine."""
 
     @abstractmethod
     def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
-        """As `targets`, for checked requests that have positions; `ids` end before the last of these."""
+        """As `targets`, for checked requests with positions; `ids` stop before the last position."""
 
     def _check(self, request: TargetRequest) -> None:
         ids, positions = request.ids, request.positions
@@ -94,10 +98,10 @@ class TeacherBackend(ABC):
             return
         if positions.min() < 1 or positions.max() > len(ids):
             raise ValueError(
-                f"teacher positions [{positions.min()}, {positions.max()}] leave 1 to {len(ids)}, "
+                f"teacher positions [{positions.min()}, {positions.max()}] are outside 1 to {len(ids)}, "
                 f"the range of a sequence of {len(ids)} tokens"
             )
-        # on a GPU a wrong id would end the process
+        # a wrong id would crash the process on a GPU
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"token id {ids.max()} is outside the teacher's vocabulary of {self.vocab_size}")
         if positions.max() > self.max_length:
@@ -122,14 +126,14 @@ def log_tail_mass(logprobs: np.ndarray) -> np.ndarray:
 
 
 def hidden_array(hidden: Tensor, dtype: str) -> np.ndarray:
-    """A tensor [n, d] as HiddenTargets keeps it, in main memory."""
+    """A tensor [n, d] in the form of HiddenTargets, in host memory."""
     if dtype == "bfloat16":
         return hidden.to(torch.bfloat16).view(torch.uint16).cpu().numpy()
     return hidden.float().cpu().numpy()
 
 
 def reshape_topk(targets: TopkTargets, shape: TeacherTarget) -> TopkTargets:
-    """The K best of the reshaped distribution, exact for 1 <= shape.top_k <= K: what is cut has -inf, no mass is left
-    for other tokens."""
+    """The K best tokens of the reshaped distribution, exact for 1 <= shape.top_k <= K. Tokens that are cut have -inf,
+    and the tail mass is the least."""
     logprobs = reshape(torch.from_numpy(targets.logprobs), shape).numpy()
     return TopkTargets(targets.ids, logprobs, np.full_like(targets.log_tail_mass, np.log(LEAST_TAIL_MASS)))

@@ -26,9 +26,9 @@ LOGITS_ROWS = 1024  # positions per product with the LM head: 0.6 GiB of float32
 
 
 class TransformersBackend(TeacherBackend):
-    """Sequences of similar length share one causal forward of at most `max_batched_tokens`, padding counted.
+    """Sequences of similar length share one causal forward of at most `max_batched_tokens` tokens with padding.
 
-    A sequence longer than that is read alone. The LM head sees only the asked positions.
+    A longer sequence is read alone. The LM head is applied at the requested positions only.
     """
 
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
@@ -54,11 +54,11 @@ class TransformersBackend(TeacherBackend):
         return [answers[row] for row in range(len(requests))]
 
     def _hidden(self, batch: list[TargetRequest]) -> list[Tensor]:
-        """Per request, the final hidden states [n, d] from which its positions are predicted."""
+        """For each request, the final hidden states [n, d] that predict its positions."""
         ids = torch.zeros(len(batch), max(len(r.ids) for r in batch), dtype=torch.int64)
         for row, request in enumerate(batch):
             ids[row, : len(request.ids)] = torch.from_numpy(request.ids.astype(np.int64))
-        # padding lies to the right of all that is asked, so the causal mask alone is enough
+        # padding is to the right of all requested positions, so the causal mask is enough
         states = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         return [states[row, torch.from_numpy(r.positions.astype(np.int64) - 1)] for row, r in enumerate(batch)]
 

@@ -1,7 +1,10 @@
-"""The teacher on vLLM, in this process: one code path for its CPU and its CUDA builds.
+"""The teacher on vLLM, in the actor's process: one code path for vLLM's CPU and CUDA builds.
 
-An engine serves one kind of target. `topk` reads prompt log-probabilities, `hidden` is a pooling model whose
+An engine serves one kind of target. `topk` reads prompt log-probabilities; `hidden` is a pooling model whose
 "embedding" of a token is its final hidden state.
+
+Left out: vLLM's server and its engine process. Both can outlive an actor that is killed, and both send each answer
+through one more process.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from actors.teacher.targets import (
 )
 from common.config.run import TeacherConfig
 
-TOKENS_PER_SLOT = 16  # a batch of max_batched_tokens holds at most so many sequences: tokens / 16
+TOKENS_PER_SLOT = 16  # vLLM gets one sequence slot for every 16 tokens of max_batched_tokens
 MOST_SLOTS = 256
 
 
@@ -53,7 +56,7 @@ class VllmBackend(TeacherBackend):
             width=config.top_k if is_topk else model.get_hidden_size(),
             hidden_dtype=config.dtype,
             vocab_size=model.get_vocab_size(),
-            # generation needs room for one more token
+            # `topk` generates, which needs room for one more token
             max_length=model.max_model_len - is_topk,
         )
 
@@ -76,7 +79,7 @@ class VllmBackend(TeacherBackend):
         return [self._topk(output, row) for output, row in zip(generated, rows, strict=True)]
 
     def _topk(self, output: Any, rows: np.ndarray) -> TopkTargets:
-        # entries for ids[1:], then those of the generated token: row r is the distribution after ids[r]
+        # entries for ids[1:], then those for the generated token: row r is the distribution after ids[r]
         parts = [output.prompt_logprobs, output.outputs[0].logprobs]
         width = self.width + 1  # every entry lists the actual token before the K best
         ids = np.concatenate([np.array(p.token_ids, np.int32) for p in parts]).reshape(-1, width)
@@ -93,9 +96,9 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
 
     on_cpu = current_platform.is_cpu()
     if on_cpu:
-        # vLLM compiles a few helpers even in eager mode: 15 s of C++ compiler at the first request
+        # even in eager mode vLLM compiles a few functions: 15 s of C++ compiler at the first request
         torch._dynamo.config.disable = True
-    arguments.setdefault("max_model_len", -1)  # the model's own, or what the KV cache can hold
+    arguments.setdefault("max_model_len", -1)  # the model's own, or as much as the KV cache holds
     return LLM(
         model_path,
         dtype=config.dtype,
@@ -104,7 +107,7 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
         max_num_seqs=min(MOST_SLOTS, max(1, config.max_batched_tokens // TOKENS_PER_SLOT)),
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_mib * 2**20 if on_cpu else None,
-        enable_prefix_caching=False,  # requests for every position never read it
+        enable_prefix_caching=False,  # requests that need every position never read the cache
         distributed_executor_backend="uni",
         generation_config="vllm",
         **arguments,
@@ -112,7 +115,7 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
 
 
 def whole_prompts(config: TeacherConfig, model_path: str) -> dict[str, Any]:
-    """Arguments with which no prompt is read in pieces: sequences then end at `max_batched_tokens`."""
+    """Arguments that make vLLM read each prompt in one piece, which limits sequences to `max_batched_tokens`."""
     positions = AutoConfig.from_pretrained(model_path).max_position_embeddings
     return {"enable_chunked_prefill": False, "max_model_len": min(positions, config.max_batched_tokens)}
 
@@ -126,10 +129,10 @@ def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
 
 
 def _set_environment(threads: int) -> None:
-    """What vLLM reads when it is imported."""
-    # in this process: no child to bind to cores that others use, none to outlive an actor that was killed
+    """Set the variables that vLLM reads when it is imported."""
+    # in this process: a child would bind itself to cores that others use, and could outlive a killed actor
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # its warnings about chat templates and thread binding concern servers
+    # its warnings about chat templates and thread binding are for servers
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

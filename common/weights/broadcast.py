@@ -1,16 +1,14 @@
 """Weights by broadcast: NCCL between GPUs, gloo between CPUs, in a process group of its own.
 
-Members are the learner's first rank and all rollout actors. The group is made of a store and the backend itself, beside
-whatever default group a process has (DeepSpeed's), and is used by one thread per process.
+Members are the learner's first rank and all rollout actors. One thread per process uses the group.
 
-One version: the learner copies the gathered buckets into a staged copy and goes on training, while its sending thread
-waits until every rollout actor has come to receive; then all buckets are broadcast. A rollout actor receives in a
-thread of its own too, into a staged copy, so neither side ever waits for the other's work. In the store, the key
-`ready/VERSION/RANK` says that a receiver has come, and `sending/VERSION` that all have; nobody enters a broadcast
-before all others are there.
+One version: the learner copies the gathered buckets into a staged copy and goes on training. Its sending thread waits
+until every rollout actor is ready to receive, then broadcasts all buckets. A rollout actor also receives in a thread of
+its own and into a staged copy, so neither side waits for the other's work. In the store, the key `ready/VERSION/RANK`
+says that a receiver is ready, and `sending/VERSION` that all are; no member starts a broadcast before all are ready.
 
-Left out: a default process group, since DeepSpeed owns it; and sending while buckets are still gathered, which would
-hold up the learner for the slowest rollout actor.
+Left out: torch's default process group, because DeepSpeed owns it in the learner; and broadcasting each bucket as soon
+as it is gathered, because the learner would then wait for the slowest rollout actor.
 """
 
 from __future__ import annotations
@@ -30,11 +28,11 @@ from common.weights.checksums import device_checksums, host_checksums
 from common.weights.staged_buckets import StagedBuckets, as_tensor
 from common.weights.transport import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
 
-_POLL_SECONDS = 0.002  # of a broadcast under way: work on a GPU has no wait with a deadline that leaves it running
+_POLL_SECONDS = 0.002  # while a broadcast runs: NCCL's own wait with a deadline would abort the group
 
 
 def open_store() -> dist.TCPStore:
-    """The meeting point of a group, served by this process on a free port (`port`)."""
+    """The store of a new group, served by this process on a free port (`port`)."""
     return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
 
@@ -44,10 +42,10 @@ def connect(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 class BroadcastTransport(WeightsTransport):
-    """Member 0 publishes, all others fetch. Construct in all members at the same time: they connect to each other.
+    """Member 0 publishes, all others fetch. Construct it in all members at the same time: they connect to each other.
 
-    Checksums are made of the staged copy on the sender's device and compared with those of the staged copy on the
-    receiver's: XXH3 on CPU, sums of words on a GPU.
+    Checksums of the staged copy on the sender's device are compared with those of the staged copy on the receiver's:
+    XXH3 on CPU, sums of words on a GPU.
     """
 
     def __init__(
@@ -56,7 +54,7 @@ class BroadcastTransport(WeightsTransport):
         """`members` are their names for messages; `timeout_s` bounds every wait for another member.
 
         Raises:
-            TimeoutError: a member did not come; the message names it.
+            TimeoutError: a member did not join; the message names it.
         """
         self.members = members
         self.rank = rank
@@ -75,11 +73,7 @@ class BroadcastTransport(WeightsTransport):
             self._broadcast([torch.zeros(1, dtype=torch.uint8, device=self.device)], -1)
 
     def publish(self, version: int, buckets: Iterable[Bucket]) -> WeightsHandle:
-        """Returns when all tensors are staged; they are sent meanwhile.
-
-        Raises:
-            TimeoutError: the version before could not be sent.
-        """
+        """Returns when all tensors are staged; they are sent in the background."""
         if self._sent:
             self._sent.result()
         published: list[PublishedBucket] = []
@@ -119,10 +113,10 @@ class BroadcastTransport(WeightsTransport):
         return device_checksums(parts)
 
     def _rendezvous(self, version: int, what: str) -> None:
-        """Wait until every receiver has come for `version`; receivers then wait until the sender sets out.
+        """Wait until all members are ready for `version`.
 
         Raises:
-            TimeoutError: names the members that did not come.
+            TimeoutError: names the members that are not.
         """
         if self.rank:
             self._store.set(f"ready/{version}/{self.rank}", "")
@@ -130,7 +124,7 @@ class BroadcastTransport(WeightsTransport):
             return
         self._wait_for(self._ready_keys(version), version, what)
         self._store.set(f"sending/{version}", "")
-        if self._met is not None and self._met != version:  # all have left that rendezvous
+        if self._met is not None and self._met != version:  # nobody waits for these keys any more
             for key in (*self._ready_keys(self._met), f"sending/{self._met}"):
                 self._store.delete_key(key)
         self._met = version
@@ -150,13 +144,13 @@ class BroadcastTransport(WeightsTransport):
         """From member 0 to all; returns when this member's part is complete.
 
         Raises:
-            TimeoutError: it did not end in time.
+            TimeoutError: it was not complete in time.
         """
         works = [self._group.broadcast([buffer], dist.BroadcastOptions()) for buffer in buffers]
         deadline = time.monotonic() + self.timeout_s
         while not all(work.is_completed() for work in works):
             if time.monotonic() > deadline:
-                raise self._too_late(f"broadcast weights version {version}", "a member that came and then stopped")
+                raise self._too_late(f"broadcast weights version {version}", "a member that was ready and then stopped")
             time.sleep(_POLL_SECONDS)
         for work in works:
             work.wait()  # raises what went wrong; on a GPU this thread's stream goes on after it
@@ -168,9 +162,9 @@ class BroadcastTransport(WeightsTransport):
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def _backend(self) -> Any:
-        # a connection of its own: one that waits serves no other thread meanwhile
+        # a connection of its own: `wait` blocks all other calls on its connection
         store = dist.PrefixStore("weights", self._store.clone())  # type: ignore[attr-defined]
-        timeout = timedelta(seconds=2 * self.timeout_s)  # our own deadline comes first, and names who is missing
+        timeout = timedelta(seconds=2 * self.timeout_s)  # our own deadline is earlier, and names who is missing
         if self.device.type == "cpu":
             return dist.ProcessGroupGloo(store, self.rank, len(self.members), timeout)
         options = dist.ProcessGroupNCCL.Options()

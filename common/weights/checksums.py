@@ -1,7 +1,8 @@
-"""Checksums of bytes: XXH3 in host memory, sums of 64-bit words on a GPU (where the bytes are then).
+"""Checksums of bytes: XXH3 in host memory, sums of 64-bit words on a GPU.
 
-Both find what goes wrong in a transfer: bytes that were not written, were written twice or to another place, or
-changed. Neither is meant against somebody who forges weights.
+Both find the faults of a transfer: bytes that were not written, written twice, written to another place, or changed.
+Neither protects against forged weights. On a GPU a real hash was left out: it would need a kernel of its own, or the
+bytes in host memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ROW_WORDS = 1024
 
 
 def pieces(data: np.ndarray) -> Iterator[np.ndarray]:
-    """Consecutive parts of uint8 `data` [N], of PIECE_BYTES each but the last; one at least."""
+    """Consecutive parts of uint8 `data` [N], of PIECE_BYTES each except the last; at least one."""
     for start in range(0, max(len(data), 1), PIECE_BYTES):
         yield data[start : start + PIECE_BYTES]
 
@@ -34,17 +35,17 @@ def combined(digests: Iterable[bytes]) -> int:
 
 
 def host_checksums(arrays: Sequence[np.ndarray], pool: Executor) -> list[int]:
-    """Checksums of uint8 arrays, their pieces in parallel."""
+    """The checksum of each uint8 array; the pieces are hashed in parallel."""
     parts = [list(pieces(array)) for array in arrays]
     digests = pool.map(piece_digest, [piece for part in parts for piece in part])
     return [combined(next(digests) for _ in part) for part in parts]
 
 
 def device_checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """Checksums of uint8 tensors [N], N a multiple of 8, on one device; one synchronisation for all.
+    """Checksums of uint8 tensors [N], N a multiple of 8, on one device, with one synchronisation for all.
 
-    The 64-bit words stand in rows; the hash of all rows' and all columns' sums notices every change of one word, and
-    words that changed places unless both sums stay the same.
+    The 64-bit words are laid out in rows of 1,024, and the sums of all rows and columns are hashed. This finds every
+    change of one word, and words that changed places unless all sums stay the same.
     """
     sums = [_word_sums(tensor.view(torch.int64)) for tensor in tensors]
     host = torch.cat(sums).cpu().split([len(s) for s in sums])
@@ -54,4 +55,6 @@ def device_checksums(tensors: Sequence[Tensor]) -> list[int]:
 def _word_sums(words: Tensor) -> Tensor:
     whole = len(words) // _ROW_WORDS * _ROW_WORDS
     rows = words[:whole].view(-1, _ROW_WORDS)
-    return torch.cat([rows.sum(0), rows.sum(1), words[whole:]])  # integer sums wrap around, in whatever order
+    return torch.cat(
+        [rows.sum(0), rows.sum(1), words[whole:]]
+    )  # integer sums wrap around, so their order does not matter

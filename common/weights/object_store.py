@@ -1,12 +1,14 @@
 """Weights through Ray's object store: on every machine, between every two devices.
 
-Each bucket is one object: a list of NumPy arrays, which Ray copies once into shared memory and which every reader on
-the node maps without a copy (torch tensors it would copy twice). Between nodes each object travels once per node.
+Each bucket is one object: a list of NumPy arrays. Ray copies them once into shared memory, and every reader on the node
+maps that memory without a copy. Each object is sent once to every other node.
 
-From host memory the gathered tensors go straight into the object store. From a GPU they go through two page-locked
-buffers, so that while one is hashed and put, the next bucket is gathered into the other. A reader on a GPU copies
-pieces of 16 MiB through page-locked buffers, one per thread, into a staged copy; a reader on CPU uses the shared memory
-itself.
+Tensors in host memory are put into the object store directly. Tensors on a GPU are copied through two page-locked
+buffers: while one is hashed and put, the next bucket is copied into the other. A reader on a GPU copies pieces of
+16 MiB through page-locked buffers, one per thread, into a staged copy. A reader on CPU uses the shared memory itself.
+
+Left out: torch tensors as objects, which Ray would copy twice; and joining a bucket's tensors into one array, which
+would be one more copy.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from common.weights.checksums import PIECE_BYTES, combined, host_checksums, piec
 from common.weights.staged_buckets import StagedBuckets, as_tensor
 from common.weights.transport import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
 
-_IN_TRANSIT = 2  # buckets that are hashed and put while the next is gathered, each in a buffer of its own
+_IN_TRANSIT = 2  # buckets that are hashed and put at the same time, each in a buffer of its own
 
 
 class ObjectStoreTransport(WeightsTransport):
-    """Checksums are XXH3 of the bytes in host memory: as put, and as mapped by the reader."""
+    """Checksums are XXH3 of the bytes in host memory: those that are put, and those that the reader maps."""
 
     def __init__(self, device: torch.device | str = "cpu", timeout_s: float = 1800.0) -> None:
         """`device` is where a reader wants the tensors; `timeout_s` bounds its wait for them."""
@@ -41,7 +43,7 @@ class ObjectStoreTransport(WeightsTransport):
         self._outgoing = StagedBuckets(torch.device("cpu"), pinned=True)
         self._staged = StagedBuckets(self.device)
         self._of_thread = threading.local()
-        # torch warns that mapped memory is read-only; nobody writes there
+        # torch warns that mapped memory is read-only; nothing writes to it
         warnings.filterwarnings("ignore", message=".*not writable")
 
     def publish(self, version: int, buckets: Iterable[Bucket]) -> WeightsHandle:
@@ -51,7 +53,7 @@ class ObjectStoreTransport(WeightsTransport):
                 shipped.append(self._ship(bucket))
                 continue
             if number >= _IN_TRANSIT:
-                _result(shipped[number - _IN_TRANSIT])  # its buffer is the one that comes next
+                _result(shipped[number - _IN_TRANSIT])  # this bucket reuses its buffer
             copies, copied = self._to_host(number % _IN_TRANSIT, bucket)
             shipped.append(self._shipping.submit(self._ship, copies, copied))
         return WeightsHandle(version, tuple(_result(bucket) for bucket in shipped))
@@ -71,7 +73,7 @@ class ObjectStoreTransport(WeightsTransport):
         return fetched
 
     def _to_host(self, number: int, bucket: Bucket) -> tuple[Bucket, torch.cuda.Event]:
-        """Copies in page-locked buffer `number`, complete when the event has come."""
+        """Copies of the tensors in page-locked buffer `number`, and an event that is recorded behind them."""
         parts = self._outgoing.parts(number, [tensor for _, tensor in bucket])
         copies = []
         for (name, tensor), part in zip(bucket, parts, strict=True):

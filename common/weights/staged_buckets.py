@@ -1,4 +1,4 @@
-"""Staged buckets: copies of tensors in flat buffers that stay where they are from version to version."""
+"""Staged buckets: copies of tensors in flat buffers that keep their address from version to version."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ALIGNMENT = 64
 
 
 class StagedBuckets:
-    """Buffers [bytes] by number on one device, page-locked if `pinned`; a buffer grows at need, and never shrinks."""
+    """Numbered buffers of bytes on one device, page-locked if `pinned`. They grow when needed and never shrink."""
 
     def __init__(self, device: torch.device, pinned: bool = False) -> None:
         self.device = device
@@ -21,21 +21,21 @@ class StagedBuckets:
         self._buffers: dict[int, Tensor] = {}
 
     def parts(self, number: int, tensors: Sequence[TensorSpec | Tensor]) -> list[Tensor]:
-        """A uint8 view [nbytes, rounded up] of buffer `number` for each of the tensors, one after the other."""
+        """A uint8 view of buffer `number` for each tensor, one behind the other, each rounded up to 64 bytes."""
         sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
         return list(self.buffer(number, sum(sizes)).split(sizes))
 
     def buffer(self, number: int, nbytes: int) -> Tensor:
-        """The first `nbytes` of buffer `number`, with whatever it holds."""
+        """The first `nbytes` of buffer `number`, with their present content."""
         if number not in self._buffers or len(self._buffers[number]) < nbytes:
-            self._buffers.pop(number, None)  # free it before its successor is made
+            self._buffers.pop(number, None)  # free it before the larger one is allocated
             self._buffers[number] = torch.empty(nbytes, dtype=torch.uint8, device=self.device, pin_memory=self.pinned)
             if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()  # other streams may write there from now on
+                torch.cuda.current_stream(self.device).synchronize()  # so that other streams may write to it
         return self._buffers[number][:nbytes]
 
 
 def as_tensor(part: Tensor, like: TensorSpec | Tensor) -> Tensor:
-    """View uint8 [>= nbytes] as a tensor of that dtype and shape."""
+    """The bytes [>= nbytes] viewed as a tensor with the dtype and shape of `like`."""
     dtype = like.dtype if isinstance(like, Tensor) else getattr(torch, like.dtype)
     return part[: like.nbytes].view(dtype).view(like.shape)

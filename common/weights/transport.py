@@ -1,7 +1,11 @@
 """Weights transport: one version of all parameters, from the learner to every rollout actor, in memory.
 
-The learner hands over buckets of whole tensors; a small handle says what was published, and travels in place of the
-weights. Every tensor carries a checksum, which every reader verifies. Tied parameters travel once.
+The learner hands over buckets of whole tensors. A small handle says what was published, and is passed on in place of
+the weights. Every tensor has a checksum, which every reader verifies. Tied parameters are sent once.
+
+There are two transports: object_store.py works everywhere; broadcast.py needs a process group, and sends from GPU to
+GPU without host memory. Left out: files on a shared disk, because each version would wait for the file system; and CUDA
+IPC handles, because they work within one machine only.
 """
 
 from __future__ import annotations
@@ -49,15 +53,29 @@ class WeightsHandle:
 
 
 class WeightsTransport(ABC):
-    """Moves named tensors: `publish` on the learner's first rank, `fetch` in every rollout actor."""
+    """Moves named tensors from the learner's first rank to every rollout actor.
+
+    Life cycle of a version: `publish` in the learner; its handle is sent to every rollout actor, where `fetch` runs
+    beside the sampler, which still uses the version before; between two rollouts the tensors are copied into the model.
+    `publish` returns as soon as the learner may change its weights again. Versions are published and fetched in order:
+
+        sender, receiver = ObjectStoreTransport(), ObjectStoreTransport("cuda")  # in two processes
+        for version in (1, 2):
+            handle = sender.publish(version, gathered_buckets(student, bucket_bytes))
+            load_weights(model, receiver.fetch(handle))
+    """
 
     @abstractmethod
     def publish(self, version: int, buckets: Iterable[Bucket]) -> WeightsHandle:
-        """Copy the tensors out as they come; a bucket may be invalid after the next one was asked for."""
+        """Copy the tensors of each bucket before the next one is taken: it may overwrite them.
+
+        Raises:
+            TimeoutError: an earlier version could not be sent.
+        """
 
     @abstractmethod
     def fetch(self, handle: WeightsHandle) -> list[tuple[str, Tensor]]:
-        """The published tensors, verified; may be called in a thread of its own while the model is in use.
+        """The published tensors, verified; may run in a thread of its own while the model is in use.
 
         The tensors are read-only and valid until the next call.
 
@@ -83,7 +101,7 @@ def verify(version: int, tensors: Sequence[TensorSpec], checksums: Sequence[int]
 
 
 def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy all parameters in place, converting dtype where the model's differs.
+    """Copy all parameters into the model's own memory, in the model's dtype.
 
     Raises:
         ValueError: a parameter is missing, unknown, or of another shape; the model is then partly updated.
