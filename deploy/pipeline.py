@@ -39,9 +39,10 @@ from deploy.monitoring.rollout_log import RolloutLog
 from deploy.monitoring.run_log import RunLog
 from deploy.monitoring.status import RunStatus
 from deploy.monitoring.wandb_log import WandbLog
-from deploy.preflight import PreparedRun, clear_run_dir, finished_summary, prepare
+from deploy.preflight import PreparedRun, finished_summary, prepare
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
+from deploy.run_folder import clear_run_dir
 from deploy.stop_signals import StopRequested, StopSignals
 from deploy.versions import installed_versions
 from learner.schedule import count_updates

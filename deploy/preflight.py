@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +14,11 @@ from common.config.fingerprint import evaluation_fingerprint, fingerprint
 from common.config.run import DataConfig, RunConfig
 from common.grid import grid_ceil, grid_floor
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
-from deploy.checkpoints import FINAL, Checkpoints, RunState, check_same_run, copy_target
+from deploy.checkpoints import FINAL, Checkpoints, RunState, copy_target
 from deploy.dashboard.process import free_port, read_token
 from deploy.model_checks import check_model_folder, check_models
 from deploy.placement import Placement, check_resources, object_store_mib, on_cluster, plan
+from deploy.run_folder import check_run_dir
 
 _ANY_LENGTH = 10**9
 
@@ -85,31 +85,6 @@ def finished_summary(config: RunConfig) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads(file.read_text())
     found = [summary.get(name) for name in ("config_fingerprint", "evaluation_fingerprint")]
     return summary if found == [fingerprint(config), evaluation_fingerprint(config)] else {}
-
-
-def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a folder that holds another run; with `overwrite` one that holds something else; with `resume` one
-    of another config."""
-    folder = config.run_dir
-    if resume:
-        check_same_run(config)
-        return
-    if overwrite and folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-        raise ConfigError(
-            f"name: {str(folder)!r} is not the folder of a run, so it is not replaced; choose another --name"
-        )
-    metrics = folder / "metrics.jsonl"
-    if not overwrite and metrics.is_file() and metrics.stat().st_size:
-        state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
-        raise ConfigError(
-            f"name: {str(folder)!r} holds {state} run; choose another --name, or replace it with --overwrite"
-            + (", or go on with --resume auto" if state == "an unfinished" else "")
-        )
-
-
-def clear_run_dir(config: RunConfig) -> None:
-    """Remove an earlier run that `check_run_dir` allowed to replace."""
-    shutil.rmtree(config.run_dir, ignore_errors=True)
 
 
 def check_processes(config: RunConfig, placement: Placement) -> None:

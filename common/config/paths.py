@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from common.config.shown import shown
 
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux
+_LONGEST_NAME, _LONGEST_PATH = 255, 3800  # bytes: Linux takes 4095, and a run's files lie below
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 _PLACEHOLDER = re.compile(r"\{\{.*\}\}")

@@ -10,6 +10,7 @@ from common.config.file import load_config
 from common.student import load_model
 from common.trajectory import from_batch, read_spool
 from deploy.pipeline import run
+from deploy.run_folder import foreign_entries
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -71,3 +72,4 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     started = load_model(config.model.path, torch.float32, "sdpa")
     assert any(not torch.equal(a, b) for a, b in zip(saved.parameters(), started.parameters(), strict=True))
     assert Path(folder / "checkpoints" / "final" / "tokenizer.json").exists()
+    assert foreign_entries(folder) == []  # so that --overwrite knows all that a run writes

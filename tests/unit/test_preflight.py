@@ -134,26 +134,6 @@ def test_a_teacher_engine_that_is_not_installed(tmp_path, monkeypatch):
     assert "use --teacher.backend transformers" in refused(config(tmp_path, "--teacher.backend", "vllm"))
 
 
-def test_an_earlier_run_is_replaced_only_when_asked(tmp_path):
-    settings = config(tmp_path)
-    settings.run_dir.mkdir(parents=True)
-    (settings.run_dir / "metrics.jsonl").write_text("{}\n")
-    (settings.run_dir / "config.yaml").write_text("{}")
-    assert "holds an unfinished run; choose another --name" in refused(settings)
-    (settings.run_dir / "summary.json").write_text("{}")
-    assert "holds a finished run; choose another --name" in refused(settings)
-    preflight.prepare(settings, overwrite=True)
-    assert (settings.run_dir / "summary.json").exists()  # checking removes nothing
-
-
-def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
-    settings = config(tmp_path)
-    settings.run_dir.mkdir(parents=True)
-    (settings.run_dir / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="is not the folder of a run"):
-        preflight.prepare(settings, overwrite=True)
-
-
 @pytest.mark.parametrize(
     ("path", "local"),
     [

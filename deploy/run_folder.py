@@ -1,0 +1,179 @@
+"""The folder of a run: what a run leaves there, who works in it, and what may be replaced.
+
+Only what a run has written is ever removed. A folder with anything else in it, even one file, is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from common.config.errors import ConfigError
+from common.config.fields import path_fields
+from common.config.file import read_yaml, value_at
+from common.config.run import RunConfig
+from deploy.checkpoints import check_same_run
+
+# everything that a run writes, by the names in its folder and in checkpoints/
+_WRITTEN = re.compile(
+    r"config\.yaml|(?:summary|status)\.json|(?:metrics|events|trajectories)\.jsonl|wandb_id|wandb|tensorboard|spool|"
+    r"checkpoints|checkpoints/(?:final|batch-\d+)|(?:checkpoints/)?\.[^/]+\.partial"
+)
+_ENDED = ("finished", "stopped", "failed")
+_HEARTBEAT_S = 30.0  # status.json is written every second; a file system over a network shows it late
+
+
+def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
+    """Refuse a folder that cannot be written or holds another run; with `overwrite` one that is not a run, is in use,
+    or holds what this run needs; with `resume` one of another config.
+
+    Raises:
+        ConfigError: names the folder, what is in it, and the remedy.
+    """
+    folder = config.run_dir
+    check_writable("output_dir", folder)
+    copies = config.pipeline.copy_checkpoints_to
+    if copies and "://" not in copies and _inside(Path(copies), folder):
+        raise ConfigError(
+            f"pipeline.copy_checkpoints_to: {copies!r} lies in the run's own folder {str(folder)!r}; choose another"
+        )
+    if resume:
+        check_same_run(config)
+        return
+    if owner := live_process(folder):
+        raise ConfigError(f"name: {str(folder)!r} is the folder of a run in progress ({owner}); choose another --name")
+    if overwrite:
+        _check_replaceable(config)
+        return
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_file() and metrics.stat().st_size:
+        state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
+        raise ConfigError(
+            f"name: {str(folder)!r} holds {state} run; choose another --name, or replace it with --overwrite"
+            + (", or go on with --resume auto" if state == "an unfinished" else "")
+        )
+
+
+def clear_run_dir(config: RunConfig) -> None:
+    """Remove an earlier run, and say so; the folder is checked once more, since the checks of a start take a while.
+
+    It is moved aside first, so that what is left by an interrupted removal is never taken for a run.
+
+    Raises:
+        ConfigError: it cannot be removed, or what `check_run_dir` refuses.
+    """
+    folder = config.run_dir
+    if not os.path.lexists(folder):
+        return
+    check_run_dir(config, overwrite=True)
+    Console(stderr=True).print(Text(f"--overwrite: removing {str(folder)!r}"), soft_wrap=True)
+    try:
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".removed", dir=folder.parent))
+        shutil.rmtree(folder.rename(aside / folder.name))
+        aside.rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"name: {str(folder)!r} cannot be removed ({error.strerror}); choose another --name, or remove it yourself"
+        ) from error
+
+
+def foreign_entries(folder: Path) -> list[str]:
+    """What lies in a run's folder, or in its checkpoints/, and was written by no run; paths relative to the folder."""
+    inside = [*folder.iterdir(), *(folder / "checkpoints").glob("*")]
+    return sorted(name for p in inside if not _WRITTEN.fullmatch(name := p.relative_to(folder).as_posix()))
+
+
+def live_process(folder: Path) -> str | None:
+    """The process that works on the run in a folder, in words, by its status.json; None where there is none.
+
+    A process of this machine counts while it exists; one of another machine while its heartbeat is fresh.
+    """
+    try:
+        status: Any = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        age = time.time() - float(status["heartbeat"])
+        state, host, pid = status["state"], str(status["host"]), int(status["pid"])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # none, torn, or not of a run
+        return None
+    if state in _ENDED or age > _HEARTBEAT_S or (host == socket.gethostname() and not _exists(pid)):
+        return None
+    return f"process {pid} on {host}, last heard of {max(age, 0):.0f} s ago"
+
+
+def check_writable(field: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written. It is tried: permissions do not tell of read-only mounts.
+
+    Raises:
+        ConfigError: names the field, the folder and why.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".opdlm-", dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{field}: cannot write to {str(folder)!r} ({str(there)!r}: {error.strerror}); choose a folder that can be "
+            "written"
+        ) from error
+
+
+def _check_replaceable(config: RunConfig) -> None:
+    folder = config.run_dir
+    if folder.is_symlink():
+        raise ConfigError(
+            f"name: {str(folder)!r} is a link to {str(folder.resolve())!r}, which --overwrite does not follow; remove "
+            "the link, or choose another --name"
+        )
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not _is_config(folder / "config.yaml"):
+        raise ConfigError(
+            f"name: {str(folder)!r} is not the folder of a run, so it is not replaced; choose another --name"
+        )
+    if foreign := foreign_entries(folder):
+        raise ConfigError(
+            f"name: {str(folder)!r} holds {foreign[0]!r}, which no run has written, so it is not replaced; move that "
+            "away, or choose another --name"
+        )
+    for field in path_fields("input"):
+        path = value_at(config, field)
+        if path and os.path.exists(path) and _inside(Path(path), folder):
+            raise ConfigError(
+                f"{field}: {path!r} lies in {str(folder)!r}, which --overwrite would remove; copy it elsewhere, or "
+                "choose another --name"
+            )
+    if _inside(Path.cwd(), folder):
+        raise ConfigError(f"name: {str(folder)!r} is the folder you are in, so it is not replaced; change to another")
+
+
+def _is_config(file: Path) -> bool:
+    try:
+        return {"model", "data"} <= read_yaml(file).keys()
+    except ConfigError:
+        return False
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    stat = Path(f"/proc/{pid}/stat")  # of Linux; a zombie is dead, though its parent has not asked for its status yet
+    return not (stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
