@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that `--help` and `--dry-ru
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.config.errors import ConfigError
+from common.prompts import PromptError
 from deploy.commands import (
     ablate,
     convert,
@@ -27,6 +29,8 @@ from deploy.commands import (
     train,
 )
 from deploy.errors import RunError, Stopped
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,14 +49,23 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line; bad input ends with status 2 and no traceback, a failed run with status 1."""
+    """Run the command line and end with its status.
+
+    What a user can mend ends with status 2 and one sentence: bad input, and files that cannot be read or written. A
+    failed run ends with status 1 and its cause, a stopped one with 128 + its signal. A traceback is a fault of ours.
+    """
     # progress bars of single files say nothing here; a user's own setting wins
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(prog_name="opdlm")
-    except ConfigError as error:
+    except (ConfigError, PromptError) as error:
         _report("error: ", error)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL_DISK:
+            raise  # no file of the user's
+        _report("error: ", _file_error(error))
         sys.exit(2)
     except Stopped as stopped:
         _report("stopped: ", stopped)
@@ -62,7 +75,14 @@ def main() -> None:
         sys.exit(1)
 
 
-def _report(label: str, error: Exception) -> None:
+def _file_error(error: OSError) -> str:
+    if error.errno in _FULL_DISK:
+        place = f"{error.filename!r}: " if error.filename else ""
+        return f"{place}{error.strerror}; free space, or write to another disk"
+    return f"{error.filename!r}: {error.strerror}; name another file or folder, or change its permissions"
+
+
+def _report(label: str, error: Exception | str) -> None:
     text = Text.assemble((label, "bold red"), str(error))
     Console(stderr=True).print(text, soft_wrap=True)
 

@@ -39,12 +39,12 @@ def check_model_folder(field: str, path: str) -> None:
         check_plain(stored_tensors(folder))
 
 
-def check_student_folder(path: str) -> None:
-    """Refuse a MODEL that is no converted student: it would not know its mask token and block size."""
-    check_model_folder("MODEL", path)
-    if Path(path).is_dir() and model_json("MODEL", path).get("mask_token_id") is None:
+def check_student_folder(field: str, path: str) -> None:
+    """Refuse a model that is no converted student: it would not know its mask token and block size."""
+    check_model_folder(field, path)
+    if Path(path).is_dir() and model_json(field, path).get("mask_token_id") is None:
         raise ConfigError(
-            f"MODEL: {path!r} is an autoregressive model, not a student; convert it first with opdlm convert {path} OUT"
+            f"{field}: {path!r} is an autoregressive model, not a student; convert it first: opdlm convert {path} OUT"
         )
 
 

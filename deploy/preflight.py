@@ -163,25 +163,6 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
             )
 
 
-def response_limit(field: str, path: str, prompts: list[Prompt], asked: int | None, block_size: int) -> int:
-    """The longest response that fits behind every prompt in the model's positions: `asked`, by default up to 512.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    from transformers import AutoConfig
-
-    positions = AutoConfig.from_pretrained(path).max_position_embeddings
-    longest = max(len(p.ids) for p in prompts)
-    room = grid_floor(positions, block_size) - longest
-    if room < (asked or 1):
-        raise ConfigError(
-            f"{field}: {asked or 1} after the longest prompt ({longest} tokens) does not fit into the model's "
-            f"{positions} positions at block size {block_size}; use {max(room, 0)} or less"
-        )
-    return asked or min(room, 512)
-
-
 def _local_gpus() -> int:
     import torch
 

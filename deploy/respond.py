@@ -38,6 +38,7 @@ from common.trajectory import finish_reason
 from deploy import preflight
 from deploy.cluster import connect
 from deploy.errors import StuckError
+from deploy.named_files import check_writable
 from deploy.remote_calls import RemoteCalls
 
 _CHUNK = 64  # prompts of one call, and of one part
@@ -63,6 +64,7 @@ def respond(
     """
     if output.suffix != ".parquet":
         raise ConfigError(f"--output: {str(output)!r} must end in .parquet")
+    check_writable("--output", output.parent)
     if output.exists():
         raise ConfigError(f"--output: {str(output)!r} exists; remove it or choose another name")
     if config.teacher.backend == "vllm" and find_spec("vllm") is None:

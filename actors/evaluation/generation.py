@@ -47,19 +47,19 @@ def sampler_of(
 def generate_texts(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[np.ndarray],
     decoding: Decoding,
     *,
     max_new_tokens: int,
-    chat: bool = True,
 ) -> list[tuple[str, Trajectory]]:
-    """Response text and trajectory of each prompt, in the order of the prompts; `chat` applies the chat template."""
-    requests = [Request(i, 0, _prompt_ids(tokenizer, prompt, chat), max_new_tokens) for i, prompt in enumerate(prompts)]
+    """Response text and trajectory of each prompt (int32 ids), in the order of the prompts."""
+    requests = [Request(i, 0, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
     done: dict[int, Any] = {t.ordinal: t for t in sampler.generate(requests, decoding)}
     return [(tokenizer.decode(done[i].response_ids, skip_special_tokens=True), done[i]) for i in range(len(prompts))]
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> np.ndarray:
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> np.ndarray:
+    """int32 ids of a prompt; `chat` applies the chat template."""
     if chat:
         return prompt_ids(tokenizer, prompt)
     return np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)

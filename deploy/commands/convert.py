@@ -10,13 +10,14 @@ import typer
 from common.config.errors import ConfigError
 from deploy.commands.console import console
 from deploy.evaluation.decoding_options import DtypeName
+from deploy.named_files import check_writable, writing
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(convert)
+    app.command("convert")(convert_model)
 
 
-def convert(
+def convert_model(
     model: Annotated[str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")],
     block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,
@@ -34,10 +35,11 @@ def convert(
     from deploy.model_checks import check_model_folder, model_errors
 
     check_model_folder("MODEL", model)
+    check_writable("OUT", out)
     import torch
 
     from common.student import convert_folder
 
-    with model_errors("MODEL", model):
+    with model_errors("MODEL", model), writing("OUT", out):
         convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
     console.print(f"wrote {out}; it is untrained: opdlm train does that", soft_wrap=True, highlight=False)

@@ -11,7 +11,10 @@ import typer
 from common.config.errors import ConfigError
 from common.config.run import AnswerFormat, DataConfig
 from deploy.commands.console import console
-from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student
+from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student, response_limit
+from deploy.named_files import check_output, writing
+
+DEFAULT_MAX_TOKENS = 512
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +56,9 @@ def evaluate(
     count: Annotated[int, typer.Option(min=1, help="first N problems")] = 200,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="response length limit, tokens; default: 512, or less where the positions end"),
+        typer.Option(
+            min=1, help=f"response length limit, tokens; default: {DEFAULT_MAX_TOKENS}, or less where the positions end"
+        ),
     ] = None,
     answer_format: Annotated[
         AnswerFormat,
@@ -91,20 +96,25 @@ def evaluate(
     }
     rules = [str(r) for r in rule or [RuleName.dynamic]]
     _check_options(rules, student_only, autoregressive, output, plot)
-    from deploy.model_checks import check_model_folder, check_student_folder, model_json
-    from deploy.preflight import read_problems, response_limit
+    from deploy.model_checks import check_model_folder, check_student_folder, model_errors, model_json
+    from deploy.preflight import read_problems
 
     if autoregressive:
         check_model_folder("MODEL", model)
     else:
-        check_student_folder(model)
+        check_student_folder("MODEL", model)
     if teacher:
         check_model_folder("--teacher", teacher)
-    from common.student import load_tokenizer
+    from common.student import load_config, load_tokenizer
 
-    held_out = read_problems("--problems", DataConfig(prompts=str(problems)), load_tokenizer(model), count)
+    with model_errors("MODEL", model):
+        tokenizer, positions = load_tokenizer(model), load_config(model).max_position_embeddings
+    held_out = read_problems("--problems", DataConfig(prompts=str(problems)), tokenizer, count)
     sizes = block_size or ([int(model_json("MODEL", model)["block_size"])] if not autoregressive else [1])
-    limit = response_limit("--max-new-tokens", model, held_out, max_new_tokens, max(sizes))
+    longest = max(len(problem.ids) for problem in held_out)
+    limit = response_limit(
+        max_new_tokens, DEFAULT_MAX_TOKENS, longest=longest, positions=positions, block_size=max(sizes)
+    )
 
     from deploy.evaluation.sweep import Row, Sweep, settings_of
 
@@ -114,13 +124,13 @@ def evaluate(
     total = 1 if autoregressive else len(settings) + bool(teacher)
     with console.status("loading the model") as status:
         if autoregressive:
-            rows.append(sweep.teacher_row(model))
+            rows.append(sweep.teacher_row("MODEL", model))
         else:
-            for row in sweep.student_rows(model, settings):
+            for row in sweep.student_rows("MODEL", model, settings):
                 rows.append(row)
                 status.update(f"{len(rows)} of {total} settings")
             if teacher:
-                rows.append(sweep.teacher_row(teacher))
+                rows.append(sweep.teacher_row("--teacher", teacher))
     _show(rows)
     _write(sweep.report(str(problems), rows), rows, output, plot, f"{model} on {problems.stem}")
 
@@ -136,8 +146,8 @@ def _check_options(
         if student_only[name] and not users & set(rules):
             raise ConfigError(f"{name}: no rule of this sweep uses it; add --rule {' or '.join(sorted(users))}")
     for name, path, suffix in (("--output", output, ".json"), ("--plot", plot, ".png")):
-        if path and (path.suffix != suffix or not path.parent.is_dir()):
-            raise ConfigError(f"{name}: {str(path)!r} must be a {suffix} file in a folder that exists")
+        if path:
+            check_output(name, path, suffix)
 
 
 def _show(rows: list[Any]) -> None:
@@ -155,8 +165,10 @@ def _write(report: dict[str, Any], rows: list[Any], output: Path | None, plot: P
     from deploy.evaluation import sweep_report
 
     if output:
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        with writing("--output", output):
+            output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"results: {output}", soft_wrap=True, highlight=False)
     if image := plot or (output.with_suffix(".png") if output else None):
-        sweep_report.plot(rows, image, title)
+        with writing("--plot", image):
+            sweep_report.plot(rows, image, title)
         console.print(f"plot: {image}", soft_wrap=True, highlight=False)

@@ -20,8 +20,12 @@ from deploy.evaluation.decoding_options import (
     RuleName,
     Student,
     Threshold,
+    response_limit,
     unmasking_of,
 )
+from deploy.named_files import check_output, writing
+
+DEFAULT_MAX_TOKENS = 256
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +49,12 @@ def generate(
     rule: Rule = RuleName.dynamic,
     threshold: Threshold = DEFAULT_THRESHOLD,
     block_size: BlockSize = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="response length limit, tokens")] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"response length limit, tokens; default: {DEFAULT_MAX_TOKENS}, or less where the positions end"
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
@@ -64,30 +73,34 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise ConfigError("no prompt or two: give it after MODEL, or a file of prompts with --file")
-    if output and (output.suffix != ".jsonl" or not output.parent.is_dir()):
-        raise ConfigError(f"--output: {str(output)!r} must be a .jsonl file in a folder that exists")
+    if output:
+        check_output("--output", output, ".jsonl")
     records = read_prompt_file(file, question_field) if file else [{question_field: prompt}]
-    from deploy.model_checks import check_student_folder
+    from deploy.model_checks import check_student_folder, model_errors
 
-    check_student_folder(model)
-    from actors.evaluation.generation import generate_texts, load_student, sampler_of
+    check_student_folder("MODEL", model)
+    from actors.evaluation.generation import generate_texts, load_student, sampler_of, token_ids
     from actors.sampler.sampling import Decoding
     from deploy.commands.unmasking_view import unmasking_view
 
-    student, tokenizer = load_student(model, dtype)
+    with model_errors("MODEL", model):
+        student, tokenizer = load_student(model, dtype)
     sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(records)), seed=seed)
     questions = [str(record[question_field]) for record in records]
-    results = generate_texts(
-        sampler,
-        tokenizer,
-        questions,
-        Decoding(unmasking_of(rule, threshold), temperature),
-        max_new_tokens=max_new_tokens,
-        chat=not raw,
+    prompts = [token_ids(tokenizer, question, chat=not raw) for question in questions]
+    limit = response_limit(
+        max_new_tokens,
+        DEFAULT_MAX_TOKENS,
+        longest=max(map(len, prompts)),
+        positions=student.config.max_position_embeddings,
+        block_size=sampler.block_size,
     )
+    decoding = Decoding(unmasking_of(rule, threshold), temperature)
+    results = generate_texts(sampler, tokenizer, prompts, decoding, max_new_tokens=limit)
     if output:
         lines = [record | answer_record(text, done) for record, (text, done) in zip(records, results, strict=True)]
-        output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        with writing("--output", output):
+            output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         console.print(f"wrote {len(lines)} responses to {output}", soft_wrap=True, highlight=False)
     for question, (text, trajectory) in zip(questions, results, strict=True):
         if output and not show_steps:
@@ -110,7 +123,12 @@ def read_prompt_file(file: Path, question_field: str) -> list[dict[str, Any]]:
         ConfigError: the file holds no prompt, a record lacks the field, or already has a response.
     """
     if file.suffix == ".txt":
-        lines = file.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"--file: {str(file)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+            ) from error
         records = [{question_field: line.strip()} for line in lines if line.strip()]
         if not records:
             raise ConfigError(f"--file: no prompt in {str(file)!r}; write one prompt a line")

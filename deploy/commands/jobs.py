@@ -14,9 +14,10 @@ import shlex
 import textwrap
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
@@ -52,7 +53,9 @@ def submit(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file below the working directory, or a preset", metavar="CONFIG")],
     address: Address = DEFAULT_ADDRESS,
-    working_dir: Annotated[Path, typer.Option(help="folder that is uploaded and run from")] = Path("."),
+    working_dir: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="folder that is uploaded and run from")
+    ] = Path("."),
     resume: Annotated[Literal["auto"] | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and return")] = False,
 ) -> None:
@@ -220,6 +223,8 @@ def _client(address: str) -> Any:
             f"--address {address!r}: the cluster asks for a token, and this one is missing or wrong; set "
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN to the cluster's"
         ) from error
+    except ValueError as error:
+        raise ConfigError(f"--address: {address!r} is no address ({error}); give one like {DEFAULT_ADDRESS}") from error
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"--address {address!r}: no cluster answers ({error}); is `ray start --head` running there?"
@@ -227,11 +232,20 @@ def _client(address: str) -> Any:
 
 
 def _within(call: Callable[[], _T], action: str) -> _T:
-    """The call's result, or StuckError after a minute: Ray's HTTP calls have no deadline of their own."""
-    executor = ThreadPoolExecutor(1)
+    """The call's result, or StuckError after a minute: Ray's HTTP calls have no deadline of their own.
+
+    The thread is a daemon, so that a call that never returns does not keep the process from ending.
+    """
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
     try:
-        return executor.submit(call).result(timeout=_CALL_TIMEOUT_S)
+        return result.result(timeout=_CALL_TIMEOUT_S)
     except FutureTimeout as error:
         raise StuckError(f"{action}: no answer within {_CALL_TIMEOUT_S:.0f} s") from error
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.commands.console import console
+from deploy.named_files import check_writable
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +27,7 @@ def make_tiny(
 
         opdlm make-tiny-arlm --out my-arlm --seed 1
     """
+    check_writable("--out", out)
     from deploy.demo.tiny_arlm import make_tiny_arlm
 
     options: dict[str, Any] = {} if steps is None else {"steps": steps}

@@ -10,6 +10,7 @@ from common.config.errors import ConfigError
 from common.config.file import load_config, preset_names
 from deploy.commands.config_argument import TAKES_OVERRIDES, Config
 from deploy.commands.console import console
+from deploy.named_files import check_writable
 
 
 def register(app: typer.Typer) -> None:
@@ -65,6 +66,7 @@ def train(
 
     if overwrite and resume:
         raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+    check_writable("output_dir", settings.run_dir)
     summary = run(settings, overwrite, resume == "auto")
     if "student" in summary:
         console.print(summary_table(summary))

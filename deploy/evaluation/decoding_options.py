@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from common.config.errors import ConfigError
 from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
@@ -14,6 +15,7 @@ from common.config.run import (
     StaticUnmasking,
     Unmasking,
 )
+from common.grid import grid_floor
 
 DEFAULT_THRESHOLD = DynamicUnmasking().threshold
 
@@ -50,3 +52,22 @@ def unmasking_of(rule: str, threshold: float) -> Unmasking:
         "entropy_bound": EntropyBoundUnmasking(),
     }
     return rules[rule]
+
+
+def response_limit(asked: int | None, default: int, *, longest: int, positions: int, block_size: int) -> int:
+    """Tokens of the longest response: `asked`, or up to `default`, where they fit into the model's positions.
+
+    Args:
+        longest: tokens of the longest prompt.
+
+    Raises:
+        ConfigError: they do not fit behind that prompt.
+    """
+    room = grid_floor(positions, block_size) - longest
+    if room < (asked or 1):
+        remedy = f"use {room} or less" if room > 0 else "shorten the prompt"
+        raise ConfigError(
+            f"--max-new-tokens: {asked or 1} after the longest prompt ({longest} tokens) does not fit into the model's "
+            f"{positions} positions at block size {block_size}; {remedy}"
+        )
+    return asked or min(room, default)

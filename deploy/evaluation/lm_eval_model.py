@@ -30,7 +30,7 @@ from actors.sampler.sampling import Decoding
 from common.config.errors import ConfigError
 from common.grid import grid_floor
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
-from deploy.model_checks import check_student_folder
+from deploy.model_checks import check_student_folder, model_errors
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -74,11 +74,12 @@ class BlockDiffusionLM(TemplateLM):
         super().__init__()
         unused.pop("max_batch_size", None)  # given to every model
         _check(unused, rule=(rule, list(RuleName)), likelihood=(likelihood, get_args(Method)))
-        check_student_folder(pretrained)
+        check_student_folder("--model_args pretrained", pretrained)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm_eval's command line says cuda:0 unless told otherwise
         self.pretrained = pretrained
-        self.model, self.tokenizer = load_student(pretrained, dtype, device)
+        with model_errors("--model_args pretrained", pretrained):
+            self.model, self.tokenizer = load_student(pretrained, dtype, device)
         self.block_size = int(block_size or self.model.config.block_size)
         slots = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else slots
         self.sampler = sampler_of(self.model, self.tokenizer, block_size=self.block_size, slots=slots, seed=seed)

@@ -31,6 +31,7 @@ from common.config.run import (
     Unmasking,
 )
 from common.prompts import Prompt
+from deploy.model_checks import model_errors
 from deploy.versions import installed_versions
 
 FORMAT_VERSION = 1
@@ -122,9 +123,10 @@ class Sweep:
         """Greedy decoding does not depend on the seed, so it runs once."""
         return range(self.seeds if self.temperature > 0 else 1)
 
-    def student_rows(self, path: str, settings: list[Setting]) -> Iterator[Row]:
-        """One row per setting as it is done; the model is loaded once."""
-        model, tokenizer = load_student(path, self.dtype)
+    def student_rows(self, field: str, path: str, settings: list[Setting]) -> Iterator[Row]:
+        """One row per setting as it is done; the model, which the option `field` names, is loaded once."""
+        with model_errors(field, path):
+            model, tokenizer = load_student(path, self.dtype)
         sampler = sampler_of(model, tokenizer, block_size=None, slots=self.slots)
         for setting in settings:
             assert setting.unmasking and setting.block_size
@@ -143,11 +145,12 @@ class Sweep:
     ) -> Evaluation:
         return evaluate_shard(sampler, tokenizer, problems, decoding, self.max_new_tokens, self.answer_format)
 
-    def teacher_row(self, path: str) -> Row:
+    def teacher_row(self, field: str, path: str) -> Row:
         """The same problems, limit and temperature with one token a forward."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: PreTrainedModel
-        model, tokenizer = load_autoregressive(path, device, self.dtype)
+        with model_errors(field, path):
+            model, tokenizer = load_autoregressive(path, device, self.dtype)
         runs = [
             evaluate_autoregressive(
                 model,

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_dry_run_starts_nothing(opdlm, tmp_path, monkeypatch):
         (["generate", "nope"], "no prompt"),
         (["generate", "nope", "hello"], "MODEL: folder 'nope' does not exist"),
         (["eval", "nope", "--problems", HELDOUT], "MODEL: folder 'nope' does not exist"),
-        (["eval", "ARLM", "--problems", HELDOUT], "convert it first with opdlm convert"),
+        (["eval", "ARLM", "--problems", HELDOUT], "convert it first: opdlm convert"),
         (["eval", "ARLM", "--problems", HELDOUT, "--rule", "static", "--threshold", "0.8"], "add --rule dynamic"),
         (["eval", "ARLM", "--problems", HELDOUT, "--output", "nowhere/x.json"], "in a folder that exists"),
         (["eval", "ARLM", "--problems", HELDOUT, "--output", "OUT"], "must be a .json file"),
@@ -131,6 +132,14 @@ def test_dry_run_starts_nothing(opdlm, tmp_path, monkeypatch):
         (["generate", "ARLM", "x", "--rule", "best"], "'best' is not one of"),
         (["generate", "ARLM", "x", "--threshold", "2"], "--threshold"),
         (["generate", "ARLM", "--file", "nope.txt"], "does not exist"),
+        (["generate", "ARLM", "x", "--output", "/proc/x.jsonl"], "--output: cannot write in '/proc'"),
+        (["eval", "ARLM", "--problems", HELDOUT, "--plot", "/proc/x.png"], "--plot: cannot write in '/proc'"),
+        (["convert", "ARLM", "/proc/student"], "OUT: cannot write in '/proc/student'"),
+        (["make-tiny-arlm", "--out", "/proc/x"], "--out: cannot write in '/proc/x'"),
+        (["respond", "tiny", "--output", "/proc/x.parquet"], "--output: cannot write in '/proc'"),
+        (["train", "tiny", "--output_dir", "/proc/x"], "output_dir: cannot write in '/proc/x/tiny'"),
+        (["jobs", "--address", "nonsense"], "--address: 'nonsense' is no address"),
+        (["submit", "tiny", "--working-dir", "nope"], "'nope' does not exist"),
     ],
 )
 def test_bad_input_ends_with_status_two_and_a_remedy(opdlm, tmp_path, arguments, said):
@@ -139,6 +148,54 @@ def test_bad_input_ends_with_status_two_and_a_remedy(opdlm, tmp_path, arguments,
     assert (status, out) == (2, "")
     assert said in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
+
+
+def test_a_model_that_cannot_be_loaded_is_named_by_its_option(opdlm, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(REPOSITORY / "deploy/models/tiny-arlm", broken)
+    (broken / "tokenizer.json").write_text("{")
+    for command in (["convert", broken, tmp_path / "out"], ["eval", broken, "--problems", HELDOUT, "--autoregressive"]):
+        status, _, err = opdlm(*command)
+        assert status == 2
+        assert err.startswith(f"error: MODEL: '{broken}' has a tokenizer that cannot be read")
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_said_in_one_sentence(opdlm, tmp_path, monkeypatch):
+    full = tmp_path / "results.json"
+    full.symlink_to("/dev/full")
+    arguments = ["--problems", HELDOUT, "--count", 1, "--max-new-tokens", 4, "--autoregressive", "--output", full]
+    status, _, err = opdlm("eval", REPOSITORY / "deploy/models/tiny-arlm", *arguments)
+    reason = "could not be written (No space left on device); free space, or write to another place"
+    assert (status, err.splitlines()[-1]) == (2, f"error: --output: '{full}' {reason}")  # behind a bar of the loading
+
+    def log(*_: Any) -> None:  # as a run does that writes its metrics
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr(pipeline, "run", log)
+    status, _, err = opdlm("train", "tiny", "--output_dir", tmp_path)
+    assert (status, err) == (2, "error: No space left on device; free space, or write to another disk\n")
+
+
+def test_a_file_that_cannot_be_opened_is_named(opdlm, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "run", lambda *_: (tmp_path / "file" / "x").read_text())
+    (tmp_path / "file").write_text("")
+    status, _, err = opdlm("train", "tiny", "--output_dir", tmp_path)
+    assert status == 2
+    assert err.startswith(f"error: '{tmp_path}/file/x': Not a directory; name another file or folder")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), ValueError("ours"), ConnectionRefusedError("ours")])
+def test_our_own_errors_keep_their_traceback(monkeypatch, tmp_path, error):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["opdlm", "train", "tiny", "--output_dir", str(tmp_path)])
+    with pytest.raises(type(error), match="ours"):
+        cli.main()
 
 
 def test_a_failed_run_ends_with_status_one_and_its_cause(opdlm, monkeypatch):
@@ -185,6 +242,11 @@ def test_convert_then_generate_then_eval(opdlm, tmp_path):
     out = opdlm("generate", student, "--file", prompts, "--max-new-tokens", 8, "--raw")[1]
     assert "[red]1 + 1?" in out
     assert out.count("per step") == 2
+
+    for arguments, said in ((["x" * 600], "1 after"), (["hello", "--max-new-tokens", 600], "600 after")):
+        status, _, err = opdlm("generate", student, *arguments)
+        assert status == 2
+        assert f"--max-new-tokens: {said} the longest prompt" in err and "512 positions at block size 8" in err
 
     status, out, _ = opdlm("eval", student, "--problems", HELDOUT, "--count", 2, "--max-new-tokens", 8)
     assert status == 0

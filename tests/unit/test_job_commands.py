@@ -1,6 +1,10 @@
 """`opdlm submit | jobs | stop` without a cluster: what is submitted, and what Ctrl-C asks."""
 
 import shlex
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,3 +96,27 @@ def test_bad_input_is_refused_before_anything_is_uploaded(client):
     assert client.submitted == {}
     with pytest.raises(ConfigError, match="'raysubmit_2' is not on"):
         CliRunner().invoke(cli.app, ["stop", "raysubmit_2"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["stop", JOB], ["submit", "tiny"]])
+def test_a_cluster_that_never_answers_ends_the_command_at_its_deadline(command):
+    with socket.socket() as silent:  # connections are made, and nothing is ever read
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        code = (
+            "import sys; from deploy import cli; from deploy.commands import jobs; jobs._CALL_TIMEOUT_S = 1.0; "
+            f"sys.argv = {['opdlm', *command, '--address', address]!r}; cli.main()"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        assert process.stderr
+        try:
+            said = process.stderr.readline()
+            reported = time.monotonic()
+            status = process.wait(timeout=20)
+            seconds = time.monotonic() - reported
+        finally:
+            process.kill()
+    assert "no answer within 1 s" in said
+    assert status == 2
+    assert seconds < 5
