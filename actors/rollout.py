@@ -21,6 +21,7 @@ from actors.sampler.sampling import Decoding
 from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
+from common.device import device_for
 from common.grid import grid_ceil
 from common.prompts import Prompt
 from common.ray_actor import as_ray_actor
@@ -53,7 +54,7 @@ class RolloutActor:
         self.config = config
         self.index = index
         model_config, self.tokenizer = convert(config.model.path, config.block_size, config.model.mask_token)
-        device = "cuda" if config.rollout.resources.gpus and torch.cuda.is_available() else "cpu"
+        device = device_for("rollout", config.rollout.resources)
         # decoding attends over a cache with a dense mask, whatever the learner's attention is
         model = load_model(config.model.path, getattr(torch, config.rollout.dtype), "sdpa").to(device)
         model.requires_grad_(False)

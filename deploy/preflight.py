@@ -103,6 +103,7 @@ def check_processes(config: RunConfig, placement: Placement) -> None:
             "teacher.backend: 'vllm' is not installed; install opdlm[cpu] or opdlm[cuda], "
             "or use --teacher.backend transformers"
         )
+    _check_torch(placement)
     check_resources(placement, config.ray.num_cpus or os.cpu_count() or 1, _local_gpus() if placement.gpus else 0)
 
 
@@ -161,6 +162,17 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
                 f"positions, the models have {limit}; lower {response_field} to "
                 f"{grid_floor(limit, block_size) - longest} or less, or drop long prompts with data.max_prompt_tokens"
             )
+
+
+def _check_torch(placement: Placement) -> None:
+    """Refuse GPUs on this machine with a torch that cannot use any."""
+    import torch
+
+    if placement.gpus and not torch.version.cuda:
+        raise ConfigError(
+            f"the run asks for {placement.gpus:g} GPUs, but torch {torch.__version__} is a build without CUDA; install "
+            "opdlm[cuda] with a CUDA build of torch, or set rollout, teacher and learner.resources.gpus to 0"
+        )
 
 
 def _local_gpus() -> int:

@@ -22,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from common.busy import BusySpans, computes
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
+from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.student import (
     attention_windows,
@@ -106,7 +107,8 @@ class LearnerRank:
         import deepspeed
 
         learner = self.config.learner
-        on_gpu = learner.resources.gpus > 0
+        on_gpu = device_for("learner", learner.resources) == "cuda"
+        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK="0",
@@ -121,7 +123,6 @@ class LearnerRank:
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=self.config.pipeline.stage_timeout_s),
         )
-        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         settings = deepspeed_config(learner, on_gpu)
         self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         attention = default_attention() if on_gpu else "sdpa"

@@ -14,6 +14,7 @@ import torch
 
 from actors.teacher.vllm_backend import build_llm, whole_prompts
 from common.config.run import RunConfig, TeacherConfig
+from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.seeds import stream_key
 from common.student import load_model
@@ -84,7 +85,7 @@ class TransformersEngine(ResponseEngine):
     """
 
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
-        self.device = "cuda" if config.resources.gpus and torch.cuda.is_available() else "cpu"
+        self.device = device_for("teacher", config.resources)
         self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
         self.max_batched_tokens = config.max_batched_tokens
 

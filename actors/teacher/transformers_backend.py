@@ -19,6 +19,7 @@ from actors.teacher.targets import (
     log_tail_mass,
 )
 from common.config.run import TeacherConfig
+from common.device import device_for
 from common.padded_batches import padded_batches
 from common.student import lm_head_weight, load_model
 
@@ -32,7 +33,7 @@ class TransformersBackend(TeacherBackend):
     """
 
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
-        self.device = "cuda" if config.resources.gpus and torch.cuda.is_available() else "cpu"
+        self.device = device_for("teacher", config.resources)
         self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
         self.max_batched_tokens = config.max_batched_tokens
         model = self.model.config

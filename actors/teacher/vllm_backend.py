@@ -27,6 +27,7 @@ from actors.teacher.targets import (
     log_tail_mass,
 )
 from common.config.run import TeacherConfig
+from common.device import device_for
 
 TOKENS_PER_SLOT = 16  # vLLM gets one sequence slot for every 16 tokens of max_batched_tokens
 MOST_SLOTS = 256
@@ -90,6 +91,7 @@ class VllmBackend(TeacherBackend):
 
 def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
     """The engine in this process; `arguments` are vLLM's own."""
+    device_for("teacher", config.resources)  # a reserved GPU is used, or said to be unusable
     _set_environment(config.resources.threads)
     from vllm import LLM
     from vllm.platforms import current_platform

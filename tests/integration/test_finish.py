@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 COMMAND = [sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers"]
 SMALL = ["--pipeline.max_batches", "2", "--evaluation.count", "4", "--evaluation.every_batches", "0"]

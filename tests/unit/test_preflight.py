@@ -123,7 +123,8 @@ def test_more_cpus_or_gpus_than_there_are(tmp_path):
     said = refused(config(tmp_path, "--ray.num_cpus", "1"))
     assert "asks for 1.75 CPUs" in said
     assert "Ray has 1" in said
-    assert "asks for 2 GPUs" in refused(config(tmp_path, "--learner.resources.gpus", "1"))
+    no_cuda = refused(config(tmp_path, "--learner.resources.gpus", "1"))
+    assert "asks for 2 GPUs, but torch" in no_cuda and "install opdlm[cuda]" in no_cuda
     assert preflight.prepare(config(tmp_path, "--ray.num_cpus", "1", "--ray.address", "auto"))
     shared = ["--learner.resources.gpus", "0.5", "--ray.address", "auto"]
     assert "several ranks on one GPU" in refused(config(tmp_path, *shared))
