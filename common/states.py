@@ -1,7 +1,7 @@
 """State selection (nu): which partly masked states of a trajectory are trained, and with what weight.
 
-Offsets count from the start of the response; offset j stands at absolute position P + j (P prompt tokens), in block
-(P + j) // B. At round k of a block, the positions revealed in rounds >= k are masked.
+Offsets count from the start of the response. With P prompt tokens and block size B, offset j is absolute position P + j
+in block (P + j) // B. At round k of a block, the positions that were revealed in rounds >= k are masked.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _VISITED: dict[str, StateSelection] = {
 
 
 def response_blocks(trajectory: Trajectory, block_size: int) -> np.ndarray:
-    """int64 [response + tail]: block on the absolute grid of every response and tail position."""
+    """int64 [response + tail]: the block of every response and tail position, on the absolute grid."""
     length = len(trajectory.response_ids) + len(trajectory.tail_ids)
     return (len(trajectory.prompt_ids) + np.arange(length)) // block_size
 
 
 def trainable_offsets(trajectory: Trajectory, eos_token_id: int, exclude_eos: bool) -> np.ndarray:
-    """bool [response + tail]: positions that may enter the loss (never the tail; the end token by choice)."""
+    """bool [response + tail]: positions that may be trained. The tail never is, the end token by choice."""
     trainable = np.zeros(len(trajectory.response_ids) + len(trajectory.tail_ids), dtype=bool)
     trainable[: len(trajectory.response_ids)] = True
     if exclude_eos:
@@ -54,7 +54,7 @@ def select_states(
     """Choose the trained states of one trajectory and write them into it.
 
     Sets `state_count`, `masked_offsets`, `masked_state`, `loss_weight` and `target_offsets`. Blocks without a
-    masked trainable position are left out of a state, since they would contribute nothing.
+    masked trainable position are left out of a state, since nothing in them is trained.
     """
     block = response_blocks(trajectory, block_size)
     trainable = trainable_offsets(trajectory, eos_token_id, objective.exclude_eos)
@@ -74,7 +74,7 @@ def select_states(
 
 
 def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelection:
-    """The state selection of a trajectory's source."""
+    """How the states of this trajectory are selected: offline responses in a mixture have a selection of their own."""
     if trajectory.is_offline and isinstance(objective.source, MixtureSource):
         return objective.source.offline_state
     return objective.state
@@ -87,10 +87,10 @@ def _masks(
     trainable: np.ndarray,
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(masked bool, mask ratio float) over response and tail, one pair per noised copy."""
+    """For each noised copy: masked, bool, and mask ratio, float, both [response + tail]."""
     state = state_of(trajectory, objective)
     if isinstance(state, MixtureState):
-        state = _drawn(state, rng)
+        state = _one_of(state, rng)
     if isinstance(state, RandomState):
         return [_random_mask(state, block, rng)]
     if isinstance(state, ComplementaryState):
@@ -99,8 +99,8 @@ def _masks(
     return _visited_masks(trajectory.reveal_round, state, block, trainable, rng)
 
 
-def _drawn(state: MixtureState, rng: np.random.Generator) -> StateSelection:
-    """One of the mixture's ways."""
+def _one_of(state: MixtureState, rng: np.random.Generator) -> StateSelection:
+    """One selection of the mixture, chosen in proportion to the shares."""
     shares = np.array([state.trajectory_share, state.random_share, state.complementary_share])
     way = rng.choice(3, p=shares / shares.sum())
     return [_VISITED[state.visited], state.masks, ComplementaryState(masks=state.masks)][way]
@@ -109,7 +109,7 @@ def _drawn(state: MixtureState, rng: np.random.Generator) -> StateSelection:
 def _visited_masks(
     reveal: np.ndarray, state: StateSelection, block: np.ndarray, trainable: np.ndarray, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Masks of realised rounds k: what was revealed in rounds >= k."""
+    """The states that the rollout visited: masked is what was revealed in round k or later."""
     first, index = np.unique(block, return_inverse=True)
     last_round = np.full(len(first), -1)
     np.maximum.at(last_round, index, np.where(trainable, reveal, -1))
@@ -125,22 +125,21 @@ def _visited_masks(
 
 
 def _random_mask(state: RandomState, block: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    _, index = np.unique(block, return_inverse=True)
+    """A mask at a random ratio per block or per sequence, and that ratio."""
+    _, first, index = np.unique(block, return_index=True, return_inverse=True)
     draws = index.max(initial=0) + 1 if state.scope == "block" else 1
     ratio = state.min_ratio + (state.max_ratio - state.min_ratio) * rng.random(draws)
     ratio = ratio[index] if state.scope == "block" else np.full(len(block), ratio[0])
     noise = rng.random(len(block))
     masked = noise < ratio
     if state.at_least_one:
-        for b in range(index.max(initial=-1) + 1):
-            members = np.flatnonzero(index == b)
-            if not masked[members].any():
-                masked[members[np.argmin(noise[members])]] = True
+        lowest = np.lexsort((noise, block))[first]  # of each block
+        masked[lowest[np.bincount(index, weights=masked) == 0]] = True
     return masked, np.maximum(ratio, _LEAST_RATIO)
 
 
 def _share(masked: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Masked share of each position's block."""
+    """float [response + tail]: the masked share of each position's block."""
     size = np.bincount(index)
     return (np.bincount(index, weights=masked, minlength=len(size)) / np.maximum(size, 1))[index]
 
@@ -148,6 +147,7 @@ def _share(masked: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _trained_blocks(
     mask: tuple[np.ndarray, np.ndarray], block: np.ndarray, trainable: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The mask without the blocks in which nothing trainable is masked."""
     masked, ratio = mask
     useful = np.isin(block, np.unique(block[masked & trainable]))
     return masked & useful, ratio

@@ -1,4 +1,4 @@
-"""From the trajectories of one optimiser update to the tensors of this rank's forwards."""
+"""From the trajectories of one update to the tensors of this rank's forwards."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from learner.terms import LogitTerms, Pairs
 
 @dataclass(frozen=True, kw_only=True)
 class NextTokens:
-    """The autoregressive reading: `index` int64 [A] into the R*W tokens, the tokens `label` int64 [A] that follow,
-    and `coefficient` float32 [A]."""
+    """What the autoregressive term needs: `index` int64 [A] points into the R*W tokens, `label` int64 [A] is the token
+    that follows each, `coefficient` float32 [A] its share of the term."""
 
     index: Tensor
     label: Tensor
@@ -38,8 +38,12 @@ class NextTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """Tensors of one forward: `ids`, `positions` int64 [R, W]; `mask` in the attention's form; `loss_index` int64
-    [L] into the R*W tokens; `coefficient` float32 [L]; the teacher's targets at these L positions."""
+    """Tensors of one forward, on the device.
+
+    `ids`, `positions` int64 [R, W]; `mask` in the form that the attention takes; `loss_index` int64 [L] points into the
+    R*W tokens; `coefficient` float32 [L] and `target` are of these L positions; `tokens` is their number without
+    padding.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -54,9 +58,11 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Packs updates for one rank. `teacher_head` [V, d] is needed for the target kind `hidden`, which the objective
-    reshapes; the kind `none` takes the tokens of x0 as hard labels. `windows` is what attention_windows says of the
-    student."""
+    """Packs updates for one rank.
+
+    `teacher_head` [V, d] is needed for the target kind `hidden`; the kind `none` trains on the tokens of x0 as hard
+    labels. `windows` comes from attention_windows of the student.
+    """
 
     meta: TrajectoryMeta
     normalization: str
@@ -72,8 +78,8 @@ class BatchBuilder:
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
 
-        Every rank gets the same number of micro-batches (ZeRO-3 forwards are collective): short ones get a dummy
-        document that trains nothing.
+        Every rank gets the same number of micro-batches, since ZeRO-3 forwards are collective; those that are missing
+        hold one document that trains nothing.
         """
         masked = [document(t, self.meta.block_size, self.meta.mask_token_id) for t in trajectories]
         causal = [causal_document(t) for t in trajectories] if self.objective.terms.autoregressive else []
@@ -99,7 +105,7 @@ class BatchBuilder:
         return batches, positions
 
     def tensors(self, batch: MicroBatch, trajectories: list[Trajectory]) -> TrainingBatch:
-        """Move one micro-batch to the device, with its mask and targets."""
+        """One micro-batch on the device, with its mask and targets."""
 
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
@@ -130,7 +136,7 @@ class BatchBuilder:
         )
 
     def _pairs(self, batch: MicroBatch) -> Pairs:
-        """All pairs of a block's positions with different rounds; a block's pairs share the sum of its coefficients."""
+        """All pairs of one block's positions with different rounds; they share the block's coefficients equally."""
         ends = np.append(np.flatnonzero(np.diff(batch.loss_group)) + 1, len(batch.loss_group))
         ends = ends[ends > 0]
         earlier, later, coefficient, pair_ends = [], [], [], []

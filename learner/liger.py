@@ -1,4 +1,4 @@
-"""Liger's fused Triton kernels for what stands between the matrix products: RMSNorm, RoPE and SwiGLU."""
+"""Liger's fused Triton kernels for RMSNorm, RoPE and SwiGLU, the operations between the matrix products."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 
 def use_liger_kernels(model: PreTrainedModel) -> None:
-    """Patch `model` in place. The losses stay as they are: the objective is this project's own.
+    """Patch `model` in place. Liger's losses are not used: the objective is this project's own.
 
     Raises:
         ModuleNotFoundError: liger-kernel is not installed (it is in the `cuda` extra).

@@ -1,15 +1,19 @@
-"""The objective: divergence of the student from the teacher at masked positions, without a [positions, V] tensor alive.
+"""The objective: divergence of the student from the teacher at masked positions.
 
 Both distributions are first written as log-probabilities over the same classes: the whole vocabulary (target
 `hidden`), the teacher's top-k with or without a class for all other tokens (target `topk`), or the label and all other
-tokens (hard labels). One function then computes every divergence over classes. The LM head and the divergence run in
-chunks of positions; each chunk's gradient is taken at once, so that memory does not grow with the number of positions
-times the vocabulary.
+tokens (hard labels). One function then computes every divergence over classes.
+
+The LM head is applied at masked positions only, in chunks, and each chunk's gradient is computed before the next one.
+Logits of all positions were left out: 16,384 of them with 151,936 tokens take 10 GB in float32, and the teacher's as
+much again. Fused kernels, such as Liger's, were left out too: each computes one fixed loss, while here every target,
+divergence and term is a few lines of plain PyTorch, which a test compares with its formula.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,9 +28,28 @@ from learner.terms import LogitTerms, entropy_of
 _LOG_FLOOR = -60.0  # log-probabilities of classes are clamped here, so that 0 * log 0 is 0
 
 
+class Target(ABC):
+    """What the student is compared with at L positions; `target[rows]` is that of some of them."""
+
+    @abstractmethod
+    def __getitem__(self, rows: slice) -> Target: ...
+
+    @abstractmethod
+    def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(teacher, student) log-probabilities over the same C classes, float [L, C], from the student's [L, V]."""
+
+    def agree(self, log_t: Tensor, log_s: Tensor, logits: Tensor) -> Tensor:
+        """bool [L]: teacher and student have the same most likely class."""
+        return log_t.argmax(-1) == log_s.argmax(-1)
+
+
 @dataclass(frozen=True, kw_only=True)
-class TopKTarget:
-    """ids int64 [L, K], log-probabilities float32 [L, K], log of the remaining mass float32 [L]."""
+class TopKTarget(Target):
+    """The teacher's K most likely tokens: ids int64 [L, K], log-probabilities float32 [L, K].
+
+    `log_tail_mass` float32 [L] is the log of the mass of all other tokens; `tail` (objective.topk_tail) says what
+    becomes of them.
+    """
 
     ids: Tensor
     logprobs: Tensor
@@ -37,7 +60,7 @@ class TopKTarget:
         return replace(self, ids=self.ids[rows], logprobs=self.logprobs[rows], log_tail_mass=self.log_tail_mass[rows])
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(teacher, student) log-probabilities over the shared classes, float32 [L, K] or [L, K + 1]."""
+        """C is K, or K + 1 with a class for all other tokens."""
         student = logits.gather(-1, self.ids)
         if self.tail == "renorm":
             return self.logprobs.log_softmax(-1), student.log_softmax(-1)
@@ -48,17 +71,10 @@ class TopKTarget:
         teacher = torch.cat([self.logprobs, self.log_tail_mass[:, None]], dim=-1).log_softmax(-1)
         return teacher, torch.cat([student, tail_mass], dim=-1) - log_z
 
-    def agree(self, log_t: Tensor, log_s: Tensor, logits: Tensor) -> Tensor:
-        """bool [L]: both have the same most likely class."""
-        return log_t.argmax(-1) == log_s.argmax(-1)
-
 
 @dataclass(frozen=True)
-class HiddenTarget:
-    """The teacher's final hidden states [L, d] and its LM head [V, d]: exact full-vocabulary distributions.
-
-    `shape` is applied to them; a truncated one gives cut tokens probability 0.
-    """
+class HiddenTarget(Target):
+    """The teacher's final hidden states [L, d] and its LM head [V, d]: its exact distribution, reshaped by `shape`."""
 
     hidden: Tensor
     head: Tensor
@@ -68,18 +84,14 @@ class HiddenTarget:
         return replace(self, hidden=self.hidden[rows])
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(teacher, student) log-probabilities, float32 [L, V]."""
+        """C is V."""
         teacher = full_precision_logits(self.hidden.to(self.head.dtype), self.head)
         teacher = reshape(teacher, self.shape) if self.shape.reshapes else teacher.log_softmax(-1)
         return teacher, logits.log_softmax(-1)
 
-    def agree(self, log_t: Tensor, log_s: Tensor, logits: Tensor) -> Tensor:
-        """bool [L]: both have the same most likely token."""
-        return log_t.argmax(-1) == log_s.argmax(-1)
-
 
 @dataclass(frozen=True)
-class LabelTarget:
+class LabelTarget(Target):
     """Hard labels, int64 [L]: all probability on one token, so that two classes, it and all others, lose nothing."""
 
     ids: Tensor
@@ -88,7 +100,7 @@ class LabelTarget:
         return replace(self, ids=self.ids[rows])
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(label, student) log-probabilities, float32 [L, 2]; the forward KL of these is the cross-entropy."""
+        """C is 2, the label and all other tokens; the forward KL of these is the cross-entropy."""
         ids = self.ids[:, None]
         others = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
         student = torch.cat([logits.gather(-1, ids), others], dim=-1) - logits.logsumexp(-1, keepdim=True)
@@ -97,9 +109,6 @@ class LabelTarget:
     def agree(self, log_t: Tensor, log_s: Tensor, logits: Tensor) -> Tensor:
         """bool [L]: the label is the student's most likely token."""
         return logits.argmax(-1) == self.ids
-
-
-Target = TopKTarget | HiddenTarget | LabelTarget
 
 
 def divergence(kind: Divergence, log_t: Tensor, log_s: Tensor) -> Tensor:
@@ -150,11 +159,10 @@ class LossSums:
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """loss = sum_i c_i D_i with logits = hidden @ weight.T computed chunk by chunk; `terms` change D_i and add to it.
+    """loss = sum_i c_i D_i, with logits = hidden @ weight.T computed chunk by chunk; `terms` change D_i and add to it.
 
-    The gradients with respect to `hidden` and `weight` are computed in the forward, chunk by chunk, and scaled in the
-    backward: no chunk is computed twice, and the LM head need not be present in the backward (ZeRO-3 may have
-    re-partitioned it).
+    The gradients of `hidden` [L, d] and `weight` [V, d] are computed in the forward and only scaled in the backward. So
+    no chunk is computed twice, and the backward does not need the LM head, which ZeRO-3 may have partitioned again.
     """
 
     @staticmethod

@@ -4,10 +4,10 @@ A document is `[clean blocks | noised blocks]` of one trajectory. Only what the 
 blocks before the last trained block, and the noised blocks that hold a masked trainable position. Noised tokens
 repeat the positions of the clean ones; the mask (common/masks.py) tells them apart by their copy number.
 
-Packing to a token budget was chosen over padding to the longest row, which wastes half of a forward when responses are
-of 100 to 4,000 tokens, and over truncation, which would drop what a rollout has paid for. Documents are not split over
-rows either: a noised block needs all clean blocks before it. So a document longer than the budget gets a row, and a
-micro-batch, of its own.
+Packing to a token budget was chosen over padding to the longest row, which computes mostly padding when one response
+has 100 tokens and the next 4,000, and over truncation, which drops tokens that were already generated and annotated. A
+document is never split over rows: its last noised block attends to all of its clean blocks. So a document longer than
+the budget gets a row, and a micro-batch, of its own.
 
 The width of a row is the token budget for FlexAttention, which skips what the mask forbids, and the longest
 document for a dense mask, whose cost grows with the width squared.
@@ -25,22 +25,25 @@ import numpy as np
 from common.trajectory import Trajectory
 
 PAD_DOCUMENT = -1
+_WIDTH_MULTIPLE = 8  # matrix products are faster when the width divides by it
 _TOKEN_FIELDS = ("ids", "positions", "copy", "block", "doc")
 
 
 def _column(dtype: type = np.int64, moves_with: str | None = None) -> Any:
-    """A field that is empty by default. `moves_with`: its numbers count tokens or groups from the part's start."""
+    """A field that is empty by default. `moves_with`: it counts `tokens` or `groups` from the start of its part."""
     return field(default_factory=lambda: np.empty(0, dtype), metadata={"moves_with": moves_with})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Tokens of one trajectory as the student reads them in training: int arrays [N].
+    """Tokens of one trajectory as the student reads them in training, or a part of them.
 
-    loss_index [L] points at masked trainable tokens; loss_target [L] at rows of the trajectory's targets;
-    loss_weight [L] holds w (not normalised); loss_label [L] the tokens of x0; loss_round [L] the rounds in which they
-    were revealed; loss_group [L] numbers the (state, block) that each is in. In a causal document
-    next_index [A] points at the tokens before each response token, which next_label [A] holds; it has no loss part.
+    ids, positions, copy, block: int64 [N], what the model and the mask take.
+    loss_*: of the L masked tokens that are trained. `loss_index` int64 points at them, `loss_target` int64 at their
+    rows in the trajectory's targets; `loss_weight` float32 is w, not normalised; `loss_label` int64 is the token of
+    x0, `loss_round` int16 the round that revealed it; `loss_group` int64 numbers the (state, block) that it is in.
+    next_*: of a causal document, which has nothing masked. `next_index` int64 [A] points at the token before each
+    response token, `next_label` int64 [A] is that response token.
     """
 
     ids: np.ndarray
@@ -61,16 +64,18 @@ class Document:
 
     @property
     def groups(self) -> int:
+        """How many groups `loss_group` numbers."""
         return int(self.loss_group.max(initial=-1)) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch(Document):
-    """Documents side by side in rows: their fields, `ids`, `positions`, `copy`, `block` int64 [R, W], indices into the
-    flattened R*W tokens, groups numbered through.
+    """Documents side by side in R rows of W tokens.
 
-    doc int64 [R, W] and loss_doc [L] say which document of the update each token and position is of; doc is -1 on
-    padding. loss_coefficient [L] and next_coefficient [A], float32, include the normalisation.
+    `ids`, `positions`, `copy`, `block` and `doc` are int64 [R, W]; the other fields are those of all documents, one
+    after another. Indices point into the R*W tokens, and no two documents share a group number. `doc` and `loss_doc`
+    int64 [L] are the document's index in the update; `doc` is -1 on padding. `loss_coefficient` [L] and
+    `next_coefficient` [A], float32, include the normalisation.
     """
 
     doc: np.ndarray
@@ -80,7 +85,7 @@ class MicroBatch(Document):
 
     @property
     def tokens(self) -> int:
-        """Without padding."""
+        """Tokens that are not padding."""
         return int((self.doc != PAD_DOCUMENT).sum())
 
 
@@ -88,7 +93,10 @@ Part = TypeVar("Part", bound=Document)
 
 
 def joined(parts: Sequence[Part]) -> Part:
-    """Parts one after another, in every field; indices and group numbers move on behind those of the parts before."""
+    """All parts one after another, in every field; indices and group numbers count on from the parts before.
+
+    Documents and micro-batches are made here and nowhere else, so a new field cannot be forgotten.
+    """
     before = {
         "tokens": list(accumulate((len(p) for p in parts), initial=0)),
         "groups": list(accumulate((p.groups for p in parts), initial=0)),
@@ -138,7 +146,7 @@ def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Doc
 
 
 def causal_document(trajectory: Trajectory) -> Document:
-    """Prompt and response read autoregressively: blocks of one token make the attention rule causal."""
+    """Prompt and response as an autoregressive model reads them: with blocks of one token the mask is causal."""
     ids = trajectory.causal_ids.astype(np.int64)
     positions = np.arange(len(ids) - 1)
     following = np.arange(max(len(trajectory.prompt_ids), 1), len(ids))
@@ -153,7 +161,7 @@ def causal_document(trajectory: Trajectory) -> Document:
 
 
 def empty_document(block_size: int) -> Document:
-    """One clean block that trains nothing."""
+    """One clean block that trains nothing, for a rank that has less to do than the others."""
     zeros = np.zeros(block_size, np.int64)
     return Document(ids=zeros, positions=np.arange(block_size), copy=zeros, block=zeros)
 
@@ -176,7 +184,7 @@ def coefficients(documents: Sequence[Document], normalization: str) -> list[np.n
 
 
 def assign_ranks(lengths: list[int], ranks: int) -> list[list[int]]:
-    """Document indices per rank, longest first to the least loaded; the same on every rank."""
+    """Document indices per rank: longest first, each to the rank with the fewest tokens; the same on every rank."""
     loads = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -187,7 +195,7 @@ def assign_ranks(lengths: list[int], ranks: int) -> list[list[int]]:
 
 
 def fill_rows(lengths: dict[int, int], width: int) -> list[list[int]]:
-    """First-fit decreasing: documents per row, each row at most `width` tokens (a longer document stands alone)."""
+    """Document indices per row of at most `width` tokens, by first-fit decreasing; a longer document is a row alone."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
@@ -206,7 +214,7 @@ def plan_microbatches(lengths: dict[int, int], max_tokens: int, flexible_width: 
 
     Args:
         lengths: tokens by document index.
-        flexible_width: rows as wide as the budget (FlexAttention); else as the longest document (dense mask).
+        flexible_width: rows may be as wide as the budget (FlexAttention), else as the longest document (dense mask).
     """
     if not lengths:
         return []
@@ -217,14 +225,15 @@ def plan_microbatches(lengths: dict[int, int], max_tokens: int, flexible_width: 
 
 
 def microbatch(
-    rows: list[list[int]],
-    documents: Mapping[int, Document],
-    coefficient: Mapping[int, np.ndarray],
-    multiple: int = 8,
+    rows: list[list[int]], documents: Mapping[int, Document], coefficient: Mapping[int, np.ndarray]
 ) -> MicroBatch:
-    """Lay out rows of documents; the width is rounded up to `multiple`. `coefficient` [L + A] is by document."""
+    """Lay out rows of document indices; all rows get the width of the longest, rounded up.
+
+    Args:
+        documents, coefficient: by document index; the coefficients are float32 [L + A].
+    """
     lengths = [sum(len(documents[i]) for i in row) for row in rows]
-    width = -(-max(lengths) // multiple) * multiple
+    width = -(-max(lengths) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
     parts = []
     for row, length in zip(rows, lengths, strict=True):
         parts += [_placed(index, documents[index], coefficient[index]) for index in row]

@@ -51,7 +51,7 @@ from learner.terms import misalignment
 
 
 class TrainingModule(nn.Module):
-    """The student and its loss in one forward, so that ZeRO-3 keeps the LM head whole while the loss uses it."""
+    """The student and its loss in one forward, so that ZeRO-3 keeps the LM head gathered while the loss uses it."""
 
     def __init__(self, student: PreTrainedModel, config: RunConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class TrainingModule(nn.Module):
         return loss
 
     def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
-        """The terms that are no function of the logits at the masked positions."""
+        """The terms that need more than the logits at the masked positions."""
         if isinstance(batch.target, HiddenTarget) and self.terms.alignment:
             yield self.terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
         if batch.next_tokens:
@@ -85,8 +85,23 @@ class TrainingModule(nn.Module):
 
 
 class LearnerRank:
-    """Life cycle: construct on every rank, `address` of rank 0, `start` on all ranks together (collective), then
-    `train`, `publish` and `save`, each called on all ranks with the same arguments."""
+    """One process of the learner; together the ranks are one DeepSpeed ZeRO-3 world.
+
+    Invariant: between two calls all ranks have made the same updates, and each holds its shard of the weights and the
+    optimizer's state. `start`, `train`, `publish`, `save` and `load` are collective: they are called on all ranks, in
+    the same order and with the same arguments, and a rank that is not called keeps the others waiting.
+
+    Life cycle: construct all ranks, ask rank 0 for its `address`, `start` all. With broadcast, rank 0 opens and joins
+    the weights group. A resumed run calls `load` once. Then each rollout batch is one `train` and one `publish`, and
+    `save` where a checkpoint is due:
+
+        ranks = [as_remote(config).remote(config, i) for i in range(config.learner.ranks)]
+        address = ray.get(ranks[0].address.remote())
+        ray.get([r.start.remote(*address) for r in ranks])
+        updates = count_updates(config, prompts)
+        metrics = ray.get([r.train.remote(refs, 0, updates) for r in ranks])[0]
+        handle = ray.get([r.publish.remote(1) for r in ranks])[0]
+    """
 
     def __init__(self, config: RunConfig, rank: int) -> None:
         torch.set_num_threads(config.learner.resources.threads)
@@ -103,7 +118,7 @@ class LearnerRank:
             return ray.util.get_node_ip_address(), s.getsockname()[1]
 
     def start(self, host: str, port: int) -> dict[str, Any]:
-        """Join the process group, load the ARLM and partition it."""
+        """Join the process group of rank 0, load the ARLM and partition it; returns who this is, for the run's page."""
         import deepspeed
 
         learner = self.config.learner
@@ -116,7 +131,7 @@ class LearnerRank:
             MASTER_ADDR=host,
             MASTER_PORT=str(port),
         )
-        # the optional shared-memory op would be compiled for minutes at the first start, and gloo does without
+        # the optional shared-memory op takes minutes to compile at the first start, and gloo works without it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
@@ -162,17 +177,22 @@ class LearnerRank:
         return ray.util.get_node_ip_address(), self._weights_store.port
 
     def join_weights_group(self, members: tuple[str, ...]) -> None:
-        """From now on publish by broadcast; rank 0 only, at the same time as the rollout actors."""
+        """From now on publish by broadcast. Rank 0 only, at the same time as the rollout actors join."""
         timeout = self.config.weights_timeout_s
         self.transport = BroadcastTransport(self._weights_store, members, 0, self.device, timeout)
 
     def train(
         self, refs: list[ray.ObjectRef], first_update: int, run_updates: RunUpdates, spool: Path | None = None
     ) -> dict[str, float]:
-        """All optimiser updates of one rollout batch; returns metrics summed over ranks.
+        """All updates of one rollout batch; returns its metrics, the same on every rank.
 
-        Rank 0 writes the record batches to `spool`, an Arrow IPC file, where it is given. Rows are ordered by
-        (ordinal, sample), so that updates do not depend on the order of arrival.
+        Trajectories are ordered by (ordinal, sample), so updates do not depend on the order of arrival.
+
+        Args:
+            refs: of the record batches with targets.
+            first_update: updates that the run has made before.
+            run_updates: of the whole run, for the learning rate.
+            spool: an Arrow IPC file that rank 0 writes the record batches to.
 
         Raises:
             ValueError: a record batch does not fit this run.
@@ -227,12 +247,14 @@ class LearnerRank:
         return {"pid": os.getpid(), "spans": self.spans.take()}
 
     def rollout_samples(self) -> list[dict[str, Any]]:
-        """`dashboard.rollouts` of the trajectories of the last batch; on rank 0 only (learner/rollout_samples.py)."""
-        # decoded only now: few batches are asked
+        """The first `dashboard.rollouts` trajectories of the last rollout batch (learner/rollout_samples.py).
+
+        Only rank 0 keeps them. They are decoded here, since few batches are asked for.
+        """
         return [rollout_sample(t, rows, kl, self.tokenizer, size) for t, rows, kl, size in self.samples]
 
     def _update(self, trajectories: list[Trajectory], builder: BatchBuilder, wanted: int) -> dict[str, float]:
-        """One optimiser step over all ranks; so many of this rank's trajectories become `samples`."""
+        """One optimizer step over all ranks; keeps `wanted` of this rank's trajectories as samples."""
         world = self.config.learner.ranks
         batches, positions = builder.update(trajectories, self.rank, world)
         sums = empty_sums(self.device)
@@ -262,15 +284,15 @@ class LearnerRank:
     def _sample(
         self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int, block_size: int
     ) -> None:
-        """Keep the first trajectories of an update, their trained target rows and divergences; `kl` [L] runs over the
-        trained positions of all its batches."""
+        """Keep the first `wanted` trajectories of an update, with the target rows and divergences of their trained
+        positions; `kl` float [L] is of all positions of all micro-batches."""
         docs = np.concatenate([batch.loss_doc for batch in batches])
         rows = np.concatenate([batch.loss_target for batch in batches])
         self.samples = [(trajectories[d], rows[docs == d], kl[docs == d], block_size) for d in np.unique(docs)[:wanted]]
 
     @computes
     def publish(self, version: int) -> WeightsHandle | None:
-        """Gather the weights (collective) and publish them as `version`; the handle comes from rank 0, else None."""
+        """Gather the weights and publish them as `version`; rank 0 returns the handle, the others None."""
         buckets = gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20)
         if self.rank == 0:
             return self.transport.publish(version, buckets)
@@ -279,9 +301,11 @@ class LearnerRank:
         return None
 
     def save(self, out: Path, resume: Path | None = None, block_size: int | None = None) -> None:
-        """Write the student into `out` as a complete Hugging Face folder that records the block size, and every rank's
-        shards of weights and optimiser into `resume` where it is given (collective; the folders are on storage that
-        all ranks share)."""
+        """Write the student into `out` as a complete Hugging Face folder, which records the block size.
+
+        Every rank also writes its shards of weights and optimizer into `resume`, where that is given. Both folders must
+        be on storage that all ranks share.
+        """
         state: dict[str, Tensor] = {}
         for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):
             if self.rank == 0:
@@ -299,10 +323,10 @@ class LearnerRank:
             self.engine.save_checkpoint(str(resume), tag="state")
 
     def load(self, resume: Path) -> None:
-        """Weights and optimiser from the shards that as many ranks wrote with `save` (collective).
+        """Take weights and optimizer from the shards in `resume`, which the same number of ranks wrote with `save`.
 
         Raises:
-            ValueError: the folder holds no such shards.
+            ValueError: the folder holds no shards.
         """
         loaded, _ = self.engine.load_checkpoint(str(resume), tag="state")
         if loaded is None:

@@ -1,6 +1,6 @@
 """A few of the trajectories that were just trained on, as text with the divergence of each token.
 
-The divergences are those that the loss computed anyway, so that looking costs no forward.
+The divergences are those that the loss has computed, so no further forward is needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from common.trajectory import Trajectory
 
-MAX_TOKENS = 1500  # of a response; the rest is counted
+MAX_TOKENS = 1500  # of a response; further ones are only counted
 MAX_PROMPT_CHARACTERS = 4000
 _UNDECODED = "\ufffd"
 
@@ -19,18 +19,19 @@ _UNDECODED = "\ufffd"
 def rollout_sample(
     trajectory: Trajectory, target_rows: np.ndarray, kl: np.ndarray, tokenizer: Any, block_size: int
 ) -> dict[str, Any]:
-    """One trajectory as JSON, its lists parallel over response tokens.
+    """One trajectory as JSON; its lists have one entry per response token.
 
     Args:
-        target_rows: int [n], rows of the trajectory's targets that were trained on; one may occur in several states.
+        target_rows: int [n], the rows of the trajectory's targets that were trained on, once for each state.
         kl: float [n], the divergence there, nats.
 
     Returns:
-        keys: ordinal, sample, domain, weights_version, finish_reason, offline (no student made it: all rounds are 0 and
-        nothing stands behind the end token), forwards, block_size, prompt (text), prompt_tokens, cut (tokens left out),
-        tail (how many tokens at the end stand behind the end token), tokens (texts), rounds (within the block, from 0),
-        confidence (probability when revealed), kl (nats, mean over states; None where the token was in no trained
-        state).
+        ordinal, sample, domain, weights_version, finish_reason, forwards, block_size: as in the trajectory.
+        offline: no student made it; all its rounds are 0 and it has no tail.
+        prompt, prompt_tokens: text, and length in tokens.
+        cut: tokens at the end that were left out. tail: tokens shown that stand behind the end token.
+        tokens: texts. rounds: within the block, from 0. confidence: probability when revealed.
+        kl: nats, mean over states; None where no state trained the token.
     """
     offline = trajectory.is_offline
     tail = trajectory.tail_ids[: 0 if offline else None]
@@ -63,12 +64,12 @@ def rollout_sample(
 
 
 def token_texts(ids: np.ndarray, tokenizer: Any) -> list[str]:
-    """The text of each token; where several make up one character, it stands at the last of them."""
+    """The text of each token; where several make up one character, the last of them has it."""
     texts: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False)
-        # a character has at most four bytes: what is still broken then is no character
+        # a character has at most four bytes, so what is still incomplete after four tokens is none
         if text.endswith(_UNDECODED) and end - start < 4:
             texts.append("")
         else:

@@ -1,4 +1,4 @@
-"""What is done to the divergence at each position beyond summing it, and what is added to it; all off by default."""
+"""What changes the divergence of a position, and what is added to the divergences; all of it is off by default."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from common.config.objective import ObjectiveConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Pairs of loss positions of one block and state, of which a rollout revealed the first earlier.
+    """Pairs of trained positions of one block and state, of which the rollout revealed the first earlier.
 
-    `earlier`, `later` int64 [P], ascending by block; `coefficient` float32 [P]; `group_ends`: where the blocks' loss
-    positions end, and `pair_ends`: where their pairs end, as lists on the host.
+    `earlier`, `later` int64 [P] are indices of positions, pairs of one block together; `coefficient` float32 [P].
+    `group_ends` and `pair_ends` say, block by block, where its positions and its pairs end; they stay on the host.
     """
 
     earlier: Tensor
@@ -28,7 +28,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LogitTerms:
-    """Clip, importance weight, sharpening and rank of one forward's positions; `labels` int64 [L] are x0's tokens."""
+    """Clip, importance weight, sharpening and rank terms of one forward; `labels` int64 [L] are the tokens of x0."""
 
     objective: ObjectiveConfig
     labels: Tensor
@@ -40,7 +40,7 @@ class LogitTerms:
         return self.want_entropy or self.objective.terms.needs_entropy
 
     def spans(self, length: int, chunk: int) -> Iterator[tuple[slice, slice]]:
-        """(positions, pairs) of each chunk: at least `chunk` positions to the end of a block where pairs are needed."""
+        """(positions, pairs) of each chunk of `chunk` positions; with pairs, a chunk goes on to the end of a block."""
         if self.pairs is None:
             for start in range(0, length, chunk):
                 yield slice(start, start + chunk), slice(0, 0)
@@ -52,7 +52,7 @@ class LogitTerms:
                 start, first_pair = end, pair_end
 
     def counted(self, divergence: Tensor, log_t: Tensor, log_s: Tensor, rows: slice) -> Tensor:
-        """D_i as it counts, float [rows]: min(D_i, clip_nats), times min(p_t / p_s, 1) of the token in x0."""
+        """D_i as the loss takes it, float [rows]: min(D_i, clip_nats) times min(p_t / p_s, 1) of the token in x0."""
         if self.objective.clip_nats is not None:
             divergence = divergence.clamp_max(self.objective.clip_nats)
         if self.objective.importance_weight:
