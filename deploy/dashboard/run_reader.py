@@ -13,6 +13,7 @@ import numpy as np
 from common.config.errors import ConfigError
 from common.config.renamed import RUN_FILES
 from deploy.dashboard.decimation import min_max, moving_average
+from deploy.dashboard.line_file import LineFile
 from deploy.monitoring.metrics import METRICS
 from deploy.roles import ROLES, STAGES
 
@@ -32,8 +33,9 @@ class RunReader:
         self.status: dict[str, Any] = {}
         self.events: list[dict[str, Any]] = []
         self.rollouts: list[dict[str, Any]] = []
-        self._offset = 0
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._metrics = LineFile(run_dir / "metrics.jsonl")
+        self._events = LineFile(run_dir / "events.jsonl")
+        self._trajectories = LineFile(run_dir / "trajectories.jsonl")
 
     @property
     def batches(self) -> int:
@@ -41,17 +43,18 @@ class RunReader:
 
     @property
     def rollouts_version(self) -> int:
-        return self._versions.get("trajectories.jsonl", (0, 0))[0]
+        return self._trajectories.modified_ns
 
     def refresh(self) -> None:
         """Read what was written since the last call."""
         self._read_metrics()
-        if self._changed("status.json"):
-            self.status = json.loads((self.run_dir / "status.json").read_text())
-        if self._changed("events.jsonl"):
-            self.events = self._lines("events.jsonl")[-_EVENTS:]
-        if self._changed("trajectories.jsonl"):
-            self.rollouts = [_named(rollout) for rollout in self._lines("trajectories.jsonl")]
+        status = self.run_dir / "status.json"
+        if status.is_file():
+            self.status = json.loads(status.read_bytes())
+        anew, lines = self._events.read()
+        self.events = [*([] if anew else self.events), *map(json.loads, lines)][-_EVENTS:]
+        anew, lines = self._trajectories.read()
+        self.rollouts = [*([] if anew else self.rollouts), *(_named(json.loads(line)) for line in lines)]
 
     def snapshot(self) -> dict[str, Any]:
         """What the page shows beside charts and rollouts; JSON without NaN."""
@@ -116,37 +119,14 @@ class RunReader:
         return np.asarray(self.columns[metric], dtype=np.float64)
 
     def _read_metrics(self) -> None:
-        """Append the complete lines that are new; a file that became shorter (a resumed run) is read again."""
-        path = self.run_dir / "metrics.jsonl"
-        if not path.is_file():
-            return
-        if path.stat().st_size < self._offset:
+        anew, lines = self._metrics.read()
+        if anew:
             self.columns = {name: [] for name in METRICS}
-            self._offset = 0
-        with path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        complete = data[: data.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        for line in complete.splitlines():
+        for line in lines:
             row = _named(json.loads(line))
             for name, values in self.columns.items():
                 value = row.get(name)
                 values.append(math.nan if value is None else float(value))
-
-    def _changed(self, name: str) -> bool:
-        path = self.run_dir / name
-        if not path.is_file():
-            return False
-        stat = path.stat()
-        version = (stat.st_mtime_ns, stat.st_size)
-        known = self._versions.get(name)
-        self._versions[name] = version
-        return version != known
-
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        text = (self.run_dir / name).read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from common.config.errors import ConfigError
 from common.config.file import load_config
 from deploy.dashboard.charts import CHARTS
 from deploy.dashboard.decimation import min_max, moving_average
+from deploy.dashboard.line_file import LineFile
 from deploy.dashboard.process import DashboardProcess, free_port, read_token
 from deploy.dashboard.run_reader import RunReader, check_run_folder, duration, health
 from deploy.dashboard.server import create_app
@@ -113,13 +114,61 @@ def test_reader_follows_a_growing_file(run_dir):
     assert series["y"][-1] is None  # NaN is a gap
 
 
-def test_reader_starts_again_when_a_run_was_resumed(run_dir):
-    reader = RunReader(run_dir)
-    reader.refresh()
-    (run_dir / "metrics.jsonl").write_text(row(0) + row(1, kl=5.0))
-    reader.refresh()
-    assert reader.batches == 2
-    assert reader.columns["kl"][-1] == 5.0
+def lines_of(numbers: range, words: str = "a") -> bytes:
+    return "".join(f"{words} {number}\n" for number in numbers).encode()
+
+
+def cut_in_place(path, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.write(data)
+
+
+def replace(path, data: bytes) -> None:
+    path.with_suffix(".new").write_bytes(data)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("write", [cut_in_place, replace])
+@pytest.mark.parametrize("count", [2, 4, 9])
+def test_a_file_that_was_cut_is_read_again_however_long_it_is_by_now(tmp_path, write, count):
+    path = tmp_path / "lines"
+    path.write_bytes(lines_of(range(4)))
+    file = LineFile(path)
+    assert file.read() == (True, lines_of(range(4)).splitlines(keepends=True))
+    write(path, lines_of(range(2)) + lines_of(range(2, count), "other, longer"))
+    assert file.read() == (True, path.read_bytes().splitlines(keepends=True))
+    assert file.read() == (False, [])
+
+
+def test_a_last_line_without_its_end_is_left_for_the_next_read(tmp_path):
+    path = tmp_path / "lines"
+    file = LineFile(path)
+    assert file.read() == (False, [])
+    whole = "3 ≤ 4\n".encode()
+    for end in range(len(whole)):  # also in the middle of a character
+        path.write_bytes(b"1\n2\n" + whole[:end])
+        assert LineFile(path).read() == (True, [b"1\n", b"2\n"])
+    file.read()
+    with path.open("ab") as appended:
+        appended.write(whole[-1:])
+    assert file.read() == (False, [whole])
+
+
+def test_page_starts_again_when_a_resumed_run_cut_its_files_and_went_on(run_dir):
+    """The cut ends in the middle of a line that was read before: reading on would meet half of one."""
+    with client(run_dir) as http:
+        assert http.get("/api/run").json()["batches"] == 4
+        metrics = row(0) + row(1, kl=5.123456789) + "".join(row(batch, kl=7.0) for batch in range(2, 9))
+        (run_dir / "metrics.jsonl").write_text(metrics)
+        event = {"time": time.time(), "level": "info", "text": "going on from batch-000002 ≤ 4"}
+        (run_dir / "events.jsonl").write_text(json.dumps(event, ensure_ascii=False) + "\n" + '{"time"')
+        (run_dir / "trajectories.jsonl").write_text(json.dumps(ROLLOUT | {"batch": 1}) + "\n")
+        run = http.get("/api/run").json()
+        assert run["batches"] == 9
+        assert run["latest"]["kl"] == 7
+        assert [e["text"] for e in run["events"]] == [event["text"]]
+        assert [r["batch"] for r in http.get("/api/rollouts").json()] == [1]
 
 
 def test_series_of_a_part_of_the_axis_reaches_its_edges(run_dir):
