@@ -43,6 +43,7 @@ from deploy.preflight import PreparedRun, finished_summary, prepare
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
 from deploy.run_folder import clear_run_dir
+from deploy.run_lock import RunLock
 from deploy.stop_signals import StopRequested, StopSignals
 from deploy.versions import installed_versions
 from learner.schedule import count_updates
@@ -65,12 +66,13 @@ def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dic
     prepared = prepare(config, overwrite, resume)
     if overwrite:
         clear_run_dir(config)
-    write_resolved_config(config)
-    connect(config, prepared.object_store_mib)
-    try:
-        return Pipeline(prepared).run()
-    finally:
-        ray.shutdown()
+    with RunLock(config.run_dir) as lock:
+        write_resolved_config(config)
+        connect(config, prepared.object_store_mib)
+        try:
+            return Pipeline(prepared, lock).run()
+        finally:
+            ray.shutdown()
 
 
 def write_resolved_config(config: RunConfig) -> None:
@@ -86,13 +88,14 @@ class Pipeline:
     after batch and finishes. After `n` batches the learner's weights version is `n`, which is why a resumed run needs
     its counters (`RunState`) and nothing else:
 
-        pipeline = Pipeline(prepare(config))
-        summary = pipeline.run()
+        with RunLock(config.run_dir) as lock:
+            summary = Pipeline(prepare(config), lock).run()
     """
 
-    def __init__(self, prepared: PreparedRun) -> None:
+    def __init__(self, prepared: PreparedRun, lock: RunLock) -> None:
         config = prepared.config
         self.config = config
+        self.lock = lock
         self.prepared = prepared
         self.state = prepared.checkpoint[1] if prepared.checkpoint else RunState()
         self.checkpoints = Checkpoints(config)
@@ -188,6 +191,7 @@ class Pipeline:
             begin = time.time() if evaluated else window.end
             self.observers.batch(metrics | evaluated)
             self.stop.check()
+            self.lock.check()
             if self._checkpoint_due():
                 self._save(self._batch_name())
                 begin = time.time()

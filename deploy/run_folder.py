@@ -5,15 +5,11 @@ Only what a run has written is ever removed. A folder with anything else in it, 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import socket
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -23,14 +19,13 @@ from common.config.fields import path_fields
 from common.config.file import read_yaml, value_at
 from common.config.run import RunConfig
 from deploy.checkpoints import check_same_run
+from deploy.run_lock import in_progress, living_owner
 
 # everything that a run writes, by the names in its folder and in checkpoints/
 _WRITTEN = re.compile(
-    r"config\.yaml|(?:summary|status)\.json|(?:metrics|events|trajectories)\.jsonl|wandb_id|wandb|tensorboard|spool|"
+    r"config\.yaml|run\.lock|(?:summary|status)\.json|(?:metrics|events|trajectories)\.jsonl|wandb_id|wandb|tensorboard|spool|"
     r"checkpoints|checkpoints/(?:final|batch-\d+)|(?:checkpoints/)?\.[^/]+\.partial"
 )
-_ENDED = ("finished", "stopped", "failed")
-_HEARTBEAT_S = 30.0  # status.json is written every second; a file system over a network shows it late
 
 
 def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> None:
@@ -47,11 +42,11 @@ def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> N
         raise ConfigError(
             f"pipeline.copy_checkpoints_to: {copies!r} lies in the run's own folder {str(folder)!r}; choose another"
         )
+    if owner := living_owner(folder):
+        raise in_progress(folder, owner)
     if resume:
         check_same_run(config)
         return
-    if owner := live_process(folder):
-        raise ConfigError(f"name: {str(folder)!r} is the folder of a run in progress ({owner}); choose another --name")
     if overwrite:
         _check_replaceable(config)
         return
@@ -91,22 +86,6 @@ def foreign_entries(folder: Path) -> list[str]:
     """What lies in a run's folder, or in its checkpoints/, and was written by no run; paths relative to the folder."""
     inside = [*folder.iterdir(), *(folder / "checkpoints").glob("*")]
     return sorted(name for p in inside if not _WRITTEN.fullmatch(name := p.relative_to(folder).as_posix()))
-
-
-def live_process(folder: Path) -> str | None:
-    """The process that works on the run in a folder, in words, by its status.json; None where there is none.
-
-    A process of this machine counts while it exists; one of another machine while its heartbeat is fresh.
-    """
-    try:
-        status: Any = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        age = time.time() - float(status["heartbeat"])
-        state, host, pid = status["state"], str(status["host"]), int(status["pid"])
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # none, torn, or not of a run
-        return None
-    if state in _ENDED or age > _HEARTBEAT_S or (host == socket.gethostname() and not _exists(pid)):
-        return None
-    return f"process {pid} on {host}, last heard of {max(age, 0):.0f} s ago"
 
 
 def check_writable(field: str, folder: Path) -> None:
@@ -166,14 +145,3 @@ def _is_config(file: Path) -> bool:
 
 def _inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    stat = Path(f"/proc/{pid}/stat")  # of Linux; a zombie is dead, though its parent has not asked for its status yet
-    return not (stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] == "Z")

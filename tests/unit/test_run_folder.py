@@ -4,11 +4,7 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +13,8 @@ from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.run import RunConfig
 from deploy.files import replace_text
-from deploy.run_folder import check_run_dir, check_writable, clear_run_dir, foreign_entries, live_process
+from deploy.run_folder import check_run_dir, check_writable, clear_run_dir, foreign_entries
+from deploy.run_lock import RunLock
 
 FILES = ("metrics.jsonl", "events.jsonl", "trajectories.jsonl", "wandb_id", ".status.json.partial")
 FOLDERS = ("tensorboard", "wandb", "spool", "checkpoints/batch-000010", "checkpoints/.batch-000020.partial")
@@ -27,7 +24,7 @@ def config(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_config("tiny", ["--output_dir", str(tmp_path / "runs"), *overrides])
 
 
-def write_run(settings: RunConfig, finished: bool = False, **status: Any) -> Path:
+def write_run(settings: RunConfig, finished: bool = False) -> Path:
     """A folder as a run leaves it."""
     folder = settings.run_dir
     for name in FOLDERS:
@@ -35,8 +32,7 @@ def write_run(settings: RunConfig, finished: bool = False, **status: Any) -> Pat
     for name in FILES:
         (folder / name).write_text('{"batch": 0}\n')
     replace_text(folder / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json")))
-    facts = {"state": "training", "host": socket.gethostname(), "pid": 2**30, "heartbeat": time.time(), **status}
-    replace_text(folder / "status.json", json.dumps(facts))
+    replace_text(folder / "status.json", json.dumps({"state": "training"}))
     if finished:
         (folder / "summary.json").write_text("{}")
         (folder / "checkpoints/final").mkdir()
@@ -182,46 +178,10 @@ def test_the_folder_one_is_in_is_not_removed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_live_run_is_refused_and_named(tmp_path, overwrite):
     settings = config(tmp_path)
-    write_run(settings, pid=os.getpid())
-    said = refused(settings, overwrite)
+    write_run(settings)
+    with RunLock(settings.run_dir):
+        said = refused(settings, overwrite)
     assert f"is the folder of a run in progress (process {os.getpid()} on {socket.gethostname()}, last heard of" in said
-
-
-@pytest.mark.parametrize(
-    ("status", "live"),
-    [
-        ({"pid": os.getpid()}, True),
-        ({"pid": os.getpid(), "state": "starting"}, True),
-        ({"pid": os.getpid(), "heartbeat": time.time() - 3600}, False),  # another process has that number now
-        ({"pid": os.getpid(), "state": "finished"}, False),
-        ({"pid": os.getpid(), "state": "failed"}, False),
-        ({"pid": os.getpid(), "state": "stopped"}, False),
-        ({"pid": 2**30}, False),
-        ({"host": "another"}, True),
-        ({"host": "another", "heartbeat": time.time() - 3600}, False),
-        ({"pid": "x"}, False),
-        ({"heartbeat": None}, False),
-    ],
-)
-def test_who_counts_as_live(tmp_path, status, live):
-    folder = write_run(config(tmp_path), **{"heartbeat": time.time(), **status})
-    assert (live_process(folder) is not None) == live
-
-
-def test_a_process_that_ended_is_not_live(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie now
-    folder = write_run(config(tmp_path), pid=process.pid)
-    assert live_process(folder) is None
-    process.wait()
-    assert live_process(folder) is None
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"state": "training"}', "\x00"])
-def test_a_torn_status_is_no_live_run(tmp_path, text):
-    folder = write_run(config(tmp_path))
-    (folder / "status.json").write_text(text)
-    assert live_process(folder) is None
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
