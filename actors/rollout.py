@@ -28,7 +28,7 @@ from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import convert, load_model, tokenizer_fingerprint
+from common.student import convert, load_converted, tokenizer_fingerprint
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
 from common.weights.broadcast import BroadcastTransport, connect
 from common.weights.object_store import ObjectStoreTransport
@@ -53,20 +53,21 @@ class RolloutActor:
         torch.set_num_threads(config.rollout.resources.threads)
         self.config = config
         self.index = index
-        model_config, self.tokenizer = convert(config.model.path, config.block_size, config.model.mask_token)
+        student = convert(config.model.path, config.block_size, config.model.mask_token)
+        self.tokenizer = student.tokenizer
         device = device_for("rollout", config.rollout.resources)
         # decoding attends over a cache with a dense mask, whatever the learner's attention is
-        model = load_model(config.model.path, getattr(torch, config.rollout.dtype), "sdpa").to(device)
+        model = load_converted(config.model.path, student, getattr(torch, config.rollout.dtype), "sdpa").to(device)
         model.requires_grad_(False)
         self.meta = TrajectoryMeta(
             block_size=config.block_size,
-            mask_token_id=model_config.mask_token_id,
+            mask_token_id=student.config.mask_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
         )
         self.sampler = Sampler(
             model,
             block_size=config.block_size,
-            mask_token_id=model_config.mask_token_id,
+            mask_token_id=student.config.mask_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
             slots=config.rollout.slots,
             seed=config.seed,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,12 +28,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.mask_token import set_mask_token
 from common.model_files import ModelError, check_complete, check_plain, head_of, stored_tensors
 
 # families whose attention takes prebuilt masks, one for each kind of layer
 SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma3_text")
 # of a generation config: what has no meaning without do_sample, and what a checkpoint keeps in any case
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_LEAST_TOKENS = 16  # a tokenizer without its files still has its special tokens
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -133,78 +136,136 @@ def default_attention() -> str:
     return "flex_attention" if torch.cuda.is_available() else "sdpa"
 
 
-def convert(path: str, block_size: int, mask_token: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Config and tokenizer of the student that starts from the ARLM at `path`.
+@dataclass(frozen=True)
+class Conversion:
+    """What makes a student of an ARLM: its config, with `mask_token_id` and `block_size`, its tokenizer with the mask
+    token, and what somebody should know about them."""
 
-    An existing mask token is kept. Otherwise `mask_token` becomes the next free id, whose embedding row must exist:
-    the embedding is never resized.
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    notes: tuple[str, ...] = ()
+
+
+def convert(path: str, block_size: int, mask_token: str) -> Conversion:
+    """The student that starts from the ARLM at `path`; `mask_token` as common/mask_token.py says.
 
     Raises:
-        ModelError: the model cannot be a student, or no embedding row is free for the mask token.
+        ModelError: the model cannot be a student, or it has no room for a mask token.
     """
     config = load_config(path)
     check_family(config)
     tokenizer = load_tokenizer(path)
-    if tokenizer.mask_token_id is None:
-        tokenizer.add_special_tokens({"mask_token": mask_token})
-    if tokenizer.mask_token_id >= config.vocab_size:
-        raise ModelError(
-            f"has no room for a mask token: it needs id {tokenizer.mask_token_id}, but the embedding has "
-            f"{config.vocab_size} rows; "
-            "use a model with a spare row, or set model.mask_token to an unused token that exists"
-        )
-    config.mask_token_id = tokenizer.mask_token_id
+    check_tokenizer(tokenizer, config.vocab_size)
+    kept = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} - {None}
+    mask = set_mask_token(tokenizer, mask_token, config.vocab_size, kept)
+    config.vocab_size = mask.rows
+    config.mask_token_id = mask.id
     config.block_size = block_size
-    return config, tokenizer
+    return Conversion(config, tokenizer, (mask.note,) if mask.note else ())
 
 
-def checked_conversion(path: str, block_size: int, mask_token: str) -> tuple[Any, PreTrainedTokenizerBase, list[str]]:
-    """As `convert`, after all that can be checked without loading the weights; and what differs in checkpoints.
+Gathered = Callable[[nn.Parameter], AbstractContextManager[Any]]  # makes a partitioned parameter whole
+
+
+def load_converted(
+    path: str, conversion: Conversion, dtype: torch.dtype, attention: str, gathered: Gathered = nullcontext
+) -> PreTrainedModel:
+    """The ARLM at `path` with as many rows as its conversion asks for; see `add_rows`."""
+    model = load_model(path, dtype, attention)
+    if conversion.config.vocab_size > model.config.vocab_size:
+        add_rows(model, conversion.config.vocab_size, gathered)
+    return model
+
+
+def add_rows(model: PreTrainedModel, rows: int, gathered: Gathered = nullcontext) -> None:
+    """Let embedding and LM head grow to `rows`; each new row is the mean of the old ones, on every rank the same.
+
+    They are whole afterwards. (transformers' own resize draws random rows, and fills them on one rank only.)
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    for part in (embedding,) if tied else (embedding, head):
+        with gathered(part.weight):
+            old = part.weight.detach().clone()
+        mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
+        part.weight = nn.Parameter(torch.cat([old, mean.expand(rows - len(old), -1)]), part.weight.requires_grad)
+    if tied:
+        head.weight = embedding.weight
+    embedding.num_embeddings = head.out_features = model.config.vocab_size = rows
+
+
+def checked_conversion(path: str, block_size: int, mask_token: str) -> Conversion:
+    """As `convert`, after all that can be checked without loading the weights.
 
     Raises:
         ModelError: the model cannot be a student, cannot be loaded, or could not be saved again.
     """
-    config, tokenizer = convert(path, block_size, mask_token)
-    check_weights(path, config)
-    return config, tokenizer, check_saving(path, config, tokenizer)
+    conversion = convert(path, block_size, mask_token)
+    check_weights(path)
+    notes = check_saving(path, conversion)
+    return replace(conversion, notes=(*conversion.notes, *notes))
 
 
-def convert_folder(path: str, out: Path, block_size: int, mask_token: str, dtype: torch.dtype) -> None:
+def convert_folder(path: str, out: Path, block_size: int, mask_token: str, dtype: torch.dtype) -> Conversion:
     """Write the converted, untrained student as a complete Hugging Face folder, or nothing.
 
     Raises:
         ModelError: the model cannot be a student.
     """
-    config, tokenizer, _ = checked_conversion(path, block_size, mask_token)
-    model = load_model(path, dtype, "sdpa")
+    conversion = checked_conversion(path, block_size, mask_token)
+    model = load_converted(path, conversion, dtype, "sdpa")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_student(model, tokenizer, partial, config.block_size, config.mask_token_id)
+        save_student(model, conversion, partial)
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return conversion
 
 
 def save_student(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    conversion: Conversion,
     out: Path,
-    block_size: int,
-    mask_token_id: int,
+    block_size: int | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Config, tokenizer and safetensors in `out`; `state_dict` replaces the model's own where it is sharded."""
-    model.config.mask_token_id = mask_token_id
-    model.config.block_size = block_size
+    """Config, tokenizer and safetensors in `out`; `block_size` replaces the conversion's own, and `state_dict` the
+    model's where it is sharded."""
+    model.config.mask_token_id = conversion.config.mask_token_id
+    model.config.block_size = block_size or conversion.config.block_size
     drop_generation_parameters(model.config)
     model.generation_config, _ = mended(model.generation_config)
     model.save_pretrained(out, state_dict=state_dict)
-    tokenizer.save_pretrained(out)
+    conversion.tokenizer.save_pretrained(out)
 
 
-def check_weights(path: str, config: Any) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        ModelError: it has hardly any tokens, or ones for which the embedding, of `rows`, has no row.
+    """
+    vocabulary = tokenizer.get_vocab()
+    added = set(tokenizer.added_tokens_decoder)
+    plain = {token: number for token, number in vocabulary.items() if number not in added}
+    if len(plain) < _LEAST_TOKENS:
+        raise ModelError(
+            f"has an empty tokenizer ({type(tokenizer).__name__} with {len(plain)} tokens beside the special ones): "
+            "its files are missing (tokenizer.json, tokenizer.model, or vocab.json and merges.txt); copy them from the "
+            "model's repository"
+        )
+    last = max(plain, key=plain.__getitem__)
+    if plain[last] >= rows:
+        raise ModelError(
+            f"has a tokenizer with ids up to {plain[last]} ({last!r}) and an embedding of {rows} rows; give the "
+            "tokenizer that belongs to the model"
+        )
+
+
+def check_weights(path: str) -> None:
     """Refuse a local model whose weights are not all there, or not plain floats; a hub id passes.
 
     Raises:
@@ -214,13 +275,14 @@ def check_weights(path: str, config: Any) -> None:
         return
     tensors = stored_tensors(Path(path))
     check_plain(tensors)
+    config = load_config(path)
     if config.model_type in SUPPORTED_FAMILIES:  # others may store tensors in another form
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         check_complete({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors)
 
 
-def check_saving(path: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def check_saving(path: str, conversion: Conversion) -> list[str]:
     """Write what a checkpoint holds beside its weights to a scratch folder, and read it again.
 
     Returns:
@@ -229,6 +291,7 @@ def check_saving(path: str, config: Any, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         ModelError: transformers refuses to save it, or reads something else than was saved.
     """
+    config, tokenizer = conversion.config, conversion.tokenizer
     generation, notes = mended(load_generation_config(path, config))
     dropped = drop_generation_parameters(config)
     if dropped:
@@ -288,6 +351,21 @@ def _can_be_saved(generation: GenerationConfig) -> bool:
     except ValueError:
         return False
     return True
+
+
+def first_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    """The first token, by id, that does not mean the same to both, in words; empty if all do, mask tokens left out."""
+    masks = {tokenizer.mask_token, other.mask_token}
+    ours, theirs = ({t: i for t, i in each.get_vocab().items() if t not in masks} for each in (tokenizer, other))
+    different = {token: number for token, number in (theirs | ours).items() if ours.get(token) != theirs.get(token)}
+    if not different:
+        return ""
+    token = min(different, key=different.__getitem__)
+    return f"{token!r} is {_id_in(ours, token)} in the one and {_id_in(theirs, token)} in the other"
+
+
+def _id_in(vocabulary: dict[str, int], token: str) -> str:
+    return str(vocabulary[token]) if token in vocabulary else "no token"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -77,26 +77,27 @@ def check_models(config: RunConfig) -> tuple[Any, int]:
         check_family,
         check_weights,
         checked_conversion,
+        first_difference,
         load_config,
         load_tokenizer,
-        tokenizer_fingerprint,
     )
 
     path, teacher_path = config.model.path, config.teacher_path
     with model_errors("model.path", path):
-        model_config, tokenizer, _ = checked_conversion(path, config.block_size, config.model.mask_token)
+        student = checked_conversion(path, config.block_size, config.model.mask_token)
     with model_errors("teacher.path", teacher_path):
-        teacher_config, teacher_tokenizer = load_config(teacher_path), load_tokenizer(teacher_path)
+        teacher, teacher_tokenizer = load_config(teacher_path), load_tokenizer(teacher_path)
         if teacher_path != path:
-            check_weights(teacher_path, teacher_config)
+            check_weights(teacher_path)
         if config.target_kind == "hidden":  # the LM head is applied here; other targets come from the engine
-            check_family(teacher_config)
-    if tokenizer_fingerprint(teacher_tokenizer) != tokenizer_fingerprint(tokenizer):
+            check_family(teacher)
+    if different := first_difference(student.tokenizer, teacher_tokenizer):
         raise ConfigError(
-            f"teacher.path {config.teacher_path!r} and model.path {config.model.path!r} have different tokenizers; "
-            "token ids must mean the same to both: choose models of one family"
+            f"model.path {path!r} and teacher.path {teacher_path!r} have different tokenizers ({different}); token ids "
+            "must mean the same to both: choose models of one family"
         )
+    tokenizer = student.tokenizer
     for what, value in (("end token", tokenizer.eos_token_id), ("chat template", tokenizer.chat_template)):
         if value is None:
             raise ConfigError(f"model.path {config.model.path!r}: the tokenizer has no {what}; add it to its files")
-    return tokenizer, min(model_config.max_position_embeddings, teacher_config.max_position_embeddings)
+    return tokenizer, min(student.config.max_position_embeddings, teacher.max_position_embeddings)

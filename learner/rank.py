@@ -31,7 +31,7 @@ from common.student import (
     head_of_folder,
     hidden_states,
     lm_head_weight,
-    load_model,
+    load_converted,
     save_student,
 )
 from common.trajectory import Trajectory, write_spool
@@ -142,9 +142,16 @@ class LearnerRank:
         self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         attention = default_attention() if on_gpu else "sdpa"
         path = self.config.model.path
-        self.model_config, self.tokenizer = convert(path, self.config.block_size, self.config.model.mask_token)
-        self.reader = RecordReader(self.config, self.model_config.mask_token_id, self.tokenizer)
-        student = load_model(path, getattr(torch, learner.dtype), attention)
+        self.conversion = convert(path, self.config.block_size, self.config.model.mask_token)
+        self.tokenizer = self.conversion.tokenizer
+        self.reader = RecordReader(self.config, self.conversion.config.mask_token_id, self.tokenizer)
+        student = load_converted(
+            path,
+            self.conversion,
+            getattr(torch, learner.dtype),
+            attention,
+            lambda parameter: deepspeed.zero.GatheredParameters([parameter]),
+        )
         student.train()
         if learner.liger_kernels:
             use_liger_kernels(student)
@@ -213,7 +220,7 @@ class LearnerRank:
             device=self.device,
             teacher_head=self.teacher_head,
             objective=self.config.objective,
-            windows=attention_windows(self.model_config),
+            windows=attention_windows(self.conversion.config),
             want_entropy=self.config.curriculum.schedule == "entropy_gated",
         )
         rows = self.config.learner.batch_rows
@@ -311,14 +318,7 @@ class LearnerRank:
             if self.rank == 0:
                 state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket}
         if self.rank == 0:
-            save_student(
-                self.student,
-                self.tokenizer,
-                out,
-                block_size or self.config.block_size,
-                self.model_config.mask_token_id,
-                state,
-            )
+            save_student(self.student, self.conversion, out, block_size, state)
         if resume:
             self.engine.save_checkpoint(str(resume), tag="state")
 

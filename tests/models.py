@@ -6,15 +6,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from deploy.demo.tiny_arlm import build_tokenizer
+from deploy.demo.tiny_arlm import CHAT_TEMPLATE, END, PAD, ROLES, START, build_tokenizer
+
+
+def tiny_tokenizer(*special: str, eos: str = END, chat_template: str | None = CHAT_TEMPLATE, **options: Any) -> Any:
+    """The shipped tokenizer without its mask token: 256 bytes, <|pad|>, <|im_start|>, <|im_end|> and three role names
+    (ids 0 to 261), and `special` tokens behind them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (PAD, START, END)])
+    backend.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, pad_token=PAD, chat_template=chat_template, **options
+    )
 
 
 def tiny_qwen3(
     path: Path,
     seed: int = 0,
     *,
+    tokenizer: Any = None,
     vocab: int = 288,
     layers: int = 2,
     hidden: int = 64,
@@ -28,10 +52,10 @@ def tiny_qwen3(
     """Saves a random Qwen3 with its tokenizer in `path` and returns that folder as a string.
 
     The tokenizer is that of the shipped tiny model: a chat template, eos `<|im_end|>`, pad `<|pad|>` and mask
-    `<|mask|>`. It has 263 tokens, and the embedding `vocab` rows. Equal arguments give equal weights.
+    `<|mask|>`, 263 tokens; or `tokenizer`. The embedding has `vocab` rows. Equal arguments give equal weights.
     """
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
     config = Qwen3Config(
         vocab_size=vocab,
         hidden_size=hidden,

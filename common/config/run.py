@@ -70,7 +70,12 @@ class ModelConfig(Section):
     """The ARLM from which the student starts."""
 
     path: InputPath = Field(description="folder of a Hugging Face causal LM, or its hub id")
-    mask_token: str = Field("<|mask|>", description="added by the conversion where the tokenizer has no mask token")
+    mask_token: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: the tokenizer's own, else one in a spare embedding row, else a token that is reserved or "
+        "never occurs; new: a row is added; or a token, which exists or gets a spare row",
+    )
     shape: ModelShape | None = Field(
         None, description="sizes for --dry-run where the model is not on this disk", json_schema_extra=OPERATION
     )

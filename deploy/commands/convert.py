@@ -21,7 +21,7 @@ def convert_model(
     model: Annotated[str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")],
     block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,
-    mask_token: Annotated[str, typer.Option(help="added where the tokenizer has no mask token")] = "<|mask|>",
+    mask_token: Annotated[str, typer.Option(help="auto, new, or a token, as model.mask_token")] = "auto",
     dtype: DtypeName = "bfloat16",
 ) -> None:
     """Write the untrained student of an ARLM: same weights, a mask token, its block size in the config.
@@ -41,5 +41,7 @@ def convert_model(
     from common.student import convert_folder
 
     with model_errors("MODEL", model), writing("OUT", out):
-        convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
+        conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
+    for note in conversion.notes:
+        console.print(note, soft_wrap=True, highlight=False)
     console.print(f"wrote {out}; it is untrained: opdlm train does that", soft_wrap=True, highlight=False)

@@ -9,7 +9,14 @@ from common.config.objective import ObjectiveConfig
 from common.config.run import DynamicUnmasking, RunConfig
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
+from common.student import (
+    convert,
+    hidden_states,
+    load_converted,
+    load_model,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from common.trajectory import TrajectoryMeta, read_spool, to_batch
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import load_weights
@@ -17,7 +24,7 @@ from learner import rank
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, empty_sums
 from learner.schedule import RunUpdates
-from tests.models import tiny_qwen3
+from tests.models import tiny_qwen3, tiny_tokenizer
 from tests.unit.test_parity import set_targets, trajectories
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -123,3 +130,26 @@ def train_reference(settings: RunConfig, path: str, rows, meta) -> float:
         optimizer.step()
         losses.append(loss.item())
     return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_added_for_the_mask_token_are_the_same_on_every_rank(tmp_path, ray_local, tied):
+    """What two ranks publish and save before any update is what a rollout actor starts from."""
+    path = tiny_qwen3(tmp_path / "model", tokenizer=tiny_tokenizer(), vocab=262, tied=tied)
+    settings = config(path, 2, PARTITIONED)
+    settings = settings.model_copy(update={"model": settings.model.model_copy(update={"mask_token": "new"})})
+    actors = [rank.as_remote(settings).remote(settings, i) for i in range(2)]
+    address = ray.get(actors[0].address.remote())
+    ray.get([a.start.remote(*address) for a in actors])
+    handle = next(h for h in ray.get([a.publish.remote(0) for a in actors]) if h)
+    ray.get([a.save.remote(tmp_path / "saved") for a in actors])
+    expected = load_converted(path, convert(path, BLOCK, "new"), torch.float32, "sdpa")
+    published = load_converted(path, convert(path, BLOCK, "new"), torch.float32, "sdpa")
+    with torch.no_grad():
+        for parameter in published.parameters():
+            parameter.zero_()
+    load_weights(published, ObjectStoreTransport().fetch(handle))
+    saved = load_model(str(tmp_path / "saved"), torch.float32, "sdpa")
+    for (name, a), b, c in zip(expected.named_parameters(), published.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(a, c), name

@@ -218,6 +218,27 @@ def code_in_the_repository(model):
     (model / "configuration_shiny.py").write_text("raise SystemExit('code was run')")
 
 
+def without_tokenizer_files(kind):
+    """transformers builds an empty one of the class that tokenizer_config.json names."""
+
+    def change(model):
+        (model / "tokenizer.json").unlink()
+        edit(model / "tokenizer_config.json", tokenizer_class=kind)
+
+    return change
+
+
+def tokenizer_of_a_larger_model(model):
+    edit(model / "config.json", vocab_size=200)
+
+
+def no_spare_row(model):
+    edit(model / "tokenizer_config.json", mask_token=None)
+    tokenizer = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(tokenizer.replace("<|mask|>", "<|used|>"))
+    edit(model / "config.json", vocab_size=263)
+
+
 REFUSED = {
     stale_shard: f"has model.embed_tokens.weight in {WEIGHTS} and in model-00001-of-00001.safetensors",
     stale_index: f"has {WEIGHTS} beside {INDEX}, which names other files, and not every engine reads the same ones; "
@@ -249,6 +270,13 @@ REFUSED = {
     newer_tokenizer: "has a tokenizer that cannot be read (data did not match any variant",
     broken_generation_config: "has a generation_config.json that cannot be read",
     impossible_generation_config: "has a generation_config.json that cannot be read",
+    without_tokenizer_files(
+        "Qwen2Tokenizer"
+    ): "has an empty tokenizer (Qwen2Tokenizer with 0 tokens beside the special",
+    without_tokenizer_files("LlamaTokenizer"): "has an empty tokenizer (LlamaTokenizer",
+    without_tokenizer_files("GemmaTokenizer"): "has an empty tokenizer (GemmaTokenizer",
+    tokenizer_of_a_larger_model: "has a tokenizer with ids up to 255 ('Ń') and an embedding of 200 rows",
+    no_spare_row: "has no room for a mask token: all 263 rows of the embedding are used, and no token is reserved",
     unsupported: "has model_type 'phi3', which is not supported",
     unknown_model_type: "has a config.json that cannot be read (The checkpoint you are trying to load has model type",
     code_in_the_repository: "it needs code from the model's repository, which is never run here",

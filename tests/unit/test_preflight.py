@@ -88,7 +88,7 @@ def test_no_row_for_a_mask_token(tmp_path, copy):
     overrides = ["--model.path", str(copy), "--model.mask_token", "<|new|>"]
     assert preflight.prepare(config(tmp_path, *overrides))
     edit(copy, vocab_size=263)
-    assert "it needs id 263, but the embedding has 263 rows" in refused(config(tmp_path, *overrides))
+    assert "has no token '<|new|>' and no spare row for it: all 263 rows" in refused(config(tmp_path, *overrides))
 
 
 def test_a_tokenizer_without_chat_template(tmp_path, copy):

@@ -46,11 +46,12 @@ def vocabulary_reads(monkeypatch) -> list[str]:
 
 
 def test_the_vocabulary_is_read_once_however_many_record_batches_come(path, vocabulary_reads):
-    model_config, tokenizer = convert(path, 4, "<|mask|>")
-    meta = TrajectoryMeta(4, model_config.mask_token_id, tokenizer_fingerprint(tokenizer))
+    student = convert(path, 4, "auto")
+    mask, tokenizer = student.config.mask_token_id, student.tokenizer
+    meta = TrajectoryMeta(4, mask, tokenizer_fingerprint(tokenizer))
     batches = [to_batch([replace(t, ordinal=-b) for t in make()], meta) for b in range(16)]
     vocabulary_reads.clear()
-    reader = RecordReader(config(path), model_config.mask_token_id, tokenizer)
+    reader = RecordReader(config(path), mask, tokenizer)
     assert len(vocabulary_reads) == 1
     for _ in range(3):
         rows, read = reader.read(batches)
@@ -79,17 +80,19 @@ def test_a_rollout_reads_no_vocabulary(path, vocabulary_reads):
     ],
 )
 def test_record_batches_of_another_run_are_refused(path, change, message):
-    model_config, tokenizer = convert(path, 4, "<|mask|>")
-    meta = TrajectoryMeta(4, model_config.mask_token_id, tokenizer_fingerprint(tokenizer))
-    reader = RecordReader(config(path), model_config.mask_token_id, tokenizer)
+    student = convert(path, 4, "auto")
+    mask, tokenizer = student.config.mask_token_id, student.tokenizer
+    meta = TrajectoryMeta(4, mask, tokenizer_fingerprint(tokenizer))
+    reader = RecordReader(config(path), mask, tokenizer)
     with pytest.raises(ValueError, match=message):
         reader.read([to_batch(make(), replace(meta, **change))])
 
 
 def test_record_batches_of_two_block_sizes_are_refused(path):
-    model_config, tokenizer = convert(path, 4, "<|mask|>")
-    meta = TrajectoryMeta(4, model_config.mask_token_id, tokenizer_fingerprint(tokenizer))
+    student = convert(path, 4, "auto")
+    mask, tokenizer = student.config.mask_token_id, student.tokenizer
+    meta = TrajectoryMeta(4, mask, tokenizer_fingerprint(tokenizer))
     growing = config(path, block_growth={"kind": "steps", "sizes": [8], "at_batches": [1]})
-    reader = RecordReader(growing, model_config.mask_token_id, tokenizer)
+    reader = RecordReader(growing, mask, tokenizer)
     with pytest.raises(ValueError, match="has block_size 8, this run needs 4"):
         reader.read([to_batch(make(), meta), to_batch(make(), replace(meta, block_size=8))])
