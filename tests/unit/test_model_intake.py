@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.student import convert_folder, head_of_folder, load_generation_config, load_model, mended
-from deploy.commands.convert import convert
+from deploy.commands.convert import convert_model as convert
 from deploy.model_checks import check_model_folder, check_models
 from tests.models import tiny_qwen3
 
