@@ -1,10 +1,14 @@
 """Which token becomes the mask token, and what grows for it."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from actors.evaluation.generation import load_student, sampler_of
+from actors.sampler.request import Request
+from actors.sampler.sampling import Decoding
 from common.config.run import DynamicUnmasking
 from common.mask_token import set_mask_token
 from common.model_files import ModelError
@@ -106,14 +110,13 @@ def test_rows_are_added(full, tmp_path):
 
 
 def test_a_student_with_added_rows_decodes_and_is_read_by_transformers(full, tmp_path):
-    from actors.evaluation.generation import generate_texts, load_student, sampler_of
-    from actors.sampler.sampling import Decoding
-
     convert_folder(full, tmp_path / "student", 4, "new", torch.float32)
     model, tokenizer = load_student(str(tmp_path / "student"), "float32", "cpu")
     sampler = sampler_of(model, tokenizer, block_size=None, slots=2)
-    results = generate_texts(sampler, tokenizer, ["a", "bc"], Decoding(DynamicUnmasking(), 1.0), max_new_tokens=12)
-    assert all(PLAIN not in done.response_ids for _, done in results)
+    requests = [Request(i, 0, np.arange(5 + i, dtype=np.int32), 12) for i in range(4)]
+    made = list(sampler.generate(requests, Decoding(DynamicUnmasking(), 1.0)))
+    assert len(made) == 4
+    assert all(PLAIN not in t.response_ids for t in made)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.vocab_size == 320
 
 
