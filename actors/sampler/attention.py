@@ -1,7 +1,11 @@
-"""Attention over the slot cache: store the new keys and values, then let each query see its slot up to its own block.
+"""Attention over the slot cache: new keys and values are stored, then each query sees its slot up to its own block.
 
-One operator with two kernels: a plain one, which is the reference and runs on CPU, and a Triton one for CUDA. Both
-read each key once for all query heads of its group, where transformers would repeat keys for every head.
+One operator with two implementations: the reference in plain PyTorch, which runs on CPU, and Triton kernels for CUDA.
+Both read each key once for all query heads that share it; transformers would repeat it for every head.
+
+Why kernels of our own: FlexAttention would need a new block mask for every pass. The attention kernels of serving
+engines would read a slot's cache twice where a pass commits one block and denoises the next, and they are a dependency
+that CPU machines cannot install.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from actors.sampler.cache import AttentionInputs, CacheRows, attention_inputs
 
 SLOT_ATTENTION = "opdlm_slots"
-MOST_QUERIES = 64  # of a block for which there is a kernel of its own; a program of it holds those of two
+MOST_QUERIES = 64  # largest block size of the kernel for decoding, whose programs hold two blocks
 
 
 def register() -> str:
@@ -39,9 +43,10 @@ def attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [N, H, Q, D], key and value [N, H_kv, Q, D] of the new tokens; returns [N, Q, H, D].
+    """The attention function as transformers calls it: query [N, H, Q, D], key and value [N, H_kv, Q, D] of the new
+    tokens; returns [N, Q, H, D].
 
-    Without `cache_rows` (a plain causal forward) transformers' own function answers.
+    Without `cache_rows`, in a plain causal forward, it is transformers' own function.
     """
     if cache_rows is None:
         options["sliding_window"] = sliding_window
@@ -51,15 +56,15 @@ def attention(
 
 
 def slot_attention(inputs: AttentionInputs) -> Tensor:
-    """Store the new keys and values, then attend; returns [N, Q, H, D].
+    """Store the new keys and values, then attend; returns [N, Q, H, D] in the dtype of the query.
 
-    The result means nothing at padding, and in rows that `partner` leaves out.
+    The result has no meaning at padding, nor in rows that are padding by `partner`.
     """
     return torch.ops.opdlm.slot_attention(*inputs)
 
 
 def slot_attention_reference(inputs: AttentionInputs) -> Tensor:
-    """The plain kernel: gathers the context of every row and masks it densely. It has no use for `partner`."""
+    """The reference: gathers the context of every row and masks it densely. It ignores `partner`."""
     query, key, value, keys, values, slots, positions, block_size, scale, window, _ = inputs
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]

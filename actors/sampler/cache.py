@@ -1,8 +1,8 @@
-"""The slot cache: keys and values of all sequences in decoding, one row per slot, indexed by absolute position.
+"""The slot cache: keys and values of all running sequences, one row per slot, indexed by absolute position.
 
-Entry j of a slot holds position j of its sequence. Clean blocks are final; the block being denoised is rewritten by
-every pass, and its last write (with clean tokens) is its commit. A query of block b sees entries of blocks <= b only,
-so whatever stands behind its block is never read.
+Entry j of a slot holds position j of its sequence. Committed blocks are final. The block being denoised is written anew
+by every pass; its commit, with clean tokens, is the last time. A query of block b sees entries of blocks <= b only, so
+entries that an earlier sequence left behind are never read.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NO_WINDOW = 2**30  # the window of a layer that attends to all positions before 
 class SlotCache:
     """Static key-value memory: per layer, keys and values [slots, kv_heads, length, head_dim].
 
-    `attach` hands each attention module its own two tensors as `slot_keys` and `slot_values`: it need not know which
-    layer it is, so that one compiled layer serves all.
+    `attach` gives each attention module its two tensors as `slot_keys` and `slot_values`. So a module need not know
+    which layer it is in, and one compiled layer serves all.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
@@ -44,14 +44,13 @@ class SlotCache:
 
 @dataclass(frozen=True)
 class CacheRows:
-    """Where the rows of one forward stand: each is a run of positions of one slot.
+    """The slot and the positions of every row of one forward.
 
-    Every row is written to the cache before any is read, so two rows may belong to one slot: a block being committed
-    and the block behind it. A position of -1 is padding: not written, and sees nothing.
+    All rows are written to the cache before any is read, so two rows may be of one slot: a block being committed and
+    the block behind it. A position of -1 is padding: it is not written and sees nothing.
 
-    `partner` says where all rows of a slot are, so that a kernel may read its cache once for both: the first
-    len(partner) rows are of different slots, and partner[n] is the further row of the slot of row n, or -1. Rows that
-    are neither are padding, and what a kernel returns for them means nothing.
+    `partner` lets a kernel read a slot's cache once for both of its rows. The first R rows are of different slots, and
+    partner[n] is the other row of row n's slot, or -1. All other rows are padding.
     """
 
     slots: Tensor  # int64 [N]

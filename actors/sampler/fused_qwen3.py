@@ -1,8 +1,8 @@
-"""The forward of a decoding pass of Qwen3, by fewer kernels than transformers' own.
+"""The forward of a decoding pass of Qwen3, in fewer kernels than transformers' own.
 
-A layer is four products, attention (with norms and RoPE of the heads inside its kernel), SwiGLU, and twice a residual
-with the norm behind it, the second across the layers' border. The last layer goes on after its attention at the wanted
-positions only.
+A layer is eight kernels: four products, attention (which also norms and rotates the heads), SwiGLU, and twice a
+residual sum together with the norm after it, where the second norm is the next layer's. After the attention of the last
+layer only the wanted positions are computed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from actors.sampler.projections import PackedLinear
 
 
 class FusedQwen3:
-    """Reads the model's own parameters, wherever new weights are copied into them, and the cache attached to it."""
+    """Reads the model's own parameters, so new weights may be copied into them, and the cache attached to it."""
 
     def __init__(self, model: PreTrainedModel, compiled: bool) -> None:
-        """The model must be what `fits` asks for."""
+        """`fits` must hold for the model."""
         self.model: Any = model.model
         self._before = torch.compile(before, dynamic=True) if compiled else before
 
     @staticmethod
     def fits(model: PreTrainedModel) -> bool:
-        """Whether the model is what this forward computes; its projections must be packed already."""
+        """Whether this forward computes the model; its projections must be packed before."""
         return (
             type(model) is Qwen3ForCausalLM
             and isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
@@ -38,7 +38,7 @@ class FusedQwen3:
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor) -> Tensor:
-        """Final hidden states [len(wanted), d] at `wanted` int64, places in the flattened ids [N, Q]."""
+        """Final hidden states [W, d] at `wanted` int64 [W], indices into the flattened ids [N, Q]."""
         layers = list(self.model.layers)
         next_norms = [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
         x, inner, cos, sin = self._before(ids, positions, self.model)
@@ -61,7 +61,7 @@ def before(ids: Tensor, positions: Tensor, model: Any) -> tuple[Tensor, Tensor, 
 
 
 def add_norm(x: Tensor, y: Tensor, norm: Qwen3RMSNorm) -> tuple[Tensor, Tensor]:
-    """x + y [..., d] and its norm; on CPU the plain way, the reference."""
+    """x + y [..., d] and its norm; on CPU in plain PyTorch, the reference."""
     if x.is_cuda:
         from actors.sampler.kernels.layers import add_norm_triton  # needs triton
 
@@ -71,7 +71,7 @@ def add_norm(x: Tensor, y: Tensor, norm: Qwen3RMSNorm) -> tuple[Tensor, Tensor]:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """SiLU of the first half of [..., 2 f] times the second [..., f]; on CPU the plain way, the reference."""
+    """SiLU of the first half of [..., 2 f] times the second half: [..., f]; on CPU in plain PyTorch, the reference."""
     if gate_up.is_cuda:
         from actors.sampler.kernels.layers import swiglu_triton  # needs triton
 
@@ -81,9 +81,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def attention(module: Any, packed: Tensor, cos: Tensor, sin: Tensor, rows: CacheRows) -> Tensor:
-    """What the heads of a Qwen3Attention attend to [N, Q, H, D], from packed projections [N, Q, (H + 2 H_kv) D].
+    """The heads' outputs [N, Q, H, D] of a Qwen3Attention, from packed projections [N, Q, (H + 2 H_kv) D].
 
-    Norms and RoPE of query and key heads, then attention over the slot cache; on CPU the plain way, the reference.
+    Norms and RoPE of query and key heads, then attention over the slot cache; on CPU in plain PyTorch, the reference.
     """
     heads = packed.unflatten(2, (-1, module.head_dim)).transpose(1, 2)
     kv_heads = module.slot_keys.shape[1]

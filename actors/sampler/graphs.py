@@ -1,4 +1,8 @@
-"""CUDA graphs of the sampler's passes."""
+"""CUDA graphs of the sampler's passes.
+
+Captured here and not by torch.compile ("reduce-overhead"), which captures no function that changes its inputs in place:
+a pass changes the cache and the slots.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ from torch import Tensor
 
 
 class PassGraphs:
-    """Runs a pass eagerly at its first use, which also warms up its kernels; captures it at the second; then replays.
+    """Runs a pass eagerly at its first use, which compiles its kernels; captures it at the second; then replays it.
 
-    A pass reads and changes tensors that stay where they are. All graphs share one memory pool: only one runs at a
-    time, and its result is read before the next.
+    All tensors that a pass reads or changes must keep their addresses. All graphs share one memory pool: passes run one
+    after the other, and the result of one is copied before the next runs.
     """
 
     def __init__(self) -> None:
@@ -21,13 +25,13 @@ class PassGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, device_pass: Callable[[], Tensor]) -> Tensor:
-        """The result of the pass with this key; everything that changes its shapes must be in the key."""
+        """The result of the pass with this key; all that its shapes and its code depend on must be in the key."""
         if key not in self._seen:
             self._seen.add(key)
             return device_pass()
         if key not in self._captured:
             graph = torch.cuda.CUDAGraph()
-            # thread_local: new weights may arrive in another thread meanwhile
+            # thread_local: another thread may receive new weights during the capture
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = device_pass()
             self._captured[key] = graph, result

@@ -1,7 +1,7 @@
-"""Packed projections: query, key and value of a layer from one product, and gate and up from another.
+"""Packed projections: one product gives query, key and value of a layer, and another gate and up.
 
-A block's few rows make small products, which leave most of a GPU idle; one wide product fills it better. Parameters
-keep their names and become views of the packed weight, so weights are still loaded in place.
+A pass has few rows, so its products are small and leave most of a GPU idle; a wider product fills it better. Parameters
+keep their names and become views of the packed weight, so new weights are still copied in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PACKS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "u
 
 
 def pack_projections(model: PreTrainedModel) -> None:
-    """Replace the projections of PACKS in every layer; a model that is packed already stays as it is."""
+    """Replace the projections of PACKS in every layer; does nothing to a model that is packed already."""
     for layer in model.model.layers:
         for part, names in PACKS:
             owner = getattr(layer, part)
@@ -25,7 +25,7 @@ def pack_projections(model: PreTrainedModel) -> None:
 
 
 class Product:
-    """One product for several projections of the same input: made by the first, read by the others."""
+    """One product for several projections of the same input; `result` [..., all outputs] between the first and the last."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         self.weight = torch.cat([linear.weight.detach() for linear in linears])
@@ -34,12 +34,12 @@ class Product:
         self.result: Tensor | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """All projections of x, side by side."""
+        """All projections of x [..., d], side by side in the last dimension."""
         return nn.functional.linear(x, self.weight, self.bias)
 
 
 class PackedLinear(nn.Module):
-    """Rows `start` to `end` of a product; the first of its projections computes it, the last lets go of it."""
+    """Outputs `start` to `end` of a product. The first of its projections computes it, the last one frees it."""
 
     def __init__(self, product: Product, start: int, end: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
             self.product.result = self.product.of(x)
         result = self.product.result
         if result is None:
-            raise RuntimeError("a packed projection was used before the first of its pack")
+            raise RuntimeError("a packed projection was called before the first one of its product")
         if self.closes:
             self.product.result = None
         return result[..., self.start : self.end]

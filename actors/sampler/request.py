@@ -1,4 +1,4 @@
-"""What the sampler is asked for."""
+"""What the sampler is asked to generate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 class Request:
     """One sequence to generate.
 
-    The response has at most `max_new_tokens` tokens. Blocks are decoded whole all the same: what is written behind the
-    limit in the last block becomes the trajectory's tail.
+    The key (ordinal, sample) seeds it and names its trajectory. The response has at most `max_new_tokens` tokens. Blocks
+    are decoded whole all the same: what is written behind the limit in the last block becomes the trajectory's tail.
     """
 
     ordinal: int
     sample: int
-    prompt_ids: np.ndarray
-    max_new_tokens: int
+    prompt_ids: np.ndarray  # int [n]
+    max_new_tokens: int  # at least 1
     domain: str = ""

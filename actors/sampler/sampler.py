@@ -1,9 +1,17 @@
-"""The block-diffusion sampler: continuous batching over slots, cached blocks, fused commits.
+"""The block-diffusion sampler: continuous batching over slots, cached blocks, commits without a forward of their own.
 
-A pass is one forward of every running sequence's current block against its cached prefix, followed by one batched
-choice of tokens. When a block is done, its clean tokens are committed to the cache in the forward that first denoises
-the next block: they are one more row of that forward, which does not see the next block. A slot whose sequence has
-ended is refilled before the next pass.
+A pass is one forward of the current block of every running sequence, over its cached prefix. It samples a token for
+every masked position and reveals those that the unmasking rule chooses. When a block is done, its clean tokens are
+committed to the cache in the first pass of the next block: they are one more row of that forward, and do not see the
+next block. A slot whose sequence has ended gets the next request before the next pass.
+
+On CUDA a pass is launched before the host has read the result of the pass before it, so that the GPU does not wait for
+the host. The host then has to guess how many commits and masked positions the pass has. Slots for which the guess
+leaves no room wait for the next pass, and their trajectories stay the same. Admitting requests on the device would need
+no guess, but the device would have to hold all prompts.
+
+Prompts are cached in forwards of their own. Mixing them into passes, as serving engines do, was left out: a rollout's
+prompts are short beside its responses, and the shapes of passes would no longer repeat.
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +33,7 @@ from actors.sampler.fused_qwen3 import FusedQwen3
 from actors.sampler.graphs import PassGraphs
 from actors.sampler.projections import pack_projections
 from actors.sampler.request import Request
-from actors.sampler.sampling import Decoding, sample_tokens
+from actors.sampler.sampling import Candidates, Decoding, sample_tokens
 from actors.sampler.slots import SlotState
 from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
 from common.config.run import Unmasking
@@ -37,13 +45,39 @@ from common.trajectory import Trajectory
 
 
 class Sampler:
-    """Generates trajectories with the model's current weights; `weights_version` is stamped on each.
+    """Generates trajectories with the model's current weights.
 
-    On CUDA a pass always takes all slots, so that its shapes repeat: it is compiled, and replayed as a graph from its
-    second use on; weights may be replaced in place. It starts before the host has read what came of the pass before:
-    how many rows it needs is then a guess, and slots beyond the guess wait for the next. On CPU a pass takes the
-    running slots only. Prompts are cached in forwards of at most `max_batched_tokens`, a longer one alone; `forwards`
-    counts the passes after that.
+    A trajectory depends on the weights, the decoding settings, its request and `seed`, and on nothing else: neither on
+    the other requests and their order, nor on the number of slots (but for floating-point rounding).
+
+    Life cycle: constructed on a loaded model, whose attention it replaces and, on CUDA, whose projections it packs.
+    Then `generate`, any number of times, one call at a time. Between two calls the owner may copy new weights into the
+    model, in place, and set `weights_version`, which every trajectory carries; set `seed`; or call `set_block_size`.
+    A caller may leave `generate` before its end: the next call forgets what was running. The cache is kept from call
+    to call and grows with the longest request.
+
+    Example, which prints responses as they end::
+
+        from actors.evaluation.generation import load_student
+        from common.prompts import prompt_ids
+
+        model, tokenizer = load_student("runs/tiny/checkpoints/final", "float32")
+        sampler = Sampler(
+            model,
+            block_size=model.config.block_size,
+            mask_token_id=model.config.mask_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            slots=8,
+            seed=0,
+        )
+        questions = ["Tom has 5 apples and buys 4 more. How many now?", "Ann has 9 pens and loses 2. How many now?"]
+        requests = [Request(i, 0, prompt_ids(tokenizer, q), max_new_tokens=64) for i, q in enumerate(questions)]
+        for trajectory in sampler.generate(requests, Decoding(temperature=0.0)):
+            print(questions[trajectory.ordinal], tokenizer.decode(trajectory.response_ids))
+
+    On CUDA a pass takes all slots, so that its shapes repeat: it is compiled, and a CUDA graph from its second use on.
+    On CPU it takes the running slots only. A prefill takes prompts of at most `max_batched_tokens` tokens together,
+    padding included, or one longer prompt. `forwards` counts the passes.
     """
 
     def __init__(
@@ -70,14 +104,14 @@ class Sampler:
         self.on_cuda = self.device.type == "cuda"
         self.weights_version = 0
         self.forwards = 0
-        self.ahead = int(self.on_cuda)  # passes under way while the host reads an earlier one
+        self.ahead = int(self.on_cuda)  # passes in progress while the host reads an earlier one
         self._use_graphs = self.on_cuda and cuda_graphs
-        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # CacheRows say who sees what
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
         self._all_slots = torch.arange(slots, device=self.device)
         self._plan: Callable[..., Any] = plan
-        self._settle: Callable[..., Any] = settle
+        self._unmask: Callable[..., Any] = unmask
         self._fused: FusedQwen3 | None = None
         model.set_attn_implementation(attention.register())
         if self.on_cuda:
@@ -87,7 +121,7 @@ class Sampler:
         if self.on_cuda and compiled:
             for layer in model.model.layers:  # one compiled layer serves all
                 layer.compile(dynamic=True)
-            self._plan, self._settle = (torch.compile(part, dynamic=True) for part in (plan, settle))
+            self._plan, self._unmask = (torch.compile(part, dynamic=True) for part in (plan, unmask))
 
     def set_block_size(self, block_size: int) -> None:
         """Decode in blocks of this size from the next call on."""
@@ -97,7 +131,7 @@ class Sampler:
 
     @torch.inference_mode()
     def generate(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Trajectory]:
-        """Yield each trajectory as it ends.
+        """Yield each trajectory as it ends; its forwards count every pass that it took part in.
 
         Raises:
             FloatingPointError: the model gave a non-finite logit at a sampled position.
@@ -116,11 +150,11 @@ class Sampler:
                 state.admit(admitted, self._keys(admitted), self.mask_token_id, self._end)
                 self._prefill(state, cache, admitted)
             self._launch(state, decoding)
-            while len(state.under_way) > self.ahead:
+            while len(state.in_progress) > self.ahead:
                 yield from state.take(state.read(), self.eos_token_id, self.weights_version)
 
     def _end(self, request: Request) -> int:
-        """Length of the longest possible x0, on the block grid."""
+        """Length of the longest possible x0: whole blocks."""
         return grid_ceil(len(request.prompt_ids) + request.max_new_tokens, self.block_size)
 
     def _memory(self, length: int) -> tuple[SlotState, SlotCache]:
@@ -157,30 +191,29 @@ class Sampler:
                 samples.setdefault(request.prompt_ids.tobytes(), []).append(slot)
         if not samples:
             return
-        lengths = {group[0]: int(state.block_host[group[0]]) * self.block_size for group in samples.values()}
-        first = list(lengths)
-        for indices in padded_batches(list(lengths.values()), self.max_batched_tokens):
-            batch = [first[index] for index in indices]
+        first = [group[0] for group in samples.values()]
+        lengths = [int(state.block_host[slot]) * self.block_size for slot in first]
+        for batch in padded_batches(lengths, self.max_batched_tokens):
             longest = lengths[batch[0]]
-            slots = torch.tensor(batch, device=self.device)
-            ends = torch.tensor([lengths[slot] for slot in batch], device=self.device)
+            slots = torch.tensor([first[index] for index in batch], device=self.device)
+            ends = torch.tensor([lengths[index] for index in batch], device=self.device)
             positions = torch.arange(longest, device=self.device).expand(len(batch), longest)
             positions = torch.where(positions < ends[:, None], positions, -1)
             self._forward(state.ids[slots, :longest], positions, CacheRows(slots, positions, self.block_size))
-        twins = [(group[0], slot) for group in samples.values() for slot in group[1:]]
-        if twins:
-            source, target = torch.tensor(twins, device=self.device).T
-            cache.copy(source, target, max(lengths.values()))
+        copies = [(group[0], slot) for group in samples.values() for slot in group[1:]]
+        if copies:
+            source, target = torch.tensor(copies, device=self.device).T
+            cache.copy(source, target, max(lengths))
 
     def _launch(self, state: SlotState, decoding: Decoding) -> None:
-        """Start one forward and one reveal of all running sequences."""
+        """Start a pass of all running sequences."""
         self.forwards += 1
         commits, masked = state.expected(*tokens_revealed(decoding.unmasking, self.block_size))
         if not self.on_cuda:
             rows = np.flatnonzero(state.running)
             state.launched(rows, self._on_device(state, decoding, torch.from_numpy(rows), commits, masked))
             return
-        # all slots, and few shapes, so that few graphs serve all passes
+        # all slots, and few shapes, so that there are few graphs
         commits = _round_up(commits, -(-self.slots // 4), self.slots)
         masked = _round_up(masked, -(-self.slots * self.block_size // 8), self.slots * self.block_size)
 
@@ -191,29 +224,35 @@ class Sampler:
         state.launched(np.arange(self.slots), flags)
 
     def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int, tokens: int) -> Tensor:
-        """The device's part of a pass over `slots` [R], without synchronisation; returns what `SlotState.reveal` does.
+        """The device's part of a pass over `slots` int64 [R]; the host does not wait. Returns what `SlotState.reveal`
+        returns.
 
-        There is room for `commits` blocks that are done, as rows of their own, and for `tokens` masked positions, which
-        get a token. Slots beyond that wait; room beyond the slots is padding.
+        There is room for the commits of `commits` blocks and for sampling at `tokens` masked positions. Slots that need
+        more wait; room that nobody needs is padding.
         """
-        ids, positions, rows, partner, sampled, noise, waits = self._plan(state, slots, commits, tokens)
-        cache_rows = CacheRows(rows, positions, self.block_size, partner)
-        hidden = self._decode(ids, positions, cache_rows, sampled.clamp(max=len(slots) * self.block_size - 1))
+        work = self._plan(state, slots, commits, tokens)
+        cache_rows = CacheRows(work.rows, work.positions, self.block_size, work.partner)
+        wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
+        hidden = self._decode(work.ids, work.positions, cache_rows, wanted)
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
-        candidates = sample_tokens(logits, noise, decoding, self.mask_token_id)
-        return self._settle(state, decoding.unmasking, slots, sampled, candidates, waits, self.eos_token_id)
+        candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id)
+        return self._unmask(state, decoding.unmasking, slots, work.sampled, candidates, work.waits, self.eos_token_id)
 
 
-def plan(
-    state: SlotState, slots: Tensor, commits: int, tokens: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a pass over `slots` [R] computes.
+class PassPlan(NamedTuple):
+    """What a pass over R slots computes: a row of B positions for each slot, then one for each commit."""
 
-    Returns:
-        ids and positions [R + commits, B], rows [R + commits] and partner [R] as CacheRows has them; sampled int64
-        [tokens], which of the R * B positions get a token (then R * B); noise float32 [tokens] for them; waits bool
-        [R], slots for which there is no room.
-    """
+    ids: Tensor  # int64 [R + commits, B]
+    positions: Tensor  # int64 [R + commits, B]
+    rows: Tensor  # int64 [R + commits], the slot of each row
+    partner: Tensor  # int64 [R], see CacheRows
+    sampled: Tensor  # int64 [tokens], which of the R * B positions get a token; R * B: padding
+    noise: Tensor  # float32 [tokens], the uniform numbers for them
+    waits: Tensor  # bool [R], slots for which there is no room
+
+
+def plan(state: SlotState, slots: Tensor, commits: int, tokens: int) -> PassPlan:
+    """The plan of a pass over `slots` int64 [R] with room for so many commits and sampled tokens."""
     size, count = state.block_size, len(slots)
     current = positions = state.block[slots, None] * size + torch.arange(size, device=slots.device)
     rows, waits, partner = slots, state.uncommitted[slots], torch.full((count + 1,), -1, device=slots.device)
@@ -228,20 +267,21 @@ def plan(
     sampled, left_out = _first(masked.flatten(), tokens)
     waits = waits | left_out.view_as(masked).any(dim=1)
     noise = uniform(state.key[slots, None], current, state.round[slots, None]).flatten()
-    return ids, positions, rows, partner[:count], sampled, noise[sampled.clamp(max=count * size - 1)], waits
+    noise = noise[sampled.clamp(max=count * size - 1)]
+    return PassPlan(ids, positions, rows, partner[:count], sampled, noise, waits)
 
 
-def settle(
+def unmask(
     state: SlotState,
     rule: Unmasking,
     slots: Tensor,
     sampled: Tensor,
-    candidates: tuple[Tensor, Tensor, Tensor],
+    candidates: Candidates,
     waits: Tensor,
     eos_token_id: int,
 ) -> Tensor:
-    """Reveal what `rule`, with the state's threshold, chooses among the candidates (token, confidence, entropy) of the
-    positions `sampled`."""
+    """Reveal the candidates that `rule`, with the state's threshold, chooses; `sampled` and `waits` as in PassPlan.
+    Returns what `SlotState.reveal` returns."""
     masked = state.masked[slots]
     token, confidence, entropy = (
         torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, sampled, x)[:-1].view_as(masked)
@@ -252,8 +292,8 @@ def settle(
 
 
 def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """Where the first `room` of `chosen` bool [N] are, int64 [room], filled up with N; and which are chosen but not
-    among them, bool [N]."""
+    """The indices of the first `room` that are chosen, int64 [room], filled up with N; and who is chosen but has no
+    room, bool [N]. `chosen` is bool [N]."""
     rank = chosen.cumsum(0)
     late = chosen & (rank > room)
     at = torch.where(chosen & ~late, rank - 1, room)
@@ -262,5 +302,5 @@ def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:
 
 
 def _round_up(count: int, step: int, most: int) -> int:
-    """The next multiple of `step`, or `most`."""
+    """The next multiple of `step`, or `most` if that is less."""
     return min(grid_ceil(count, step), most)

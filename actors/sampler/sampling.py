@@ -1,8 +1,9 @@
-"""Sampling of candidates: one token for every position of a pass, and how sure the student is of it."""
+"""Sampling: one token for every masked position of a pass, and how sure the student is of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from common.reshaping import truncate
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are sampled and revealed."""
+    """How tokens are sampled and revealed: temperature 0 is greedy, `top_k` 0 and `top_p` 1 truncate nothing."""
 
     unmasking: Unmasking = DynamicUnmasking()
     temperature: float = 1.0
@@ -29,23 +30,30 @@ class Decoding:
         return isinstance(self.unmasking, EntropyBoundUnmasking)
 
 
-def sample_tokens(
-    logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates for every position, by inverse-CDF sampling with one uniform number each.
+class Candidates(NamedTuple):
+    """A token for every position, which the unmasking rule may reveal; "raw" is the softmax before temperature and
+    truncation, with the mask token in it."""
+
+    tokens: Tensor  # int64 [...]
+    confidence: Tensor  # float32 [...], their probability under the raw softmax
+    entropy: Tensor  # float32 [...], of the raw softmax, nats; zeros where the rule does not need it
+
+
+def sample_tokens(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int) -> Candidates:
+    """Sample by inverse CDF with one uniform number a position, or take the argmax at temperature 0; never the mask
+    token.
+
+    Truncation is that of common/reshaping.py, after the temperature. On CUDA a Triton kernel answers where nothing is
+    truncated and no entropy is needed. At temperature 0 the lowest of equally likely ids is taken.
 
     Args:
         logits: float32 [..., V]; noise: float32 [...] in (0, 1).
-
-    Returns:
-        tokens int64 [...], their probability under the raw untempered softmax float32 [...], and that softmax's
-        entropy in nats float32 [...] (zeros where no rule asks for it).
     """
     if logits.is_cuda and not (decoding.truncated or decoding.needs_entropy):
-        from actors.sampler.kernels.sampling import sample_tokens_triton
+        from actors.sampler.kernels.sampling import sample_tokens_triton  # needs triton
 
         tokens, confidence = sample_tokens_triton(logits, noise, decoding.temperature, mask_token_id)
-        return tokens, confidence, torch.zeros_like(confidence)
+        return Candidates(tokens, confidence, torch.zeros_like(confidence))
     log_z = torch.logsumexp(logits, dim=-1)
     if decoding.needs_entropy:
         log_p = logits - log_z[..., None]
@@ -62,4 +70,4 @@ def sample_tokens(
         cdf = probabilities.cumsum(dim=-1)
         tokens = torch.searchsorted(cdf, (noise * cdf[..., -1])[..., None])[..., 0].clamp(max=logits.shape[-1] - 1)
     confidence = (logits.gather(-1, tokens[..., None])[..., 0] - log_z).exp()
-    return tokens, confidence, entropy
+    return Candidates(tokens, confidence, entropy)

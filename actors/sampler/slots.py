@@ -1,8 +1,12 @@
-"""The slots of the sampler: what is known of every sequence in decoding.
+"""The slots of the sampler: the state of every running sequence.
 
-Tensors live on the device and are changed in place, so that a captured CUDA graph keeps working on them; the host
-keeps the few integers that it plans with. One read of five integers per slot is the only synchronisation of a pass, and
-the next pass may be under way by then.
+Tensors live on the device and are changed in place, so that captured CUDA graphs keep working on them; the host keeps
+the few integers that it plans with. The host waits for the device once a pass, for five integers per slot, and the next
+pass may be in progress by then.
+
+Batching is continuous: a slot is free as soon as its sequence has ended, so a pass does not compute sequences that have
+ended while the longest goes on. Every slot has memory for the longest request. Pages of memory, as serving engines have
+them, would waste less where lengths differ much; they were left out so that a position is a plain index into its slot.
 """
 
 from __future__ import annotations
@@ -18,42 +22,58 @@ from torch import Tensor
 from actors.sampler.request import Request
 from common.trajectory import Trajectory, finish_reason, until_end
 
-PATIENCE = 4  # passes for which a slot may wait
+PATIENCE = 4  # a slot that has waited for so many passes in a row gets room in the next
 
 
 @dataclass(frozen=True)
-class PassUnderWay:
-    """A pass that the device was asked for, and where the host will find what came of it."""
+class PassInProgress:
+    """A pass that was launched, and where the host will find its result."""
 
     rows: np.ndarray  # int64 [R], the slots that it computes
     running: np.ndarray  # bool [slots], those whose results count
     flags: Tensor  # int32 [5, R] in host memory, see SlotState.reveal
-    done: torch.cuda.Event | None
+    done: torch.cuda.Event | None  # None: on CPU, where a pass is done when it was launched
 
 
 class SlotState:
-    """What the sampler knows of every slot: tensors on the device, and the few integers that the host plans with.
+    """The state of every slot: tensors on the device, and the integers that the host plans with.
 
-    What the host knows is as old as the last pass that it has read.
+    Life cycle of a slot: free; running from `admit` on; ended when `read` returns it; free again after `take`, which
+    makes its trajectory. In between, every pass takes these steps: `expected` says how much room it needs; `reveal`
+    changes the state on the device, at the end of the pass; `launched` notes the pass; `read` waits for the oldest pass
+    that was noted and brings the host's integers up to date. `clear` frees all slots.
+
+    Invariants: tensors are changed in place and never replaced. The host's integers are as old as the last pass that
+    was read. A revealed position never changes again. A block is committed in the next pass that has room.
+
+    Example: block size 4, a prompt of 5 tokens (so its last token stands in block 1), `max_new_tokens` 6::
+
+        what happens                               block   masked         uncommitted
+        admit                                        1     5, 6, 7        no
+        pass 1 reveals 6 and 7                       1     5              no
+        pass 2 reveals 5: the block is done          2     8, 9, 10, 11   yes
+        pass 3 commits block 1, reveals 8            2     9, 10, 11      no
+        pass 4 reveals 9, 10 and 11                  2     none           no
+        read returns the slot, take its trajectory: response 5 to 10, tail 11, 4 denoising forwards, 1 commit
     """
 
     def __init__(self, slots: int, length: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
         self.device = device
         self.active: dict[int, Request] = {}
-        self.running = np.zeros(slots, bool)  # has a request in `active`
+        self.running = np.zeros(slots, bool)  # has a request in `active` that has not ended
         self.block_host = np.zeros(slots, np.int64)
-        self.masked_host = np.zeros(slots, np.int64)  # masked positions of the block; 0 where nothing runs
+        self.masked_host = np.zeros(slots, np.int64)  # masked positions of the block
         self.uncommitted_host = np.zeros(slots, bool)
-        self.waits = np.zeros(slots, np.int64)  # passes in a row that had no room for it
+        self.waits = np.zeros(slots, np.int64)  # passes in a row that had no room for the slot
         self.denoise_forwards = np.zeros(slots, np.int64)
         self.commit_forwards = np.zeros(slots, np.int64)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.under_way: deque[PassUnderWay] = deque()
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # reads what is done beside a pass
+        self.in_progress: deque[PassInProgress] = deque()
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # reads results beside a pass
         pinned = device.type == "cuda"
         self.flags = deque(torch.zeros(5, slots, dtype=torch.int32, pin_memory=pinned) for _ in range(2))
         self.ids = zeros(slots, length)
@@ -70,7 +90,7 @@ class SlotState:
 
     def clear(self) -> None:
         """Forget all sequences."""
-        self.under_way.clear()
+        self.in_progress.clear()
         self.active.clear()
         self.running[:] = self.uncommitted_host[:] = False
         self.masked_host[:] = self.waits[:] = 0
@@ -80,7 +100,11 @@ class SlotState:
     def admit(
         self, admitted: dict[int, Request], keys: Tensor, mask_token_id: int, end_of: Callable[[Request], int]
     ) -> None:
-        """Put new sequences in their slots: all response positions masked, decoding to start behind the prompt."""
+        """Start new sequences, given by slot, in the block in which their prompt ends: all other positions are masked.
+
+        Args:
+            keys: int64 [admitted], of the random streams. end_of: where a request's longest x0 ends, whole blocks.
+        """
         size = self.block_size
         ids = np.full((len(admitted), self.ids.shape[1]), mask_token_id, np.int64)
         for row, (slot, request) in zip(ids, admitted.items(), strict=True):
@@ -104,23 +128,24 @@ class SlotState:
         self.active.update(admitted)
 
     def expected(self, at_least: int, exactly: bool) -> tuple[int, int]:
-        """Blocks to commit and masked positions in the next pass; a guess if a pass is under way that is not `exactly`
-        known: a step reveals `at_least` so many positions of each block (or what is left), or just as many.
+        """The commits and the masked positions of the next pass.
 
-        Whoever finds no room because of the guess waits, for PATIENCE passes at most: then there is room for all.
+        A step reveals `at_least` so many positions of each block (or all that are left), or `exactly` as many. So the
+        numbers are a guess while a pass is in progress whose rule may reveal more. A slot that finds no room because of
+        the guess waits; after PATIENCE passes there is room for all.
         """
         if self.waits.max() >= PATIENCE:
             running = int(self.running.sum())
             return running, running * self.block_size
         masked, uncommitted = self.masked_host * self.running, self.uncommitted_host & self.running
         known = int(uncommitted.sum()), int(masked.sum())
-        for under_way in self.under_way:
-            left = np.where(under_way.running, masked - at_least, masked)
-            done = under_way.running & (left <= 0)
-            uncommitted = np.where(under_way.running, done, uncommitted)
+        for in_progress in self.in_progress:
+            left = np.where(in_progress.running, masked - at_least, masked)
+            done = in_progress.running & (left <= 0)
+            uncommitted = np.where(in_progress.running, done, uncommitted)
             masked = np.where(done, self.block_size, left)
         commits, tokens = int(uncommitted.sum()), int(masked.sum())
-        if self.under_way and not exactly:  # blocks that end early: as many as a pass before
+        if self.in_progress and not exactly:  # blocks may end early: about as many as one pass ago
             return max(commits, known[0]), max(tokens, known[1])
         return commits, tokens
 
@@ -141,8 +166,8 @@ class SlotState:
             waits: bool [R], slots for which the pass had no room: they stay as they are.
 
         Returns:
-            int32 [5, R]: has gone on to its next block; sequence has ended; a confidence was not finite; positions
-            that are masked in its next pass; has waited.
+            int32 [5, R] of flags and counts: went on to its next block; sequence has ended; a confidence was not
+            finite; masked positions in its next pass; waited.
         """
         at = rows[:, None]
         current = self.block[at] * self.block_size + torch.arange(self.block_size, device=self.device)
@@ -168,22 +193,22 @@ class SlotState:
         return torch.stack([advance, ended, broken, masked.sum(dim=1), waits]).int()
 
     def launched(self, rows: np.ndarray, flags: Tensor) -> None:
-        """Note a pass over the slots `rows` [R] whose `flags` [5, R], from `reveal`, are on their way."""
+        """Note a pass over the slots `rows` int64 [R]; `flags` int32 [5, R], from `reveal`, are copied to the host."""
         host = self.flags[0][:, : len(rows)].copy_(flags, non_blocking=True)
         self.flags.rotate()
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        self.under_way.append(PassUnderWay(rows, self.running.copy(), host, done))
+        self.in_progress.append(PassInProgress(rows, self.running.copy(), host, done))
 
     def read(self) -> list[int]:
-        """Wait for the oldest pass under way and take over what came of it; returns the slots that have ended.
+        """Wait for the oldest pass in progress and take over its result; returns the slots that have ended.
 
         Raises:
             FloatingPointError: a running sequence had a non-finite confidence; names the ordinals.
         """
-        oldest = self.under_way.popleft()
+        oldest = self.in_progress.popleft()
         if oldest.done:
             oldest.done.synchronize()
         counts = oldest.running[oldest.rows]
@@ -200,18 +225,18 @@ class SlotState:
         self.waits[rows] = (self.waits[rows] + 1) * waited
         finished = rows[ended > 0]
         self.running[finished] = False
-        for later in self.under_way:
+        for later in self.in_progress:
             later.running[finished] = False
         return list(finished.tolist())
 
     def take(self, finished: list[int], eos_token_id: int, weights_version: int) -> list[Trajectory]:
-        """The trajectories of the slots that have ended, which are free from now on.
+        """The trajectories of slots that have ended; they are free from now on.
 
-        A pass that is under way meanwhile writes to them what stands there already.
+        A pass in progress that was launched before the end was known does not change them.
         """
         if not finished:
             return []
-        with torch.cuda.stream(self.copies):  # does nothing where there is none
+        with torch.cuda.stream(self.copies):  # None, on CPU: no effect
             rows = torch.tensor(finished, device=self.device)
             ids = self.ids[rows].cpu().numpy().astype(np.int32)
             reveal_round = self.reveal_round[rows].cpu().numpy()

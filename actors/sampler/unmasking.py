@@ -1,6 +1,6 @@
 """Unmasking rules: which masked positions of a block are revealed in this step.
 
-All rules work on whole batches without a host-device synchronisation. Ties go to the leftmost position.
+All rules work on whole batches, and the host never waits for the device. Of equal positions the leftmost comes first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.config.run import (
 
 
 def tokens_revealed(rule: Unmasking, block_size: int) -> tuple[int, bool]:
-    """Tokens of a block that a step reveals at least (or all that are left), and whether it never reveals more."""
+    """How many tokens of a block a step reveals at least (or all that are left), and whether it is always just these."""
     if isinstance(rule, StaticUnmasking):
         return block_size // (rule.steps_per_block or block_size), True
     if isinstance(rule, SequentialUnmasking):
@@ -29,7 +29,7 @@ def tokens_revealed(rule: Unmasking, block_size: int) -> tuple[int, bool]:
 
 
 def without_threshold(rule: Unmasking) -> tuple[Unmasking, float]:
-    """The rule with its threshold taken out, and the threshold (0 for other rules)."""
+    """The rule with threshold 0, and its threshold (0 for rules without one): the same graphs serve every threshold."""
     if isinstance(rule, DynamicUnmasking):
         return rule.model_copy(update={"threshold": 0.0}), rule.threshold
     return rule, 0.0
@@ -38,13 +38,13 @@ def without_threshold(rule: Unmasking) -> tuple[Unmasking, float]:
 def choose(
     rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor, threshold: Tensor | None = None
 ) -> Tensor:
-    """Positions to reveal, bool [S, B], a subset of `masked` with at least one position per unfinished block.
+    """Positions to reveal, bool [S, B]: a subset of `masked`, at least one position of every block that has any.
 
     Args:
         masked: bool [S, B].
         confidence: float [S, B], probability of the candidate under the raw softmax.
         entropy: float [S, B], nats, of the raw softmax.
-        threshold: float32 [], in place of the rule's own.
+        threshold: float32 [], used in place of the rule's own.
     """
     if isinstance(rule, StaticUnmasking):
         return _most(confidence, masked, tokens_revealed(rule, masked.shape[1])[0])

@@ -1,4 +1,4 @@
-"""Rollout throughput: tokens per second of the sampler, against its eager self and against the memory floor."""
+"""Rollout throughput: tokens per second of the sampler, against its eager form and against the memory floor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.config.run import StaticUnmasking
+from common.grid import grid_ceil
 from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model
 from tests.benchmarks.operators import Operator, hottest
 
@@ -119,8 +120,11 @@ def _sampler(model: Any, sequences: int, fast: bool, kind: type[Sampler] = Sampl
 
 
 def _requests(sequences: int, prompt: int, new_tokens: int) -> list[Request]:
+    """Every response ends with a block, so that all tokens that a pass makes count."""
     rng = np.random.default_rng(0)
-    return [Request(i, 0, rng.integers(0, 200, size=prompt + i % BLOCK), new_tokens) for i in range(sequences)]
+    prompts = [rng.integers(0, 200, size=prompt + i % BLOCK) for i in range(sequences)]
+    limits = [grid_ceil(len(ids) + new_tokens, BLOCK) - len(ids) for ids in prompts]
+    return [Request(i, 0, ids, limit) for i, (ids, limit) in enumerate(zip(prompts, limits, strict=True))]
 
 
 def profile(size: str, device: str, sequences: int, prompt: int, new_tokens: int) -> list[Operator]:

@@ -1,5 +1,6 @@
 """Invariant 2: the batched, cached, fused sampler equals the slow one-sequence reference."""
 
+import textwrap
 from dataclasses import replace
 from itertools import cycle
 
@@ -17,7 +18,7 @@ from common.config.run import (
     SequentialUnmasking,
     StaticUnmasking,
 )
-from common.student import load_model
+from common.student import convert_folder, load_model
 from tests.models import tiny_qwen3
 from tests.reference import reference_rollout
 
@@ -141,6 +142,57 @@ def test_passes_launched_ahead_and_slots_that_wait_change_nothing(model, unmaski
             assert t.denoise_forwards == other[ordinal].denoise_forwards
             assert t.commit_forwards == other[ordinal].commit_forwards
             np.testing.assert_allclose(t.confidence, other[ordinal].confidence, atol=1e-5)
+
+
+def test_the_life_of_a_slot():
+    """The example in SlotState's docstring, step by step."""
+    state = SlotState(slots=1, length=12, block_size=4, device=torch.device("cpu"))
+    request = Request(0, 0, np.arange(20, 25), 6)
+    state.admit({0: request}, torch.zeros(1, dtype=torch.int64), MASK, lambda _: 12)
+
+    def now() -> tuple[int, list[int], bool]:
+        block = int(state.block)
+        masked = [4 * block + offset for offset in state.masked[0].nonzero()[:, 0].tolist()]
+        assert (block, len(masked), bool(state.uncommitted)) == (
+            state.block_host[0], state.masked_host[0], state.uncommitted_host[0],
+        )  # fmt: skip
+        return block, masked, bool(state.uncommitted)
+
+    def run(*positions: int) -> list[int]:
+        """A pass that reveals these, each as the token 100 more than its position."""
+        reveal = torch.tensor([[4 * int(state.block) + j in positions for j in range(4)]])
+        tokens = 100 + 4 * state.block[:, None] + torch.arange(4)
+        slots, waits = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+        assert state.expected(1, True) == (int(state.uncommitted), int(state.masked.sum()))
+        state.launched(np.zeros(1, np.int64), state.reveal(slots, reveal, tokens, reveal.float(), waits, EOS))
+        return state.read()
+
+    assert now() == (1, [5, 6, 7], False)
+    assert run(6, 7) == []
+    assert now() == (1, [5], False)
+    assert run(5) == []
+    assert now() == (2, [8, 9, 10, 11], True)
+    assert run(8) == []
+    assert now() == (2, [9, 10, 11], False)
+    assert run(9, 10, 11) == [0]
+    assert now() == (2, [], False)
+    (t,) = state.take([0], EOS, 3)
+    assert t.response_ids.tolist() == [105, 106, 107, 108, 109, 110]
+    assert t.tail_ids.tolist() == [111]
+    assert t.reveal_round.tolist() == [1, 0, 0, 0, 1, 1, 1]
+    assert (t.finish_reason, t.denoise_forwards, t.commit_forwards, t.weights_version) == ("length", 4, 1, 3)
+    assert not state.active and not state.running.any()
+
+
+def test_the_example_of_the_sampler_runs(tmp_path, capsys):
+    convert_folder(tiny_qwen3(tmp_path / "arlm"), tmp_path / "student", 4, "<|mask|>", torch.float32)
+    example = Sampler.__doc__.split("Example, which prints responses as they end::")[1].split("On CUDA")[0]
+    code = textwrap.dedent(example.rstrip()).replace("runs/tiny/checkpoints/final", str(tmp_path / "student"))
+    exec(code, {"Sampler": Sampler, "Request": Request, "Decoding": Decoding})
+    assert {line.split("?")[0] for line in capsys.readouterr().out.splitlines() if "How many" in line} == {
+        "Tom has 5 apples and buys 4 more. How many now",
+        "Ann has 9 pens and loses 2. How many now",
+    }
 
 
 def test_a_slot_that_waits_too_often_gets_room():

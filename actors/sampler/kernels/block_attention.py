@@ -1,8 +1,8 @@
-"""The Triton kernel of a decoding pass: attention of every slot's newest blocks over its cached ones.
+"""The Triton kernel of a decoding pass: attention of a slot's new blocks over its cached ones.
 
-A program has one slot, one key-value head and a few of its query heads, for a block being committed and the one behind
-it together, so that their cache is read once. It writes the new keys and values itself and attends to them from where
-it has them. With `Fusion`, it also takes queries and keys as the projections gave them, and does the rest to them.
+A program computes one slot, one key-value head and a few of its query heads, for a block being committed and the block
+behind it together, so that their cache is read once. It stores the new keys and values and attends to them from
+registers. With `Fusion` it also norms and rotates queries and keys, which are then given as the projections left them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actors.sampler.kernels.softmax import attend_to
 
 
 class Fusion(NamedTuple):
-    """Norms of query and key heads, then RoPE, as Qwen3 has them."""
+    """Norms of query and key heads, then RoPE, as in Qwen3."""
 
     query_weight: Tensor  # [D]
     key_weight: Tensor  # [D]
@@ -41,7 +41,7 @@ def block_attention_triton(inputs: AttentionInputs, fusion: Fusion | None = None
     half = query.dtype != torch.float32
     together = max(1, min(32 // (2 * queries), group))
     tile = max(16, triton.next_power_of_2(2 * queries * together))
-    # found by measuring on an H200: in registers and shared memory, eight programs of a tile of 16 fit a multiprocessor
+    # measured on an H200: with these registers and shared memory, eight programs of tile 16 fit a multiprocessor
     small, most_registers = half and tile <= 32, 128 if half and tile == 16 else None
     stages = 3 if half and tile > 16 else 2
     out = query.new_empty(n, queries, heads, width)
@@ -104,16 +104,18 @@ def _attend(
     low = tl.load(source, mask=asked, other=0.0)
     high = tl.load(source + half, mask=asked, other=0.0)
 
-    # the new keys and values, before the cache: their loads are under way together with those of the queries
+    # the new keys and values before the cache: they are loaded at the same time as the queries
     source = key + (new_row * key_n + h * key_h + new_q * key_q)[:, None] + e[None, :]
     new_low = tl.load(source, mask=known & within, other=0.0)
     new_high = tl.load(source + half, mask=known & within, other=0.0)
     source = value + (new_row * value_n + h * value_h + new_q * value_q)[:, None] + d[None, :]
     new_value = tl.load(source, mask=known & inside, other=0.0)
     if FUSED:
-        low, high = _finished(low, high, query_weight, cos, sin, row * queries + q, epsilon, asked, e, width)
+        low, high = _norm_and_rope(low, high, query_weight, cos, sin, row * queries + q, epsilon, asked, e, width)
         angle = new_row * queries + new_q
-        new_low, new_high = _finished(new_low, new_high, key_weight, cos, sin, angle, epsilon, known & within, e, width)
+        new_low, new_high = _norm_and_rope(
+            new_low, new_high, key_weight, cos, sin, angle, epsilon, known & within, e, width
+        )
     if tl.program_id(0) == 0:
         target = slot + place.to(tl.int64)[:, None] * cache_j
         tl.store(keys + target + e[None, :], new_low, mask=known & within)
@@ -148,8 +150,8 @@ def _attend(
 
 
 @triton.jit
-def _finished(low, high, weight, cos, sin, angle, epsilon, there, e, width: tl.constexpr):
-    """The two halves [M, D / 2] of heads, normed, weighted and turned by their angles; rounded where modules round."""
+def _norm_and_rope(low, high, weight, cos, sin, angle, epsilon, there, e, width: tl.constexpr):
+    """The two halves [M, D / 2] of heads after RMSNorm and RoPE, rounded where the modules round."""
     kind = low.dtype
     half = width // 2
     low = low.to(tl.float32)
@@ -157,7 +159,7 @@ def _finished(low, high, weight, cos, sin, angle, epsilon, there, e, width: tl.c
     shrink = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / width + epsilon)[:, None]
     low = (low * shrink).to(kind) * tl.load(weight + e, mask=e < half, other=0.0)[None, :]
     high = (high * shrink).to(kind) * tl.load(weight + half + e, mask=e < half, other=0.0)[None, :]
-    turn = angle[:, None] * width + e[None, :]  # RoPE turns both halves by the same angles
+    turn = angle[:, None] * width + e[None, :]  # RoPE rotates both halves by the same angles
     c = tl.load(cos + turn, mask=there, other=0.0).to(tl.float32)
     s = tl.load(sin + turn, mask=there, other=0.0).to(tl.float32)
     low = low.to(tl.float32)

@@ -1,4 +1,4 @@
-"""Triton kernels of what stands between the products of a layer; actors/sampler/fused_qwen3.py has the references."""
+"""Triton kernels of a layer between its products; actors/sampler/fused_qwen3.py has the references."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ _CHUNK = 1024
 
 def add_norm_triton(x: Tensor, y: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Same results as `actors.sampler.fused_qwen3.add_norm` with a norm of that weight; x and y contiguous.
-    A program has a row."""
+
+    A program computes a row.
+    """
     width = x.shape[-1]
     padded = triton.next_power_of_2(width)
     total, out = torch.empty_like(x), torch.empty_like(x)

@@ -1,7 +1,8 @@
 """Triton kernels of sampling by inverse CDF or argmax; actors/sampler/sampling.py has the reference.
 
-The vocabulary is read once in chunks, whose maxima and sums are enough to find the chunk that holds the sampled token;
-only that chunk is read again. Logits are [P, V]: P positions.
+Logits are [P, V], P positions. The vocabulary is read once, in chunks. Their maxima and sums tell which chunk holds the
+sampled token, and only that chunk is read again. Truncation would need the logits in order and is left to the
+reference.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ CHUNK = 4096
 def sample_tokens_triton(
     logits: Tensor, noise: Tensor, temperature: float, mask_token_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and raw confidences, as `actors.sampler.sampling.sample_tokens` gives them without truncation.
+    """Tokens int64 [...] and confidences float32 [...] of `actors.sampler.sampling.sample_tokens` without truncation.
 
     Args:
         logits: float32 [..., V], contiguous; noise: float32 [...] in (0, 1), unused at temperature 0.

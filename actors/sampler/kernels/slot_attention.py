@@ -1,4 +1,5 @@
-"""Triton kernels of attention over the slot cache, rows of any length. The reference: actors/sampler/attention.py."""
+"""Triton kernels of attention over the slot cache, for rows of any length; actors/sampler/attention.py has the
+reference."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from actors.sampler.kernels.softmax import attend_to
 def slot_attention_triton(inputs: AttentionInputs) -> Tensor:
     """Same result as `actors.sampler.attention.slot_attention_reference`.
 
-    One program per row, key-value head and tile of queries reads the slot's keys as far as its queries see, so
-    short sequences cost what they are long.
+    A program computes one row, one key-value head and a tile of queries. It reads the slot's keys only as far as its
+    queries see.
     """
     query, key, value, keys, values, slots, positions, block_size, scale, window, _ = inputs
     n, heads, queries, width = query.shape

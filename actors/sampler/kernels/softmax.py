@@ -8,10 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def attend_to(score, seen, v, highest, total, sums, PRECISION: tl.constexpr):
-    """One more tile of scores and values in the running softmax."""
+    """Take in one more tile: `score` [M, K] of the keys, bool `seen` [M, K] and values `v` [K, D].
+
+    The running `highest` score [M], `total` weight [M] and weighted `sums` [M, D] are float32; returns the new ones.
+    """
     score = tl.where(seen, score, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(score, 1))
-    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a query that sees nothing yet
+    reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # a query that has seen no key yet
     weight = tl.exp(score - reference[:, None])
     shrink = tl.exp(highest - reference)
     total = total * shrink + tl.sum(weight, 1)
