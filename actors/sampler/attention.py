@@ -4,8 +4,8 @@ One operator with two implementations: the reference in plain PyTorch, which run
 Both read each key once for all query heads that share it; transformers would repeat it for every head.
 
 Why kernels of our own: FlexAttention would need a new block mask for every pass. The attention kernels of serving
-engines would read a slot's cache twice where a pass commits one block and denoises the next, and they are a dependency
-that CPU machines cannot install.
+engines would read a slot's cache twice where a pass commits one block and denoises the next, and would be a further
+dependency.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def pack_projections(model: PreTrainedModel) -> None:
 
 
 class Product:
-    """One product for several projections of the same input; `result` [..., all outputs] between the first and the last."""
+    """One product for several projections of the same input. `result` is kept from the first projection to the last."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         self.weight = torch.cat([linear.weight.detach() for linear in linears])

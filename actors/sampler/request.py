@@ -11,8 +11,9 @@ import numpy as np
 class Request:
     """One sequence to generate.
 
-    The key (ordinal, sample) seeds it and names its trajectory. The response has at most `max_new_tokens` tokens. Blocks
-    are decoded whole all the same: what is written behind the limit in the last block becomes the trajectory's tail.
+    (ordinal, sample) is its key: it seeds the sampling and names the trajectory. The response has at most
+    `max_new_tokens` tokens. Blocks are decoded whole all the same: what the last one has behind the limit becomes the
+    trajectory's tail.
     """
 
     ordinal: int

@@ -18,7 +18,7 @@ from common.config.run import (
 
 
 def tokens_revealed(rule: Unmasking, block_size: int) -> tuple[int, bool]:
-    """How many tokens of a block a step reveals at least (or all that are left), and whether it is always just these."""
+    """The least number of tokens that a step reveals in a block (or all that are left); whether it is never more."""
     if isinstance(rule, StaticUnmasking):
         return block_size // (rule.steps_per_block or block_size), True
     if isinstance(rule, SequentialUnmasking):

@@ -48,5 +48,5 @@ def test_biases_are_packed_too():
     model.model.layers = nn.ModuleList([layer])
     pack_projections(model)
     torch.testing.assert_close([owner.q_proj(x), owner.k_proj(x), owner.v_proj(x)], expected)
-    with pytest.raises(RuntimeError, match="before the first"):
+    with pytest.raises(RuntimeError, match="called before the first one"):
         owner.k_proj(x)

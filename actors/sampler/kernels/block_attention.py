@@ -112,10 +112,8 @@ def _attend(
     new_value = tl.load(source, mask=known & inside, other=0.0)
     if FUSED:
         low, high = _norm_and_rope(low, high, query_weight, cos, sin, row * queries + q, epsilon, asked, e, width)
-        angle = new_row * queries + new_q
-        new_low, new_high = _norm_and_rope(
-            new_low, new_high, key_weight, cos, sin, angle, epsilon, known & within, e, width
-        )
+        angle, there = new_row * queries + new_q, known & within
+        new_low, new_high = _norm_and_rope(new_low, new_high, key_weight, cos, sin, angle, epsilon, there, e, width)
     if tl.program_id(0) == 0:
         target = slot + place.to(tl.int64)[:, None] * cache_j
         tl.store(keys + target + e[None, :], new_low, mask=known & within)
