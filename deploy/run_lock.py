@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,6 +24,7 @@ from deploy.errors import RunError
 
 FILE = "run.lock"
 _RENEW_SECONDS = 5.0
+_GUARD_SECONDS = 0.05
 _STALE_SECONDS = 60.0  # a file system over a network shows a new time late
 
 
@@ -79,13 +81,7 @@ class RunLock:
         while not self._made():
             if owner := living_owner(self._file.parent):
                 raise in_progress(self._file.parent, owner)
-            # only one of two that find it stale can move it away
-            stale = self._file.with_name(f".{FILE}.{self._me.token}.partial")
-            try:
-                self._file.rename(stale)
-            except FileNotFoundError:
-                continue
-            stale.unlink()
+            self._remove_dead()
         self._thread.start()
         return self
 
@@ -112,6 +108,23 @@ class RunLock:
         except FileExistsError:
             return False
         return True
+
+    def _remove_dead(self) -> None:
+        """Remove a lock whose owner has died; one process at a time, or the second would remove the lock that the
+        first has made in its place."""
+        guard = self._file.with_name(f".{FILE}.partial")
+        try:
+            guard.open("x").close()
+        except FileExistsError:
+            if (_silent_seconds(guard) or 0.0) > _STALE_SECONDS:  # left by one that died in here
+                guard.unlink(missing_ok=True)
+            time.sleep(_GUARD_SECONDS)
+            return
+        try:
+            if living_owner(self._file.parent) is None:
+                self._file.unlink(missing_ok=True)
+        finally:
+            guard.unlink()
 
     def _keep_renewing(self) -> None:
         while not self._stop.wait(_RENEW_SECONDS):
