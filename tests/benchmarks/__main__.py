@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deploy.files import replace_text
 from tests.benchmarks import learner_rank, learner_step, operators, pipeline, publish, sampler, scaling, teacher
 
-# a part's function takes (size, device, *plan) and returns rows, or what else is to be kept
-PARTS: dict[str, Callable[..., Any]] = {
+# a part's function takes (size, device, *plan) and yields rows as they are measured
+PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "sampler": sampler.measure,  # sequences, prompt, new tokens
     "learner": learner_step.measure,  # rows, prompt, response, packing budget
     "rank": learner_rank.measure,  # as the learner
@@ -64,7 +68,43 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
 WHOLE = [part for part in PARTS if part != "scaling"]  # that one makes a page of its own
 
 
-def main() -> None:
+class Results:
+    """What was measured; the file, if any, is replaced with every row.
+
+    A part that cannot run here is named under `skipped`, with the reason; its rows so far stay.
+    """
+
+    def __init__(self, facts: dict[str, str], out: Path | None) -> None:
+        self.content: dict[str, Any] = dict(facts)
+        self.failed = False
+        self._out = out
+
+    def add(self, part: str, size: str, row: dict[str, Any]) -> None:
+        print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        self.content.setdefault(f"{part} {size}", []).append(row)
+        self._write()
+
+    @contextmanager
+    def going_on(self, part: str, size: str) -> Iterator[None]:
+        """Around a part: whatever fails in it, the others are measured."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, ModuleNotFoundError):
+                self.failed = True
+                traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+            print(f"{part} {size} skipped: {reason}", flush=True)
+            self.content.setdefault("skipped", {})[f"{part} {size}"] = reason
+            self._write()
+
+    def _write(self) -> None:
+        if self._out:
+            replace_text(self._out, json.dumps(self.content, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what was asked for; the exit status is 1 if a part failed for another reason than a missing package."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=list(PLANS), nargs="+", default=["tiny"])
@@ -72,27 +112,26 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, help="of the sampler; default: by size")
     parser.add_argument("--batches", type=int, help="rollout batches of the pipeline; default: by size")
     parser.add_argument("--profile", action="store_true", help="show also where the time goes")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON file, replaced with every row")
+    options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    results: dict[str, object] = {"device": device, "torch": torch.__version__}
+    results = Results({"device": device, "torch": torch.__version__}, options.out)
     for size in options.size:
         for part, plan in PLANS[size].items():
             if part not in options.parts:
                 continue
             first = {"sampler": options.sequences, "pipeline": options.batches}.get(part)
             plan = (first, *plan[1:]) if first else plan
-            rows = results[f"{part} {size}"] = PARTS[part](size, options.device, *plan)
-            for row in rows:
-                print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
-            if options.profile and part in PROFILES:
-                print(operators.table(PROFILES[part](size, options.device, *plan)), flush=True)
+            with results.going_on(part, size):
+                for row in PARTS[part](size, options.device, *plan):
+                    results.add(part, size, row)
+                if options.profile and part in PROFILES:
+                    print(operators.table(PROFILES[part](size, options.device, *plan)), flush=True)
             if options.device == "cuda":
                 torch.cuda.empty_cache()
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+    return int(results.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

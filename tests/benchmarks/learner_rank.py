@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -22,9 +22,9 @@ from tests.benchmarks.operators import Operator, hottest
 _REPEATS = 3
 
 
-def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[dict[str, Any]]:
+def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> Iterator[dict[str, Any]]:
     """One row, of updates of `rows` trajectories; on CUDA with Liger's kernels and activations kept."""
-    return [_in_a_process(_metrics, size, device, rows, prompt, response, max_tokens)]
+    yield _in_a_process(_metrics, size, device, rows, prompt, response, max_tokens)
 
 
 def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:

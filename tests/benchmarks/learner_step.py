@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from tests.benchmarks.operators import Operator, hottest
 BLOCK = 4
 
 
-def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[dict[str, Any]]:
-    """One update's forward and backward.
+def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> Iterator[dict[str, Any]]:
+    """One update's forward and backward, a row for each variant.
 
     `chunked` is the learner's own: packed rows, LM head at masked positions, in chunks. `dense` is what it replaces:
     float32 logits of student and teacher at every position. On CUDA also without recomputation, and with Liger's
@@ -33,35 +33,25 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
     cuda = device == "cuda"
     model, builder, trajectories = _ready(size, device, rows, prompt, response, max_tokens)
     peak = matmul_rate() if cuda else 0.0
-    results: list[dict[str, Any]] = []
-
-    def variant(name: str, loss: Callable[..., torch.Tensor], padded: bool = False) -> None:
-        metrics = _time(model, builder, trajectories, loss, padded)
+    first = 0.0
+    with_liger = False
+    for variant in _ON_CUDA if cuda else _ON_CPU:
+        if variant.liger and not with_liger:
+            use_liger_kernels(model)
+            with_liger = True
+        if variant.recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        metrics = _time(model, builder, trajectories, variant.loss, variant.padded)
         flops = useful_flops(model.config, metrics["tokens"], metrics["masked"])
         metrics["useful_tflops"] = flops / metrics["seconds"] / 1e12
         if peak:
             metrics["mfu"] = flops / metrics["seconds"] / peak
-        if results:
-            metrics["times_the_first"] = metrics["seconds"] / results[0]["seconds"]
-        results.append({"size": size, "variant": name, "rows": rows, **metrics})
-        print("  ", results[-1], flush=True)
-
-    if not cuda:
-        variant("packed, chunked", _chunked_loss)
-        variant("padded to the longest, chunked", _chunked_loss, padded=True)
-        variant("packed, dense", _dense_loss)
-        variant("padded to the longest, dense", _dense_loss, padded=True)
-        return results
-    variant("chunked, all activations kept", _chunked_loss)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    variant("chunked, recomputed", _chunked_loss)
-    variant("dense, recomputed", _dense_loss)
-    model.gradient_checkpointing_disable()
-    use_liger_kernels(model)
-    variant("chunked, all activations kept, Liger", _chunked_loss)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    variant("chunked, recomputed, Liger", _chunked_loss)
-    return results
+        if first:
+            metrics["times_the_first"] = metrics["seconds"] / first
+        first = first or metrics["seconds"]
+        yield {"size": size, "variant": variant.name, "rows": rows, **metrics}
 
 
 def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
@@ -192,3 +182,26 @@ def random_trajectories(
         t.hidden = rng.standard_normal(len(t.target_offsets) * width).astype(np.float32)
         made.append(t)
     return made
+
+
+class _Variant(NamedTuple):
+    name: str
+    loss: Callable[[Any, torch.Tensor, Any], torch.Tensor]
+    padded: bool = False  # to the longest, not packed
+    recomputed: bool = False
+    liger: bool = False
+
+
+_ON_CPU = (
+    _Variant("packed, chunked", _chunked_loss),
+    _Variant("padded to the longest, chunked", _chunked_loss, padded=True),
+    _Variant("packed, dense", _dense_loss),
+    _Variant("padded to the longest, dense", _dense_loss, padded=True),
+)
+_ON_CUDA = (
+    _Variant("chunked, all activations kept", _chunked_loss),
+    _Variant("chunked, recomputed", _chunked_loss, recomputed=True),
+    _Variant("dense, recomputed", _dense_loss, recomputed=True),
+    _Variant("chunked, all activations kept, Liger", _chunked_loss, liger=True),
+    _Variant("chunked, recomputed, Liger", _chunked_loss, recomputed=True, liger=True),
+)

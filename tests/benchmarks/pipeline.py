@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _STAGES = ("rollout", "teacher", "learner", "publish")
 _BUSY = {"rollout actors": "rollout", "learner": "learner", "the slower of both": "slower_role"}
 
 
-def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
+def measure(size: str, device: str, batches: int) -> Iterator[dict[str, Any]]:
     """A row per staleness, also printed as a table: mean seconds of a batch and of its stages (busiest actor), the
     share of the wall time in which no actor computes, and how busy rollouts and learner are.
 
@@ -31,15 +32,14 @@ def measure(size: str, device: str, batches: int) -> list[dict[str, Any]]:
     Raises:
         CalledProcessError: a run failed; its output was shown.
     """
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["--curriculum.batches", str(batches)] if size == "tiny" else _of_a_size(size, device, folder)
         overrides += _on_gpus() if device == "cuda" else []
         for staleness in (0, 1):
             made = run(["--pipeline.staleness", str(staleness), *overrides], batches)
-            rows.append({"size": size, "staleness": staleness, "batches": batches, **metrics(made)})
-            print(table(rows[-1]), flush=True)
-    return rows
+            row = {"size": size, "staleness": staleness, "batches": batches, **metrics(made)}
+            print(table(row), flush=True)
+            yield row
 
 
 def _of_a_size(size: str, device: str, folder: str) -> list[str]:

@@ -34,7 +34,7 @@ TIMEOUT_S = 300.0
 WARM_UP = 2  # versions: the object store holds two, and the first use of its memory costs more
 
 
-def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]]:
+def measure(size: str, device: str, repetitions: int = 5) -> Iterator[dict[str, Any]]:
     """Medians over so many versions after WARM_UP; a row for each way that this machine has. The slow reference is
     measured once.
 
@@ -61,7 +61,7 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
         share = {"num_cpus": 1, "num_gpus": 0.5 if gpus == 1 else min(gpus, 1)}
         publisher = ray.remote(**share)(Publisher).remote(size, device)
         reader = ray.remote(**share, concurrency_groups={"weights": 1})(Reader).remote(size, device)
-        rows: list[dict[str, Any]] = []
+        slow: dict[str, Any] = {}
         for way in ("slow reference", "object_store", "broadcast"):
             if way == "broadcast" and gpus == 1:
                 print("   broadcast: left out, NCCL needs a GPU for each of the two processes and here is one")
@@ -69,12 +69,11 @@ def measure(size: str, device: str, repetitions: int = 5) -> list[dict[str, Any]
             times = 1 if way == "slow reference" else repetitions
             row = {"size": size, "way": way, **_metrics(publisher, reader, way, times)}
             row["gb_per_s"] = nbytes / row["seconds"] / 1e9
-            if rows:
-                row["over_slow"] = rows[0]["seconds"] / row["seconds"]
-                row["pause_over_slow"] = rows[0]["pause"] / row["pause"]
-            rows.append(row)
-            print("  ", row, flush=True)
-        return rows
+            if slow:
+                row["over_slow"] = slow["seconds"] / row["seconds"]
+                row["pause_over_slow"] = slow["pause"] / row["pause"]
+            slow = slow or row
+            yield row
     finally:
         ray.shutdown()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,13 @@ from tests.benchmarks.operators import Operator, hottest
 BLOCK = 4
 
 
-def measure(size: str, device: str, sequences: int, prompt: int, new_tokens: int) -> list[dict[str, Any]]:
+def measure(size: str, device: str, sequences: int, prompt: int, new_tokens: int) -> Iterator[dict[str, Any]]:
     """Rows for static decoding (one token a step) and two tokens a step; end tokens are ignored."""
     model = random_model(size, device)
     measure_on = _on_cuda if device == "cuda" else _on_cpu
-    return [
-        {
-            "size": size,
-            "sequences": sequences,
-            "tokens_per_step": n,
-            **measure_on(model, n, sequences, prompt, new_tokens),
-        }
-        for n in (1, 2)
-    ]
+    for n in (1, 2):
+        row = {"size": size, "sequences": sequences, "tokens_per_step": n}
+        yield row | measure_on(model, n, sequences, prompt, new_tokens)
 
 
 def _on_cpu(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_tokens: int) -> dict[str, Any]:

@@ -31,18 +31,17 @@ _PROMPT, _RESPONSE, _ROWS, _BATCHES = 64, 64, 8, 8
 Row = dict[str, Any]
 
 
-def measure(size: str, device: str) -> list[Row]:
+def measure(size: str, device: str) -> Iterator[Row]:
     """A row per point: the sweep, what was measured, `x`, and `cost` in milliseconds per response token; that of the
     whole loop with so many rollout actors in seconds per batch."""
     torch.set_num_threads(1)
     rows = []
     for row in (*_sequences(size), *_lengths(size), *_blocks(size), *_vocabularies(size), *_actors()):
-        print("  ", row, flush=True)
+        yield row
         rows.append(row)
     scaling_page.SWEEPS.write_text(json.dumps(rows, indent=1) + "\n")
     plot(rows, scaling_page.PLOT)
     scaling_page.write()
-    return rows
 
 
 def _sequences(size: str) -> Iterator[Row]:

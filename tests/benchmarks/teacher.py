@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -26,7 +26,9 @@ TRAINED = 0.62  # share of the response that per_block selection masks at about 
 _REPEATS = 3
 
 
-def measure(size: str, device: str, requests: int, prompt: int, response: int, max_tokens: int) -> list[dict[str, Any]]:
+def measure(
+    size: str, device: str, requests: int, prompt: int, response: int, max_tokens: int
+) -> Iterator[dict[str, Any]]:
     """Rows by variant, all of one run.
 
     `causal` is the teacher's own: sequences share forwards of at most `max_tokens`, the LM head reads trained
@@ -39,7 +41,10 @@ def measure(size: str, device: str, requests: int, prompt: int, response: int, m
     config = _config(device, max_tokens)
     model = random_model(size, device)
     asked = _requests(requests, prompt, response, model.config.vocab_size)
-    rows = [{"size": size, **row} for row in _of_transformers(LoadedBackend(model, config), asked, prompt, device)]
+    first = 0.0  # tokens per second of the first row
+    for row in _of_transformers(LoadedBackend(model, config), asked, prompt, device):
+        first = first or row["tokens_per_second"]
+        yield {"size": size, **row, "times_the_first": first / row["tokens_per_second"]}
     if importlib.util.find_spec("vllm"):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -48,8 +53,7 @@ def measure(size: str, device: str, requests: int, prompt: int, response: int, m
             torch.cuda.empty_cache()
             for target in ("topk", "hidden"):
                 row = {"size": size, "variant": f"vLLM, {target}", **_of_vllm(config, target, folder, asked)}
-                rows.append(row | {"times_the_first": rows[0]["tokens_per_second"] / row["tokens_per_second"]})
-    return rows
+                yield row | {"times_the_first": first / row["tokens_per_second"]}
 
 
 def profile(size: str, device: str, requests: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
@@ -76,7 +80,7 @@ def _config(device: str, max_tokens: int) -> TeacherConfig:
 
 def _of_transformers(
     backend: LoadedBackend, asked: list[TargetRequest], prompt: int, device: str
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     doubled = [replace(r, ids=np.concatenate([r.ids, r.ids[prompt:]])) for r in asked]
     tokens = sum(len(r.ids) for r in asked)
     variants: dict[str, tuple[int, Callable[[], object]]] = {
@@ -86,15 +90,10 @@ def _of_transformers(
         "doubled": (1, lambda: backend.whole(doubled, every_position=False)),
         "doubled, every position": (1, lambda: backend.whole(doubled, every_position=True)),
     }
-    rows: list[dict[str, Any]] = []
     for name, (times, run) in variants.items():
         seconds, peak = _time(run, device)
-        speed = times * tokens / seconds
-        rows.append({"variant": name, "requests": times * len(asked), "tokens_per_second": speed})
-        rows[-1]["times_the_first"] = rows[0]["tokens_per_second"] / speed
-        if device == "cuda":
-            rows[-1]["peak_gib"] = peak
-    return rows
+        row = {"variant": name, "requests": times * len(asked), "tokens_per_second": times * tokens / seconds}
+        yield row | ({"peak_gib": peak} if device == "cuda" else {})
 
 
 class LoadedBackend(TransformersBackend):

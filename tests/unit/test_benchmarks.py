@@ -1,0 +1,72 @@
+"""The benchmarks' command: a part that cannot run here costs its own results only."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import __main__ as benchmarks
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Three light parts in place of the real ones: the second lacks a package after its first row."""
+    seen: list[dict[str, Any]] = []
+
+    def whole(size: str, device: str, *plan: int) -> Iterator[dict[str, Any]]:
+        yield {"size": size, "device": device, "plan": list(plan), "tokens_per_second": 12.5}
+
+    def without_its_package(size: str, device: str) -> Iterator[dict[str, Any]]:
+        yield {"variant": "plain"}
+        seen.append(json.loads((tmp_path / "out.json").read_text()))
+        import liger_kernel_that_is_not_there  # noqa: F401
+
+    monkeypatch.setattr(benchmarks, "PARTS", {"sampler": whole, "learner": without_its_package, "teacher": whole})
+    monkeypatch.setattr(benchmarks, "PLANS", {"tiny": {"sampler": (1, 2), "learner": (), "teacher": (3,)}})
+    monkeypatch.setattr(benchmarks, "PROFILES", {})
+    return seen
+
+
+def measured(tmp_path, *options: str) -> tuple[int, dict[str, Any]]:
+    out = tmp_path / "out.json"
+    status = benchmarks.main(
+        ["--device", "cpu", "--parts", "sampler", "learner", "teacher", "--out", str(out), *options]
+    )
+    return status, json.loads(out.read_text())
+
+
+def test_a_part_without_its_package_is_skipped_by_name_and_the_rest_is_measured(parts, tmp_path, capsys):
+    status, results = measured(tmp_path, "--sequences", "7")
+    assert status == 0
+    reason = "ModuleNotFoundError: No module named 'liger_kernel_that_is_not_there'"
+    assert results["skipped"] == {"learner tiny": reason}
+    assert results["learner tiny"] == [{"variant": "plain"}]
+    assert [row["plan"] for row in results["sampler tiny"] + results["teacher tiny"]] == [[7, 2], [3]]
+    assert f"learner tiny skipped: {reason}" in capsys.readouterr().out
+
+
+def test_rows_are_in_the_file_as_soon_as_they_are_measured(parts, tmp_path):
+    measured(tmp_path)
+    assert parts[0]["sampler tiny"] and parts[0]["learner tiny"] == [{"variant": "plain"}]
+    assert "teacher tiny" not in parts[0]
+
+
+def test_a_part_that_fails_is_named_too_and_the_status_says_so(parts, tmp_path, monkeypatch, capsys):
+    def fails(size: str, device: str, *plan: int) -> Iterator[dict[str, Any]]:
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setitem(benchmarks.PARTS, "sampler", fails)
+    monkeypatch.setitem(benchmarks.PROFILES, "teacher", fails)
+    status, results = measured(tmp_path, "--profile")
+    assert status == 1
+    assert results["skipped"].keys() == {"sampler tiny", "learner tiny", "teacher tiny"}
+    assert results["skipped"]["sampler tiny"] == "RuntimeError: out of memory"
+    assert len(results["teacher tiny"]) == 1  # measured before its profile failed
+    assert "RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_every_part_gives_its_rows_one_by_one():
+    assert all(inspect.isgeneratorfunction(measure) for measure in benchmarks.PARTS.values())
