@@ -3,6 +3,7 @@ that can be known."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ def check_writable(field: str, folder: Path) -> None:
     Raises:
         ConfigError: names the option, the path and the remedy.
     """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     try:
         with TemporaryFile(dir=existing):
             pass

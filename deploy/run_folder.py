@@ -19,6 +19,7 @@ from common.config.fields import path_fields
 from common.config.file import read_yaml, value_at
 from common.config.run import RunConfig
 from deploy.checkpoints import check_same_run
+from deploy.named_files import check_writable
 from deploy.run_lock import in_progress, living_owner
 
 # everything that a run writes, by the names in its folder and in checkpoints/
@@ -86,25 +87,6 @@ def foreign_entries(folder: Path) -> list[str]:
     """What lies in a run's folder, or in its checkpoints/, and was written by no run; paths relative to the folder."""
     inside = [*folder.iterdir(), *(folder / "checkpoints").glob("*")]
     return sorted(name for p in inside if not _WRITTEN.fullmatch(name := p.relative_to(folder).as_posix()))
-
-
-def check_writable(field: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written. It is tried: permissions do not tell of read-only mounts.
-
-    Raises:
-        ConfigError: names the field, the folder and why.
-    """
-    there = folder.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=".opdlm-", dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{field}: cannot write to {str(folder)!r} ({str(there)!r}: {error.strerror}); choose a folder that can be "
-            "written"
-        ) from error
 
 
 def _check_replaceable(config: RunConfig) -> None:

@@ -167,7 +167,7 @@ def find_config(source: str, field: str = "CONFIG", wanted: str = "a YAML file, 
         raise ConfigError(f"{field}: {shown(str(path))} is not a file; give {wanted}")
     near = difflib.get_close_matches(source, preset_names(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"no config {shown(source)}; {hint}presets are {', '.join(preset_names())}; or give {wanted}")
+    raise ConfigError(f"no config {shown(str(path))}; {hint}presets are {', '.join(preset_names())}; or give {wanted}")
 
 
 def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:

@@ -31,13 +31,13 @@ Dtype = Literal["float32", "bfloat16"]
 AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py
 
 
-def _far_from_zero(value: float) -> float:
+def far_from_zero(value: float) -> float:
     if 0 < value < 1e-3:
         raise ValueError(f"{value:g} is too close to 0 to divide by; use 0, which takes the best token, or 0.001")
     return value
 
 
-Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_far_from_zero)]
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(far_from_zero)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

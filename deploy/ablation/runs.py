@@ -114,7 +114,7 @@ def _respond(ablation: AblationConfig, config: RunConfig, note: Callable[[str], 
 
 def _train(arm: Arm) -> None:
     folder = arm.config.run_dir
-    config = _write_config(arm.config, folder.with_suffix(".config"))
+    config = _write_config(arm.config, folder.with_name(f"{folder.name}.config"))
     _command(["train", str(config), "--resume", "auto"], config.parent / "output.log")
 
 
@@ -137,4 +137,4 @@ def _command(arguments: list[str], log: Path) -> None:
 
 
 def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() or c == "_" else " " for c in name).split())
+    return "-".join("".join(c if (c.isascii() and c.isalnum()) or c == "_" else " " for c in name).split()) or "arm"

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deploy.commands.console import console
+from deploy.commands.console import console, say
+from deploy.named_files import check_writable
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +33,8 @@ def ablate(
     from deploy.ablation.runs import arms_of, load_ablation, run_all
 
     settings = load_ablation(ablation)
+    check_writable("output_dir", settings.output_dir)
+    check_writable("report", settings.report.parent)
     runs = arms_of(settings)
     from deploy.ablation.report import write_report
 
@@ -39,10 +42,10 @@ def ablate(
     if report_only:
         if finished:
             write_report(settings, runs, ablation)
-        console.print(f"{finished} of {len(runs)} runs are finished; report: {settings.report if finished else 'none'}")
+        say(f"{finished} of {len(runs)} runs are finished; report: {settings.report if finished else 'none'}")
         return
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=console,
     )  # fmt: skip
     with bar:
@@ -51,11 +54,11 @@ def ablate(
         def note(text: str) -> None:
             bar.update(task, description=text)
             if not console.is_terminal:
-                console.print(text, highlight=False)
+                say(text)
 
         def done() -> None:
             bar.advance(task)
             write_report(settings, runs, ablation)
 
         run_all(settings, runs, note, done, jobs)
-    console.print(f"all {len(runs)} runs are finished; the report is {settings.report}", highlight=False)
+    say(f"all {len(runs)} runs are finished; the report is {settings.report}")

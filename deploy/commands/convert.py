@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from common.config.errors import ConfigError
-from deploy.commands.console import console
+from deploy.argument_checks import a_path
+from deploy.commands.console import say
 from deploy.evaluation.decoding_options import DtypeName
 from deploy.named_files import check_writable, writing
 
@@ -18,8 +19,10 @@ def register(app: typer.Typer) -> None:
 
 
 def convert_model(
-    model: Annotated[str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL")],
-    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT")],
+    model: Annotated[
+        str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL", callback=a_path)
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", callback=a_path)],
     block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,
     mask_token: Annotated[str, typer.Option(help="auto, new, or a token, as model.mask_token")] = "auto",
     dtype: DtypeName = "bfloat16",
@@ -43,5 +46,5 @@ def convert_model(
     with model_errors("MODEL", model), writing("OUT", out):
         conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
     for note in conversion.notes:
-        console.print(note, soft_wrap=True, highlight=False)
-    console.print(f"wrote {out}; it is untrained: opdlm train does that", soft_wrap=True, highlight=False)
+        say(note)
+    say(f"wrote {out}; it is untrained: opdlm train does that")

@@ -9,7 +9,8 @@ import typer
 
 from common.config.dashboard import is_loopback
 from common.config.errors import ConfigError
-from deploy.commands.console import console
+from deploy.argument_checks import a_path
+from deploy.commands.console import say
 
 
 def register(app: typer.Typer) -> None:
@@ -17,10 +18,12 @@ def register(app: typer.Typer) -> None:
 
 
 def dashboard(
-    run: Annotated[Path, typer.Argument(help="folder of a run", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="folder of a run", metavar="RUN", callback=a_path)],
     host: Annotated[str, typer.Option(help="address to bind; any but loopback needs --token-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to bind; 0: any free one")] = 8270,
-    token_file: Annotated[str | None, typer.Option(help="text file with the token that a visitor must give")] = None,
+    token_file: Annotated[
+        str | None, typer.Option(help="text file with the token that a visitor must give", callback=a_path)
+    ] = None,
 ) -> None:
     """Show the page of a run: finished, copied from elsewhere, or under way.
 
@@ -42,5 +45,5 @@ def dashboard(
     token = read_token(token_file, "--token-file")
     port = free_port(host, port, "--port")
     page = address(host, port) + ("/?token=..." if token else "")
-    console.print(f"{run} is at {page} (Ctrl-C ends this)", soft_wrap=True, highlight=False)
+    say(f"{run} is at {page} (Ctrl-C ends this)")
     serve(run, host, port, token)

@@ -10,8 +10,16 @@ import typer
 
 from common.config.errors import ConfigError
 from common.config.run import AnswerFormat, DataConfig
-from deploy.commands.console import console
-from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, DtypeName, RuleName, Student, response_limit
+from deploy.argument_checks import a_path, finite
+from deploy.commands.console import console, say
+from deploy.evaluation.decoding_options import (
+    DEFAULT_THRESHOLD,
+    DtypeName,
+    RuleName,
+    Student,
+    Temperature,
+    response_limit,
+)
 from deploy.named_files import check_output, writing
 
 DEFAULT_MAX_TOKENS = 512
@@ -23,7 +31,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Student,
-    problems: Annotated[Path, typer.Option(help="JSON, JSONL or Parquet with a question and an answer per row")],
+    problems: Annotated[
+        Path, typer.Option(help="JSON, JSONL or Parquet with a question and an answer per row", callback=a_path)
+    ],
     rule: Annotated[
         list[RuleName] | None,
         typer.Option(
@@ -34,22 +44,27 @@ def evaluate(
     ] = None,
     threshold: Annotated[
         list[float] | None,
-        typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule, repeatable; default: 0.9"),
+        typer.Option(
+            callback=finite, min=0, max=1, help="confidence threshold of the dynamic rule, repeatable; default: 0.9"
+        ),
     ] = None,
     tokens_per_step: Annotated[
         list[int] | None, typer.Option(min=1, help="of the static and sequential rules, repeatable; default: 1")
     ] = None,
     bound: Annotated[
         list[float] | None,
-        typer.Option(min=0, help="nats of one step under the entropy_bound rule, repeatable; default: 0.1"),
+        typer.Option(
+            callback=finite, min=0, help="nats of one step under the entropy_bound rule, repeatable; default: 0.1"
+        ),
     ] = None,
     block_size: Annotated[
         list[int] | None, typer.Option(min=1, help="tokens per block, repeatable; default: the model's own")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="folder of the autoregressive teacher, as a further row of the table")
+        str | None,
+        typer.Option(help="folder of the autoregressive teacher, as a further row of the table", callback=a_path),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 0.0,
+    temperature: Temperature = 0.0,
     seeds: Annotated[
         int, typer.Option(min=1, help="runs per setting where the temperature is above 0; greedy decoding needs one")
     ] = 1,
@@ -65,9 +80,10 @@ def evaluate(
         typer.Option(help="a response's answer: the number after 'Answer:', the last \\boxed{}, or the last number"),
     ] = "answer_line",
     output: Annotated[
-        Path | None, typer.Option(help="write the results to this .json file, and the plot beside it as .png")
+        Path | None,
+        typer.Option(help="write the results to this .json file, and the plot beside it as .png", callback=a_path),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="accuracy against tokens per step, .png")] = None,
+    plot: Annotated[Path | None, typer.Option(help="accuracy against tokens per step, .png", callback=a_path)] = None,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
     dtype: DtypeName = "float32",
     autoregressive: Annotated[
@@ -167,8 +183,8 @@ def _write(report: dict[str, Any], rows: list[Any], output: Path | None, plot: P
     if output:
         with writing("--output", output):
             output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        console.print(f"results: {output}", soft_wrap=True, highlight=False)
+        say(f"results: {output}")
     if image := plot or (output.with_suffix(".png") if output else None):
         with writing("--plot", image):
             sweep_report.plot(rows, image, title)
-        console.print(f"plot: {image}", soft_wrap=True, highlight=False)
+        say(f"plot: {image}")

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from common.config.errors import ConfigError
 from common.prompts import PromptError, read_records
-from deploy.commands.console import console
+from deploy.argument_checks import a_path
+from deploy.commands.console import console, say
 from deploy.evaluation.decoding_options import (
     DEFAULT_THRESHOLD,
     BlockSize,
@@ -19,6 +20,7 @@ from deploy.evaluation.decoding_options import (
     Rule,
     RuleName,
     Student,
+    Temperature,
     Threshold,
     response_limit,
     unmasking_of,
@@ -37,11 +39,12 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="the prompt; or use --file", metavar="PROMPT")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help=".txt with one prompt a line, or .jsonl, .json, .parquet"),
+        typer.Option(help=".txt with one prompt a line, or .jsonl, .json, .parquet", callback=a_path),
     ] = None,
     question_field: Annotated[str, typer.Option(help="field of a record in --file that holds the prompt")] = "question",
     output: Annotated[
-        Path | None, typer.Option(help="write a .jsonl: the record of every prompt, its response and its counts")
+        Path | None,
+        typer.Option(help="write a .jsonl: the record of every prompt, its response and its counts", callback=a_path),
     ] = None,
     show_steps: Annotated[
         bool, typer.Option("--show-steps", help="show how the text was unmasked, round by round")
@@ -55,7 +58,7 @@ def generate(
             min=1, help=f"response length limit, tokens; default: {DEFAULT_MAX_TOKENS}, or less where the positions end"
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 0.0,
+    temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
     dtype: DtypeName = "float32",
@@ -73,6 +76,10 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise ConfigError("no prompt or two: give it after MODEL, or a file of prompts with --file")
+    if file and not file.is_file():
+        raise ConfigError(
+            f"--file: {str(file)!r} {'is a folder' if file.is_dir() else 'does not exist'}; give a file of prompts"
+        )
     if output:
         check_output("--output", output, ".jsonl")
     records = read_prompt_file(file, question_field) if file else [{question_field: prompt}]
@@ -101,7 +108,7 @@ def generate(
         lines = [record | answer_record(text, done) for record, (text, done) in zip(records, results, strict=True)]
         with writing("--output", output):
             output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        console.print(f"wrote {len(lines)} responses to {output}", soft_wrap=True, highlight=False)
+        say(f"wrote {len(lines)} responses to {output}")
     for question, (text, trajectory) in zip(questions, results, strict=True):
         if output and not show_steps:
             break

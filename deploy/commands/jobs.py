@@ -25,6 +25,7 @@ from rich.table import Table
 
 from common.config.errors import ConfigError
 from common.config.file import load_config
+from deploy.argument_checks import a_path, finite
 from deploy.commands.config_argument import TAKES_OVERRIDES
 from deploy.commands.console import console
 from deploy.errors import StuckError
@@ -53,9 +54,9 @@ def submit(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file below the working directory, or a preset", metavar="CONFIG")],
     address: Address = DEFAULT_ADDRESS,
-    working_dir: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, help="folder that is uploaded and run from")
-    ] = Path("."),
+    working_dir: Annotated[Path, typer.Option(help="folder that is uploaded and run from", callback=a_path)] = Path(
+        "."
+    ),
     resume: Annotated[Literal["auto"] | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and return")] = False,
 ) -> None:
@@ -69,6 +70,9 @@ def submit(
         opdlm submit tiny --output_dir /shared/runs --name first --dashboard.enabled true
         opdlm submit tiny --output_dir /shared/runs --name first --resume auto --no-wait
     """
+    if not working_dir.is_dir():
+        wrong = "is a file" if working_dir.exists() else "does not exist"
+        raise ConfigError(f"--working-dir: {str(working_dir)!r} {wrong}; give the folder to upload")
     settings = load_config(config, context.args)  # bad input ends here, before anything is uploaded
     command = [*_COMMAND.split(), "train", _uploaded(config, working_dir), *context.args]
     if not settings.output_dir.is_absolute():
@@ -130,7 +134,9 @@ def jobs(address: Address = DEFAULT_ADDRESS) -> None:
 def stop(
     job: Annotated[str, typer.Argument(help="the job's id, as opdlm jobs lists it", metavar="JOB")],
     address: Address = DEFAULT_ADDRESS,
-    timeout_s: Annotated[float, typer.Option(help="how long to wait for the job's end")] = _STOP_WAIT_S + 30.0,
+    timeout_s: Annotated[
+        float, typer.Option(min=0, help="how long to wait for the job's end", callback=finite)
+    ] = _STOP_WAIT_S + 30.0,
 ) -> None:
     """Stop a job: it writes a checkpoint and ends; one that still waits for CPUs ends when it gets them."""
     client = _client(address)

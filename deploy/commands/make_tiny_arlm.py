@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.commands.console import console
+from deploy.argument_checks import a_path
+from deploy.commands.console import console, say
 from deploy.named_files import check_writable
 
 
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def make_tiny(
-    out: Annotated[Path, typer.Option(help="folder to write")] = Path("tiny-arlm"),
+    out: Annotated[Path, typer.Option(help="folder to write", callback=a_path)] = Path("tiny-arlm"),
     seed: Annotated[int, typer.Option(min=0, help="of weights and problems")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="optimiser updates; default: as the shipped model")] = None,
     threads: Annotated[int, typer.Option(min=1, help="compute threads")] = 1,
@@ -34,4 +35,4 @@ def make_tiny(
     metrics = make_tiny_arlm(out, seed=seed, threads=threads, **options)
     for name, value in metrics.items():
         console.print(f"{name:>16}  {value}", highlight=False)
-    console.print(f"wrote {out}", soft_wrap=True, highlight=False)
+    say(f"wrote {out}")

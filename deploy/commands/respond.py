@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from common.config.file import load_config
+from deploy.argument_checks import a_path, finite
 from deploy.commands.config_argument import TAKES_OVERRIDES, Config
-from deploy.commands.console import console
+from deploy.commands.console import console, say
+from deploy.evaluation.decoding_options import Temperature
 
 
 def register(app: typer.Typer) -> None:
@@ -19,13 +21,15 @@ def register(app: typer.Typer) -> None:
 def respond(
     context: typer.Context,
     config: Config,
-    output: Annotated[Path, typer.Option(help="Parquet file to write")],
+    output: Annotated[Path, typer.Option(help="Parquet file to write", callback=a_path)],
     samples: Annotated[int, typer.Option(min=1, help="responses per prompt")] = 1,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="response length limit; default: curriculum.max_tokens")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="of the sampling softmax; 0: greedy")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=1e-6, max=1, help="sample from the smallest set of this mass")] = 1.0,
+    temperature: Temperature = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="sample from the smallest set of this mass", callback=finite)
+    ] = 1.0,
 ) -> None:
     """Let the teacher answer the run's prompts: offline responses for off-policy training.
 
@@ -49,9 +53,7 @@ def respond(
         top_p=top_p,
         note=lambda text: console.print(text, style="dim"),
     )
-    console.print(
+    say(
         f"wrote {output}: {metrics['responses']:,} responses of {metrics['tokens']:,} tokens, "
-        f"{metrics['share_ended']:.1%} ended by themselves",
-        soft_wrap=True,
-        highlight=False,
+        f"{metrics['share_ended']:.1%} ended by themselves"
     )

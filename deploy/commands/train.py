@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Literal
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from common.config.errors import ConfigError
 from common.config.file import load_config, preset_names
 from deploy.commands.config_argument import TAKES_OVERRIDES, Config
-from deploy.commands.console import console
+from deploy.commands.console import console, say
 from deploy.named_files import check_writable
 
 
@@ -70,8 +71,5 @@ def train(
     summary = run(settings, overwrite, resume == "auto")
     if "student" in summary:
         console.print(summary_table(summary))
-    console.print(
-        f"everything is in {settings.run_dir}; try: opdlm generate {settings.run_dir}/checkpoints/final",
-        soft_wrap=True,
-        highlight=False,
-    )
+    final = shlex.quote(f"{settings.run_dir}/checkpoints/final")
+    say(f"everything is in {settings.run_dir}; try: opdlm generate {final}")

@@ -16,6 +16,7 @@ from common.config.run import (
     Unmasking,
 )
 from common.grid import grid_floor
+from deploy.argument_checks import a_path, finite, temperature
 
 DEFAULT_THRESHOLD = DynamicUnmasking().threshold
 
@@ -37,10 +38,17 @@ Rule = Annotated[
         "dynamic (all above the threshold) or entropy_bound (the surest within an entropy budget)",
     ),
 ]
-Threshold = Annotated[float, typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule")]
+Threshold = Annotated[
+    float, typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule", callback=finite)
+]
+Temperature = Annotated[
+    float, typer.Option(min=0, max=100, help="of the sampling softmax; 0: greedy", callback=temperature)
+]
 BlockSize = Annotated[int | None, typer.Option(min=1, help="tokens per block; default: the model's own")]
 DtypeName = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and activations")]
-Student = Annotated[str, typer.Argument(help="folder of a trained or converted student", metavar="MODEL")]
+Student = Annotated[
+    str, typer.Argument(help="folder of a trained or converted student", metavar="MODEL", callback=a_path)
+]
 
 
 def unmasking_of(rule: str, threshold: float) -> Unmasking:

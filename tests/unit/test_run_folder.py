@@ -13,7 +13,8 @@ from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.run import RunConfig
 from deploy.files import replace_text
-from deploy.run_folder import check_run_dir, check_writable, clear_run_dir, foreign_entries
+from deploy.named_files import check_writable
+from deploy.run_folder import check_run_dir, clear_run_dir, foreign_entries
 from deploy.run_lock import RunLock
 
 FILES = ("metrics.jsonl", "events.jsonl", "trajectories.jsonl", "wandb_id", ".status.json.partial")
@@ -136,7 +137,7 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "runs").mkdir()
     settings.run_dir.write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match=r"cannot write to .*Not a directory"):
+        with pytest.raises(ConfigError, match=r"cannot write in .*Not a directory"):
             check_run_dir(settings, overwrite)
     assert settings.run_dir.read_text() == "mine"
 
@@ -201,7 +202,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         for overwrite in (False, True):
             with pytest.raises(ConfigError) as error:
                 check_run_dir(settings, overwrite)
-            assert str(error.value).startswith(f"output_dir: cannot write to '{folder}/tiny' (")
+            assert str(error.value).startswith(f"output_dir: cannot write in '{folder}/tiny' (")
     check_writable("x", tmp_path / "a/b/c")
     assert not (tmp_path / "a").exists()
 
