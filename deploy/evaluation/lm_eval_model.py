@@ -90,7 +90,7 @@ class BlockDiffusionLM(TemplateLM):
         self.token_budget = token_budget
         self.response_tokens = self.denoise_forwards = 0
         self._device = self.sampler.device
-        self._drawn = 0
+        self._sampled_calls = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -144,7 +144,7 @@ class BlockDiffusionLM(TemplateLM):
                 self.response_tokens += len(trajectory.response_ids)
                 self.denoise_forwards += trajectory.denoise_forwards
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
-            self._drawn += decoding.temperature > 0  # another call draws other samples
+            self._sampled_calls += decoding.temperature > 0  # another call gives other samples
         return [texts[index] for index in range(len(requests))]
 
     def _by_decoding(self, requests: list[Instance]) -> dict[Decoding, list[int]]:
@@ -169,7 +169,7 @@ class BlockDiffusionLM(TemplateLM):
                 f"max_gen_toks: {limit} leaves no room for a context in {self.max_length} positions; lower it"
             )
         ids = (self.tok_encode(context) or [self.eot_token_id])[-room:]
-        return Request(index, self._drawn, np.asarray(ids, dtype=np.int32), limit)
+        return Request(index, self._sampled_calls, np.asarray(ids, dtype=np.int32), limit)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **unused: Any

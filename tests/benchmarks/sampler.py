@@ -114,11 +114,11 @@ def _sampler(model: Any, sequences: int, fast: bool, kind: type[Sampler] = Sampl
     )  # fmt: skip
 
 
-def _requests(sequences: int, prompt: int, new_tokens: int) -> list[Request]:
+def _requests(sequences: int, prompt: int, new_tokens: int, block: int = BLOCK) -> list[Request]:
     """Every response ends with a block, so that all tokens that a pass makes count."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 200, size=prompt + i % BLOCK) for i in range(sequences)]
-    limits = [grid_ceil(len(ids) + new_tokens, BLOCK) - len(ids) for ids in prompts]
+    limits = [grid_ceil(len(ids) + new_tokens, block) - len(ids) for ids in prompts]
     return [Request(i, 0, ids, limit) for i, (ids, limit) in enumerate(zip(prompts, limits, strict=True))]
 
 

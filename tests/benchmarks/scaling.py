@@ -88,7 +88,7 @@ def _sampler_cost(model: Any, sequences: int, new_tokens: int, block: int = samp
     made = Sampler(
         model, block_size=block, mask_token_id=model.config.vocab_size - 1, eos_token_id=-1, slots=sequences, seed=0
     )
-    requests, decoding = sampler._requests(sequences, _PROMPT, new_tokens), Decoding(StaticUnmasking(), 1.0)
+    requests, decoding = sampler._requests(sequences, _PROMPT, new_tokens, block), Decoding(StaticUnmasking(), 1.0)
     return min(1e3 / sampler._speed(made, requests, decoding)["tokens_per_second"] for _ in range(2))
 
 

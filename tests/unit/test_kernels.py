@@ -143,6 +143,21 @@ def test_sampling_kernel_equals_the_plain_function(temperature, vocabulary):
     torch.testing.assert_close(confidence[same], expected_confidence[same])
 
 
+def test_sampling_kernel_takes_the_lowest_of_equal_ids():
+    """Exact ties within a chunk and across chunks, as the plain function takes them; the mask token never."""
+    from actors.sampler.kernels.sampling import CHUNK, sample_tokens_triton
+
+    logits = torch.zeros(4, 2 * CHUNK + 10)
+    logits[1, [7, 9, CHUNK + 1]] = 3
+    logits[2, [CHUNK + 1, CHUNK + 5, 2 * CHUNK + 3]] = 3
+    noise, mask = torch.full((4,), 0.5), 0
+    tokens, confidence = sample_tokens_triton(logits, noise, 0.0, mask)
+    assert tokens.tolist() == [1, 7, CHUNK + 1, 1]
+    expected = sample_tokens(logits, noise, Decoding(temperature=0.0), mask)
+    assert tokens.tolist() == expected.tokens.tolist()
+    torch.testing.assert_close(confidence, expected.confidence)
+
+
 def test_sampling_kernel_follows_the_distribution():
     from actors.sampler.kernels.sampling import sample_tokens_triton
 
