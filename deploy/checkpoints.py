@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from common.config.file import load_resolved
 from common.config.fingerprint import differences, fingerprint
 from common.config.run import RunConfig
 from deploy.curriculum import Feedback
-from deploy.files import replace_text
+from deploy.files import replace_text, synced_size
 from deploy.monitoring.observer import Observers
 
 MANIFEST = "manifest.json"
@@ -42,15 +43,20 @@ class RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last; `pipeline.keep_checkpoints` of them stay."""
+    """The checkpoints of one run, newest last; `pipeline.keep_checkpoints` of them stay.
 
-    def __init__(self, config: RunConfig) -> None:
+    `data` says what the run reads (deploy/data_fingerprint.py); it goes into every manifest.
+    """
+
+    def __init__(self, config: RunConfig, data: Mapping[str, str] | None = None) -> None:
+        self._data = dict(data or {})
         self.folder = config.run_dir.resolve() / "checkpoints"
         self.final = self.folder / FINAL
         self._keep = config.pipeline.keep_checkpoints
         self._copy_to = config.pipeline.copy_checkpoints_to
         self._fingerprint = fingerprint(config)
         self._missing_copies: list[str] = []
+        self.damaged: list[str] = []
 
     def begin(self, name: str) -> Path:
         """An empty folder for all ranks to write in."""
@@ -62,7 +68,8 @@ class Checkpoints:
     def finish(self, name: str, state: RunState, observers: Observers) -> Path:
         """Write the manifest, give the folder its name, copy it where asked, prune older ones."""
         partial, final = self.folder / f".{name}.partial", self.folder / name
-        manifest = {**asdict(state), "config_fingerprint": self._fingerprint}
+        files = {p.relative_to(partial).as_posix(): synced_size(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        manifest = {**asdict(state), "config_fingerprint": self._fingerprint, "data": self._data, "files": files}
         replace_text(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -98,25 +105,74 @@ class Checkpoints:
         """Resumable checkpoints, oldest first."""
         return sorted(p.parent for p in self.folder.glob(f"batch-*/{MANIFEST}"))
 
-    def latest(self) -> tuple[Path, RunState] | None:
-        """What a run goes on from, and its counters: the final model of a finished training, else the newest resumable
-        checkpoint.
+    def latest(self, accept_changed_data: bool = False) -> tuple[Path, RunState] | None:
+        """What a run goes on from, and its counters: the final model of a finished training, else the newest whole
+        checkpoint. What is wrong with newer ones is in `damaged`.
 
         Raises:
-            ConfigError: it was made by a training of another config.
+            ConfigError: none is whole; or it was made by a training of another config or on other data.
         """
-        folders = [self.final] if self.has(FINAL) else self.complete()
-        if not folders:
-            return None
-        manifest = json.loads((folders[-1] / MANIFEST).read_text())
-        if manifest.pop("config_fingerprint", self._fingerprint) != self._fingerprint:  # older ones have none
+        folders = [*self.complete(), *([self.final] if self.has(FINAL) else [])]
+        self.damaged = []
+        while folders:
+            folder = folders.pop()
+            try:
+                manifest = read_manifest(folder)
+            except DamagedCheckpoint as error:
+                self.damaged.append(f"checkpoint {folder.name} is not whole and is left aside: {error}")
+                continue
+            self._check_same(folder, manifest, accept_changed_data)
+            known = {f.name for f in fields(RunState)}
+            state = {name: value for name, value in manifest.items() if name in known}
+            return folder, RunState(**{**state, "feedback": Feedback(**state.get("feedback", {}))})
+        if self.damaged:
             raise ConfigError(
-                f"--resume: {str(folders[-1])!r} was made with another config than the run has now; start another run "
-                "with --name"
+                "--resume: " + "; ".join(self.damaged) + ". No other is left; bring a copy back, or begin anew with "
+                "--overwrite"
             )
-        known = {f.name for f in fields(RunState)}
-        state = {name: value for name, value in manifest.items() if name in known}
-        return folders[-1], RunState(**{**state, "feedback": Feedback(**state.get("feedback", {}))})
+        return None
+
+    def _check_same(self, folder: Path, manifest: dict[str, Any], accept_changed_data: bool) -> None:
+        """Manifests of earlier releases have neither fingerprint."""
+        if manifest.get("config_fingerprint", self._fingerprint) != self._fingerprint:
+            raise ConfigError(
+                f"--resume: {str(folder)!r} was made with another config than the run has now; start another run with "
+                "--name"
+            )
+        known = manifest.get("data", {})
+        changed = [field for field, value in self._data.items() if known.get(field, value) != value]
+        if changed and folder.name != FINAL and not accept_changed_data:  # a finished training reads them no more
+            raise ConfigError(
+                f"--resume: what {' and '.join(changed)} holds has changed since {folder.name} was written; bring the "
+                "old content back, start another run with --name, or go on with --accept-changed-data, which trains "
+                f"the prompts of the new order that come after the {manifest['batches']} batches that are done"
+            )
+
+
+class DamagedCheckpoint(Exception):  # noqa: N818 (what it is)
+    """A checkpoint that a crash or a full disk has cut; the message says where."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there in the length that they were written with.
+
+    Raises:
+        DamagedCheckpoint: the manifest or a file is not whole.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        counts = int(manifest["batches"]), int(manifest["updates"])
+        sizes = dict(manifest.get("files", {}))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error!r})") from error
+    if min(counts) < 0:
+        raise DamagedCheckpoint(f"{MANIFEST} counts {counts[0]} batches and {counts[1]} updates")
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            raise DamagedCheckpoint(f"{name} has {'no file' if found is None else f'{found} bytes'}, not {size} bytes")
+    return dict(manifest)
 
 
 def copy_folder(source: Path, url: str) -> None:

@@ -20,11 +20,11 @@ from typing import Any, NoReturn
 import ray
 import yaml
 
-from common.config.fingerprint import evaluation_fingerprint, fingerprint
+from common.config.fingerprint import evaluation_fingerprint
 from common.config.run import RunConfig
 from common.responses import offline_share, with_responses
 from deploy.batch_metrics import BatchMetrics
-from deploy.checkpoints import FINAL, Checkpoints, RunState
+from deploy.checkpoints import FINAL, RunState
 from deploy.cluster import Pools, connect, start_pools
 from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
@@ -39,7 +39,7 @@ from deploy.monitoring.rollout_log import RolloutLog
 from deploy.monitoring.run_log import RunLog
 from deploy.monitoring.status import RunStatus
 from deploy.monitoring.wandb_log import WandbLog
-from deploy.preflight import PreparedRun, finished_summary, prepare
+from deploy.preflight import PreparedRun, finished_summary, identity, prepare
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
 from deploy.run_folder import clear_run_dir
@@ -49,12 +49,15 @@ from deploy.versions import installed_versions
 from learner.schedule import count_updates
 
 
-def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(
+    config: RunConfig, overwrite: bool = False, resume: bool = False, accept_changed_data: bool = False
+) -> dict[str, Any]:
     """Train, evaluate, and leave everything in the run's folder; returns the content of `summary.json`.
 
     An earlier run in that folder is an error, or with `overwrite` replaced, or with `resume` gone on with from its
     newest checkpoint (from the start where it has none). Of a training that is finished only the evaluation is made,
-    where it is missing or was another one; a run that is finished is left as it is.
+    where it is missing or was another one; a run that is finished is left as it is. Prompts, responses or models whose
+    content has changed since the checkpoint are refused, or with `accept_changed_data` gone on with.
 
     Raises:
         ConfigError: the run cannot start as configured.
@@ -63,7 +66,7 @@ def run(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dic
     """
     if resume and (summary := finished_summary(config)):  # so that a job that is tried again ends well
         return summary
-    prepared = prepare(config, overwrite, resume)
+    prepared = prepare(config, overwrite, resume, accept_changed_data)
     if overwrite:
         clear_run_dir(config)
     with RunLock(config.run_dir) as lock:
@@ -98,7 +101,7 @@ class Pipeline:
         self.lock = lock
         self.prepared = prepared
         self.state = prepared.checkpoint[1] if prepared.checkpoint else RunState()
-        self.checkpoints = Checkpoints(config)
+        self.checkpoints = prepared.checkpoints
         self.in_flight = RolloutsInFlight()
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}  # of the newest version, by the calls that load it
@@ -146,6 +149,8 @@ class Pipeline:
     def _start(self) -> None:
         """All actors with their models, and the state of the checkpoint or the evaluation of the untrained student."""
         config = self.config
+        for warning in self.prepared.warnings:
+            self.observers.note(warning, "warning")
         for reason, count in self.prepared.prompts.dropped.items():
             self.observers.note(f"{count} prompts dropped: {reason}", "warning")
         self.observers.note("loading models", state="starting")
@@ -213,8 +218,7 @@ class Pipeline:
             self.observers.note("evaluating the trained student", state="evaluating")
             summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
         self.checkpoints.copy_missing(self.observers)
-        summary |= {"versions": installed_versions(), "config_fingerprint": fingerprint(self.config)}
-        summary["evaluation_fingerprint"] = evaluation_fingerprint(self.config)
+        summary |= {"versions": installed_versions(), **identity(self.config)}
         replace_text(self.config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from common.config.errors import ConfigError
-from common.config.fingerprint import evaluation_fingerprint, fingerprint
+from common.config.fingerprint import evaluation_fingerprint, fingerprint, input_paths
 from common.config.run import DataConfig, RunConfig
 from common.grid import grid_ceil, grid_floor
 from common.prompts import Prompt, PromptError, PromptSet, load_prompts
 from deploy.checkpoints import FINAL, Checkpoints, RunState, copy_target
 from deploy.dashboard.process import free_port, read_token
+from deploy.data_fingerprint import data_fingerprints
 from deploy.model_checks import check_model_folder, check_models
 from deploy.placement import Placement, check_resources, object_store_mib, on_cluster, plan
 from deploy.run_folder import check_run_dir
@@ -28,7 +29,8 @@ class PreparedRun:
     """What the checks before a start have found and the run goes on with, so that nothing is read or planned twice.
 
     `positions`: tokens that both models can read. `object_store_mib`: None on a cluster, which has its own.
-    `checkpoint`: folder and counters from which the run goes on; None: from the start.
+    `checkpoint`: folder and counters from which the run goes on; None: from the start. `checkpoints`: of this run,
+    which know its data. `warnings`: what its user should hear when it starts.
     """
 
     config: RunConfig
@@ -38,7 +40,9 @@ class PreparedRun:
     positions: int
     prompts: PromptSet
     problems: list[Prompt]
-    checkpoint: tuple[Path, RunState] | None = None
+    checkpoints: Checkpoints
+    checkpoint: tuple[Path, RunState] | None
+    warnings: list[str]
 
     @property
     def trained(self) -> bool:
@@ -46,7 +50,9 @@ class PreparedRun:
         return self.checkpoint is not None and self.checkpoint[0].name == FINAL
 
 
-def prepare(config: RunConfig, overwrite: bool = False, resume: bool = False) -> PreparedRun:
+def prepare(
+    config: RunConfig, overwrite: bool = False, resume: bool = False, accept_changed_data: bool = False
+) -> PreparedRun:
     """All checks of a run, and what they found.
 
     Raises:
@@ -65,26 +71,50 @@ def prepare(config: RunConfig, overwrite: bool = False, resume: bool = False) ->
     tokenizer, positions = check_models(config)
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, positions)
+    prompts = replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts))
+    checkpoints = Checkpoints(config, data_fingerprints(config, prompts))
+    checkpoint = checkpoints.latest(accept_changed_data) if resume else None
     return PreparedRun(
         config=config,
         placement=placement,
         object_store_mib=None if on_cluster(config) else object_store_mib(config, placement),
         tokenizer=tokenizer,
         positions=positions,
-        prompts=replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts)),
+        prompts=prompts,
         problems=problems,
-        checkpoint=Checkpoints(config).latest() if resume else None,
+        checkpoints=checkpoints,
+        checkpoint=checkpoint,
+        warnings=checkpoints.damaged,
     )
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any]:
-    """`summary.json` of the run's folder if this very config was trained and evaluated there, else an empty one."""
+    """`summary.json` of the run's folder if this very config was trained and evaluated there, on data and models of the
+    same paths; else an empty one.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     file = config.run_dir / "summary.json"
     if not file.is_file():
         return {}
-    summary: dict[str, Any] = json.loads(file.read_text())
-    found = [summary.get(name) for name in ("config_fingerprint", "evaluation_fingerprint")]
-    return summary if found == [fingerprint(config), evaluation_fingerprint(config)] else {}
+    try:
+        summary = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"name: {str(file)!r} cannot be read ({error}); remove it, and --resume auto makes what is missing again"
+        ) from error
+    own = identity(config)
+    return summary if {name: summary.get(name) for name in own} == own else {}
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What a summary says of the config that it belongs to."""
+    return {
+        "config_fingerprint": fingerprint(config),
+        "evaluation_fingerprint": evaluation_fingerprint(config),
+        "inputs": input_paths(config),
+    }
 
 
 def check_processes(config: RunConfig, placement: Placement) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from common.config.fields import is_tag
+from common.config.fields import is_tag, path_fields
+from common.config.file import value_at
+from common.config.paths import path_use
 from common.config.run import RunConfig
 
 
@@ -22,7 +24,7 @@ def fingerprint(config: RunConfig) -> str:
     """64 hexadecimal digits over the fields that change what is trained.
 
     A field with its default value does not count, so that a field that a later version adds leaves old runs as they
-    are.
+    are. Nor does a path: what lies there is compared by its content.
     """
     chosen = {path: value for path, value, is_default in _training_fields(config) if not is_default}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
@@ -32,6 +34,11 @@ def evaluation_fingerprint(config: RunConfig) -> str:
     """64 hexadecimal digits over what decides the results of the evaluations."""
     text = json.dumps(config.evaluation.model_dump(mode="json", exclude={"every_batches"}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def input_paths(config: RunConfig) -> dict[str, str | None]:
+    """Where everything lies that the run reads, by dotted field."""
+    return {field: None if (path := value_at(config, field)) is None else str(path) for field in path_fields("input")}
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
@@ -54,7 +61,7 @@ def _training_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str
     default, since the fields of two choices may all be."""
     values = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
-        if not changes_training(field):
+        if not changes_training(field) or path_use(field.annotation, field.metadata) == "input":
             continue
         value = getattr(section, name)
         if isinstance(value, BaseModel):

@@ -29,6 +29,10 @@ def train(
         Literal["auto"] | None,
         typer.Option(help="auto: go on from the run's newest checkpoint; start it where there is none"),
     ] = None,
+    accept_changed_data: Annotated[
+        bool,
+        typer.Option("--accept-changed-data", help="with --resume: go on though prompts, responses or models changed"),
+    ] = False,
 ) -> None:
     """Train a block-diffusion student.
 
@@ -67,8 +71,10 @@ def train(
 
     if overwrite and resume:
         raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+    if accept_changed_data and not resume:
+        raise ConfigError("--accept-changed-data is for a run that goes on; add --resume auto")
     check_writable("output_dir", settings.run_dir)
-    summary = run(settings, overwrite, resume == "auto")
+    summary = run(settings, overwrite, resume == "auto", accept_changed_data)
     if "student" in summary:
         console.print(summary_table(summary))
     final = shlex.quote(f"{settings.run_dir}/checkpoints/final")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from deploy.errors import Stopped
-from deploy.files import replace_text
+from deploy.files import drop_half_line, replace_text
 from deploy.monitoring.observer import Note, Observer
 from deploy.monitoring.pace import Pace
 
@@ -56,6 +56,7 @@ class RunStatus(Observer):
         self._thread = threading.Thread(target=self._keep_writing, name="status", daemon=True)
 
     def __enter__(self) -> Self:
+        drop_half_line(self._events_path)  # what a crash has left
         self._write()
         self._thread.start()
         return self

@@ -1,6 +1,7 @@
 """Checkpoints: the manifest comes last, older ones go, finished ones are copied, and what is incomplete is not used."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ class Notes(Observer):
         self.warnings.append(note.text)
 
 
-def checkpoints_of(folder: Path, keep: int, copy_to: str | None = None, *overrides: str) -> Checkpoints:
+def checkpoints_of(
+    folder: Path, keep: int, copy_to: str | None = None, *overrides: str, data: dict[str, str] | None = None
+) -> Checkpoints:
     options = ["--output_dir", str(folder), "--pipeline.keep_checkpoints", str(keep), *overrides]
-    return Checkpoints(load_config("tiny", options + (["--pipeline.copy_checkpoints_to", copy_to] if copy_to else [])))
+    options += ["--pipeline.copy_checkpoints_to", copy_to] if copy_to else []
+    return Checkpoints(load_config("tiny", options), data)
 
 
 def save(checkpoints: Checkpoints, state: RunState, name: str = "", notes: Notes | None = None) -> str:
@@ -167,3 +171,55 @@ def test_a_resume_that_would_train_something_else_is_refused(tmp_path, override,
     check_same_run(load_config("tiny", ["--output_dir", str(tmp_path), "--rollout.actors", "1"]))
     with pytest.raises(ConfigError, match=f"--resume: the config differs from the run's: {different}\\. Use"):
         check_same_run(load_config("tiny", ["--output_dir", str(tmp_path), *override]))
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("manifest.json", lambda file: file.write_text(""), "manifest.json cannot be read"),
+        ("manifest.json", truncated, "manifest.json cannot be read"),
+        ("manifest.json", lambda file: file.write_text("[]"), "manifest.json cannot be read"),
+        ("manifest.json", lambda file: file.write_bytes(b"\xff"), "manifest.json cannot be read"),
+        ("manifest.json", lambda file: file.write_text('{"batches": -1, "updates": 0}'), "counts -1 batches"),
+        ("resume/shard", truncated, "resume/shard has 3 bytes, not 6 bytes"),
+        ("resume/shard", lambda file: file.unlink(), "resume/shard has no file, not 6 bytes"),
+        ("model.safetensors", truncated, "model.safetensors has 1 bytes, not 2 bytes"),
+    ],
+)
+def test_the_newest_whole_checkpoint_counts_and_what_is_wrong_with_a_newer_one_is_said(tmp_path, name, damage, said):
+    checkpoints = checkpoints_of(tmp_path, 3)
+    for batches in (5, 10):
+        save(checkpoints, RunState(batches=batches))
+    damage(checkpoints.folder / "batch-000010" / name)
+    folder, state = checkpoints.latest() or pytest.fail("none")
+    assert (folder.name, state.batches) == ("batch-000005", 5)
+    (damaged,) = checkpoints.damaged
+    assert damaged.startswith("checkpoint batch-000010 is not whole and is left aside: ") and said in damaged
+    damage(checkpoints.folder / "batch-000005" / name)
+    with pytest.raises(ConfigError, match=r"--resume: checkpoint batch-000010 .*batch-000005 .* No other is left"):
+        checkpoints.latest()
+
+
+def test_a_final_model_that_is_not_whole_is_trained_again_from_the_newest_checkpoint(tmp_path):
+    checkpoints = checkpoints_of(tmp_path, 3)
+    save(checkpoints, RunState(batches=5))
+    save(checkpoints, RunState(batches=8), "final")
+    truncated(checkpoints.folder / "final" / "model.safetensors")
+    assert (checkpoints.latest() or pytest.fail("none"))[0].name == "batch-000005"
+
+
+def test_data_that_changed_since_the_checkpoint_is_refused_unless_accepted(tmp_path):
+    before = {"data.prompts": "a", "model.path": "b"}
+    save(checkpoints_of(tmp_path, 2, data=before), RunState(batches=5))
+    assert checkpoints_of(tmp_path, 2, data=before).latest()
+    changed = checkpoints_of(tmp_path, 2, data={"data.prompts": "x", "model.path": "b"})
+    with pytest.raises(ConfigError, match=r"--resume: what data\.prompts holds has changed since batch-000005 was"):
+        changed.latest()
+    folder, state = changed.latest(accept_changed_data=True) or pytest.fail("none")
+    assert (folder.name, state.batches) == ("batch-000005", 5)
+    save(checkpoints_of(tmp_path, 2, data=before), RunState(batches=8), "final")
+    assert changed.latest(), "a finished training reads no prompts"
