@@ -26,6 +26,9 @@ from common.config.yaml_loader import ConfigLoader, NotOfAConfig, Scalar, is_nul
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRESETS = REPOSITORY / "deploy" / "presets"
+# environment variable of a job: the folder that was uploaded for it. What was not uploaded, such as responses below a
+# folder that .gitignore names, is found there if the job's machine has that folder too
+SUBMITTED_FROM = "OPDLM_SUBMITTED_FROM"
 _EXAMPLE = "overrides look like --learner.lr 1e-4"
 _LARGEST_FILE = 2**20  # bytes
 _Section = TypeVar("_Section", bound=BaseModel)
@@ -35,11 +38,17 @@ def load_config(source: str, overrides: list[str] | Mapping[str, Any] | None = N
     """The validated configuration of a YAML file or a preset (`tiny`), with overrides: `--field.path value` as typed
     on a command line, or values by dotted path.
 
-    Paths of files that the project ships are found from any folder.
+    A relative path means the current folder; what is not there is looked for where a job was submitted from, and
+    among the project's own files.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a field is unknown, was renamed or has a bad value.
     """
+    return _with_found_paths(validated(RunConfig, merged(source, overrides)))
+
+
+def merged(source: str, overrides: list[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The YAML file or preset with the overrides in it, as `load_config` validates it."""
     raw = read_yaml(find_config(source))
     if "arms" in raw:
         raise ConfigError(f"{source!r} is an ablation, which is several runs; start it with: opdlm ablate {source}")
@@ -52,7 +61,7 @@ def load_config(source: str, overrides: list[str] | Mapping[str, Any] | None = N
         _set(raw, path, value)
     if renamed := old_names(raw):
         raise ConfigError("\n".join(renamed))
-    return _with_shipped_paths(validated(RunConfig, raw))
+    return raw
 
 
 def load_resolved(file: Path) -> RunConfig:
@@ -160,7 +169,7 @@ def find_config(source: str, field: str = "CONFIG", wanted: str = "a YAML file, 
         path = Path(expanded(source))
     except ValueError as error:
         raise ConfigError(f"{field}: {error}") from error
-    for candidate in (path, PRESETS / f"{source}.yaml", REPOSITORY / path):
+    for candidate in (path, PRESETS / f"{source}.yaml", *_elsewhere(path)):
         if os.path.isfile(candidate):
             return candidate
     if os.path.exists(path):
@@ -182,14 +191,19 @@ def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:
     node[path[-1]] = value
 
 
-def _with_shipped_paths(config: RunConfig) -> RunConfig:
-    """Paths that do not exist here but ship with the project are taken from there."""
-    found = {}
+def _elsewhere(path: str | Path) -> list[Path]:
+    """Where a relative path may be that is not in the current folder."""
+    submitted_from = os.environ.get(SUBMITTED_FROM)
+    return [Path(folder) / path for folder in (submitted_from, REPOSITORY) if folder]
+
+
+def _with_found_paths(config: RunConfig) -> RunConfig:
     for field in path_fields("input"):
         path = value_at(config, field)
-        if path and not os.path.exists(path) and os.path.exists(REPOSITORY / path):
-            found[field] = str(REPOSITORY / path)
-    return with_values(config, found)
+        if path and not os.path.exists(path):
+            place = next(filter(os.path.exists, _elsewhere(path)), path)
+            config = with_value(config, field, str(place))
+    return config
 
 
 def value_at(config: BaseModel, field: str) -> Any:
@@ -199,10 +213,8 @@ def value_at(config: BaseModel, field: str) -> Any:
     return config
 
 
-def with_values(config: _Section, values: Mapping[str, Any]) -> _Section:
-    """A copy with other values of some fields, by dotted path; they are not validated again."""
-    for field, value in values.items():
-        name, _, rest = field.partition(".")
-        inner = with_values(getattr(config, name), {rest: value}) if rest else value
-        config = config.model_copy(update={name: inner})
-    return config
+def with_value(config: _Section, field: str, value: Any) -> _Section:
+    """A copy with another value of a field, by its dotted path; it is not validated again."""
+    name, _, rest = field.partition(".")
+    inner = with_value(getattr(config, name), rest, value) if rest else value
+    return config.model_copy(update={name: inner})

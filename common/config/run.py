@@ -226,7 +226,10 @@ class TeacherConfig(Section):
 class DataConfig(Section):
     """Prompts of the run and the held-out problems."""
 
-    prompts: InputPath = Field(description="JSON, JSONL or Parquet file, or a folder of them")
+    prompts: InputPath = Field(
+        description="JSON, JSONL or Parquet file, or a folder of them; relative paths begin at the current folder, and "
+        "what is not there is looked for among the project's own files"
+    )
     question_field: str = Field("question", description="field of a record that holds the prompt")
     domain_field: str = Field("domain", description="field that holds the domain, where known")
     answer_field: str = Field("answer", description="field that holds the answer; used in evaluation only")
@@ -414,7 +417,9 @@ class RunConfig(Section):
         json_schema_extra=OPERATION,
     )
     output_dir: OutputFolder = Field(
-        Path("runs"), description="parent of the runs' folders", json_schema_extra=OPERATION
+        Path("runs"),
+        description="parent of the runs' folders; relative: to the current folder",
+        json_schema_extra=OPERATION,
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of prompt order, sampling and state selection")
     block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid, at first")

@@ -24,7 +24,11 @@ import typer
 from rich.table import Table
 
 from common.config.errors import ConfigError
-from common.config.file import load_config
+from common.config.fields import path_fields
+from common.config.file import SUBMITTED_FROM, load_config, merged, validated, value_at
+from common.config.paths import expanded
+from common.config.run import RunConfig
+from common.config.yaml_loader import Scalar
 from deploy.argument_checks import a_path, finite
 from deploy.commands.config_argument import TAKES_OVERRIDES
 from deploy.commands.console import console
@@ -62,8 +66,8 @@ def submit(
 ) -> None:
     """Submit a training job to a Ray cluster and follow it; ends with the job's exit status.
 
-    Options that are not listed here are overrides of the config, as in [bold]opdlm train[/bold]. A relative
-    output_dir is taken from the current folder, so that the run outlives the job's temporary one.
+    Options that are not listed here are overrides of the config, as in [bold]opdlm train[/bold]. Paths mean what they
+    mean here: `~`, variables and relative paths are filled in before the job is sent.
 
     [bold]Examples[/bold]
 
@@ -73,10 +77,9 @@ def submit(
     if not working_dir.is_dir():
         wrong = "is a file" if working_dir.exists() else "does not exist"
         raise ConfigError(f"--working-dir: {str(working_dir)!r} {wrong}; give the folder to upload")
-    settings = load_config(config, context.args)  # bad input ends here, before anything is uploaded
+    load_config(config, context.args)  # bad input ends here, before anything is uploaded
     command = [*_COMMAND.split(), "train", _uploaded(config, working_dir), *context.args]
-    if not settings.output_dir.is_absolute():
-        command += ["--output_dir", str(settings.output_dir.resolve())]
+    command += _paths_of_job(merged(config, context.args), working_dir)
     command += ["--resume", resume] if resume else []
     client = _client(address)
     job = _within(
@@ -84,7 +87,10 @@ def submit(
             entrypoint=shlex.join(command),
             runtime_env={
                 "working_dir": str(working_dir.resolve()),
-                "env_vars": {_STOP_WAIT: os.environ.get(_STOP_WAIT, str(_STOP_WAIT_S))},
+                "env_vars": {
+                    _STOP_WAIT: os.environ.get(_STOP_WAIT, str(_STOP_WAIT_S)),
+                    SUBMITTED_FROM: str(working_dir.resolve()),
+                },
             },
         ),
         f"submitting to {address}",
@@ -104,7 +110,7 @@ def submit(
 
 def _uploaded(config: str, working_dir: Path) -> str:
     """A config file's path inside the folder that is uploaded; a preset's name as it is."""
-    file, folder = Path(config).resolve(), working_dir.resolve()
+    file, folder = Path(expanded(config)).resolve(), working_dir.resolve()
     if not file.is_file():
         return config
     if not file.is_relative_to(folder):
@@ -113,6 +119,39 @@ def _uploaded(config: str, working_dir: Path) -> str:
             "it; copy it there, or name another folder with --working-dir"
         )
     return str(file.relative_to(folder))
+
+
+def _paths_of_job(raw: dict[str, Any], working_dir: Path) -> list[str]:
+    """Overrides for the paths that would mean something else in the job, which has another current folder and home.
+
+    What is below the folder that is uploaded is named as it is found there, anything else by its absolute path. A path
+    that is neither here nor absolute is the job's own to find.
+    """
+    config = validated(RunConfig, raw)
+    folder = os.path.abspath(working_dir)
+    options: list[str] = []
+    for field in (*path_fields("output"), *path_fields("input")):
+        value = str(value_at(config, field) or "")
+        place = os.path.abspath(value)
+        if not value or "://" in value:
+            continue
+        if field in path_fields("output"):
+            meant = place
+        elif not os.path.exists(value) or (os.path.isabs(value) and not Path(place).is_relative_to(folder)):
+            meant = value
+        else:
+            meant = os.path.relpath(place, folder) if Path(place).is_relative_to(folder) else place
+        if meant != _typed(raw, field):
+            options += [f"--{field}", meant]
+    return options
+
+
+def _typed(raw: dict[str, Any], field: str) -> str | None:
+    """The text of a field in the file or its override; None where it is left out."""
+    node: Any = raw
+    for name in field.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node.text if isinstance(node, Scalar) else node
 
 
 def jobs(address: Address = DEFAULT_ADDRESS) -> None:

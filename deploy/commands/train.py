@@ -45,7 +45,8 @@ def train(
 
     [bold]Overrides[/bold]
 
-    Every field of the config can be overridden as --FIELD VALUE or --FIELD=VALUE; values are YAML.
+    Every field of the config can be overridden as --FIELD VALUE or --FIELD=VALUE. Text is taken as typed, other values
+    are YAML; in paths `~` and `$NAME` are filled in, and relative ones begin at the current folder.
     [bold]opdlm fields[/bold] lists them all. The most used:
 
         --name, --output_dir           the run's folder is output_dir/name

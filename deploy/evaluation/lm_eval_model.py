@@ -28,6 +28,7 @@ from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from common.config.errors import ConfigError
+from common.config.paths import expanded
 from common.grid import grid_floor
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.model_checks import check_student_folder, model_errors
@@ -74,6 +75,10 @@ class BlockDiffusionLM(TemplateLM):
         super().__init__()
         unused.pop("max_batch_size", None)  # given to every model
         _check(unused, rule=(rule, list(RuleName)), likelihood=(likelihood, get_args(Method)))
+        try:
+            pretrained = expanded(pretrained)
+        except ValueError as error:
+            raise ConfigError(f"--model_args pretrained: {error}") from error
         check_student_folder("--model_args pretrained", pretrained)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm_eval's command line says cuda:0 unless told otherwise
