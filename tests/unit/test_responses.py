@@ -93,7 +93,7 @@ def test_the_arrow_batch_knows_which_responses_are_offline(model_and_tokenizer):
     assert (info.oldest_version, info.offline_rows, info.rollout_tokens, info.teacher_tokens) == (None, 8, 0, 0)
 
 
-def test_stored_share():
+def test_offline_share():
     assert offline_share(StudentSource(), 3) == 0
     assert offline_share(OfflineSource(), 3) == 1
     for schedule, halfway in (("constant", 0.8), ("linear", 0.5), ("cosine", 0.5)):
