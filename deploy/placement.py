@@ -19,6 +19,14 @@ _BYTES_PER_RESPONSE_TOKEN = 26  # id, reveal round, confidence; masked offset, s
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
+# the fields that a role's memory grows with
+_LARGEST_BY = {
+    "rollout": "rollout.slots, rollout.max_batched_tokens, data.max_prompt_tokens or curriculum.max_tokens",
+    "teacher": "teacher.max_batched_tokens or teacher.kv_cache_mib",
+    "learner": "learner.max_tokens_per_microbatch or learner.logits_chunk_rows, raise learner.ranks",
+}
+
+
 @dataclass(frozen=True)
 class Process:
     """One process: its role, number, Ray resources, threads, and estimated bytes by part."""
@@ -133,6 +141,30 @@ def check_resources(placement: Placement, cpus: float, gpus: float) -> None:
                 f"the run asks for {asked:g} {what} ({asks}), but Ray has {available:g}; lower rollout.actors, "
                 f"teacher.actors, learner.ranks or their resources.{field}, or give Ray more (ray.num_cpus, "
                 "ray.address)"
+            )
+
+
+def check_memory(config: RunConfig, placement: Placement, available: int) -> None:
+    """Refuse a run on this machine, with `available` bytes, that cannot fit whatever the estimates are off by: its
+    object store alone, or a single process without a GPU, is larger.
+
+    Raises:
+        ConfigError: names what is too large and the fields to lower.
+    """
+    store = object_store_mib(config, placement) * 2**20
+    if store > available:
+        raise ConfigError(
+            f"rollout.prompts_per_batch: {config.rollout.prompts_per_batch} prompts with "
+            f"{config.rollout.samples_per_prompt} trajectories each of up to {config.curriculum.max_tokens} tokens, "
+            f"and the weights, need an object store of {store / 2**30:,.1f} GiB; this machine has "
+            f"{available / 2**30:,.1f}: lower it, rollout.samples_per_prompt or curriculum.max_tokens"
+        )
+    for p in placement.processes:
+        if not p.gpus and p.total_bytes > available:
+            part = max(p.memory, key=lambda name: p.memory[name])
+            raise ConfigError(
+                f"{p.role}-{p.index} needs about {p.total_bytes / 2**30:,.1f} GiB, most of it for {part}; this machine "
+                f"has {available / 2**30:,.1f}: lower {_LARGEST_BY[p.role]}, or use a smaller model"
             )
 
 

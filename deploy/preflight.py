@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from common.config.errors import ConfigError
 from common.config.fingerprint import evaluation_fingerprint, fingerprint, input_paths
 from common.config.run import DataConfig, RunConfig
@@ -18,7 +20,7 @@ from deploy.checkpoints import FINAL, Checkpoints, RunState, copy_target
 from deploy.dashboard.process import free_port, read_token
 from deploy.data_fingerprint import data_fingerprints
 from deploy.model_checks import check_model_folder, check_models
-from deploy.placement import Placement, check_resources, object_store_mib, on_cluster, plan
+from deploy.placement import Placement, check_memory, check_resources, object_store_mib, on_cluster, plan
 from deploy.run_folder import check_run_dir
 
 _ANY_LENGTH = 10**9
@@ -72,6 +74,7 @@ def prepare(
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, positions)
     prompts = replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts))
+    _check_batch(config, len(prompts.prompts))
     checkpoints = Checkpoints(config, data_fingerprints(config, prompts))
     checkpoint = checkpoints.latest(accept_changed_data) if resume else None
     return PreparedRun(
@@ -135,6 +138,7 @@ def check_processes(config: RunConfig, placement: Placement) -> None:
         )
     _check_torch(placement)
     check_resources(placement, config.ray.num_cpus or os.cpu_count() or 1, _local_gpus() if placement.gpus else 0)
+    check_memory(config, placement, psutil.virtual_memory().total)
 
 
 def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Prompt]]:
@@ -175,6 +179,15 @@ def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> l
             f"{data.answer_field!r}, the first is {without[0]!r}; add answers, or set data.answer_field"
         )
     return problems
+
+
+def _check_batch(config: RunConfig, prompts: int) -> None:
+    """Refuse a rollout batch that can never be filled: it, and all that is counted in batches, would mean another."""
+    if config.rollout.prompts_per_batch > prompts:
+        raise ConfigError(
+            f"rollout.prompts_per_batch: {config.rollout.prompts_per_batch} is more than the {prompts} prompts to "
+            f"train on (data.prompts, data.limit, data.epochs); use {prompts} or less"
+        )
 
 
 def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt], limit: int) -> None:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from deploy import cluster
-from deploy.placement import check_resources, model_shape, object_store_mib, plan
+from deploy.placement import check_memory, check_resources, model_shape, object_store_mib, plan
 from learner.deepspeed_config import WHOLE_ELEMENTS
 
 
@@ -120,3 +120,23 @@ def test_ray_started_here_has_the_store_that_is_asked_for_or_needed(monkeypatch,
     monkeypatch.setattr(cluster.ray, "init", lambda **options: started.update(options))
     cluster.connect(load_config("tiny", asked), 700)
     assert started["object_store_memory"] == given * 2**20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["--rollout.prompts_per_batch", "1000000"], "rollout.prompts_per_batch: 1000000 prompts with 1 trajectories"),
+        (["--rollout.slots", "65536", "--curriculum.max_tokens", "100000"], "rollout-0 needs about "),
+        (
+            ["--learner.max_tokens_per_microbatch", "100000000"],
+            "most of it for activations; this machine has 8.0: lower",
+        ),
+        (["--teacher.kv_cache_mib", "16000"], "teacher-0 needs about 16.3 GiB, most of it for KV cache"),
+    ],
+)
+def test_what_cannot_fit_into_this_machine_is_refused(overrides, said):
+    config = load_config("tiny", overrides)
+    with pytest.raises(ConfigError) as error:
+        check_memory(config, plan(config), 8 * 2**30)
+    assert said in str(error.value)
+    check_memory(load_config("tiny"), plan(load_config("tiny")), 2**30)

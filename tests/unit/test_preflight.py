@@ -26,7 +26,16 @@ def copy(model, tmp_path):
 
 
 def config(tmp_path, *overrides: str):
-    small = ["--data.limit", "4", "--evaluation.count", "2", "--teacher.backend", "transformers"]
+    small = [
+        "--data.limit",
+        "4",
+        "--rollout.prompts_per_batch",
+        "4",
+        "--evaluation.count",
+        "2",
+        "--teacher.backend",
+        "transformers",
+    ]
     return load_config("tiny", ["--output_dir", str(tmp_path / "runs"), *small, *overrides])
 
 
@@ -133,6 +142,15 @@ def test_more_cpus_or_gpus_than_there_are(tmp_path):
 def test_a_teacher_engine_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     assert "use --teacher.backend transformers" in refused(config(tmp_path, "--teacher.backend", "vllm"))
+
+
+def test_a_rollout_batch_larger_than_the_prompts(tmp_path):
+    said = refused(config(tmp_path, "--data.epochs", "2", "--rollout.prompts_per_batch", "9"))
+    assert said == (
+        "rollout.prompts_per_batch: 9 is more than the 8 prompts to train on (data.prompts, data.limit, "
+        "data.epochs); use 8 or less"
+    )
+    preflight.prepare(config(tmp_path, "--data.epochs", "2", "--rollout.prompts_per_batch", "8"))
 
 
 @pytest.mark.parametrize(
