@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config.paths import OutputFolder
 from common.config.run import RunName, Temperature
@@ -31,6 +32,37 @@ class Claim(Section):
     )
 
 
+class LineStyle(Section):
+    """How the plot of the curves draws an arm."""
+
+    color: str | None = Field(None, description="as matplotlib names it, such as C3 or '#e07000'; default: by order")
+    line: Literal["solid", "dashed", "dotted", "dashdot"] = Field("solid", description="of the curve")
+
+    @field_validator("color")
+    @classmethod
+    def _is_known(cls, color: str | None) -> str | None:
+        from matplotlib.colors import is_color_like  # a tenth of a second that few ablations need
+
+        if color is not None and not is_color_like(color):
+            raise ValueError(f"{color!r} is no color of matplotlib; write one such as C3, teal or '#e07000'")
+        return color
+
+
+class ArmConfig(Section):
+    """An arm's own fields, as `field: value` over base and overrides, and beside them how it is drawn."""
+
+    fields: dict[str, Any] = Field({}, description="field: value; may stand in the arm itself, beside style")
+    style: LineStyle = LineStyle()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_the_style(cls, arm: Any) -> Any:
+        if not isinstance(arm, Mapping) or "fields" in arm:
+            return arm
+        own = {"fields": {name: value for name, value in arm.items() if name != "style"}}
+        return own | ({"style": arm["style"]} if "style" in arm else {})
+
+
 class AblationConfig(Section):
     """Every arm is trained once per seed, seed by seed, so that an interrupted ablation has all arms so far."""
 
@@ -43,7 +75,7 @@ class AblationConfig(Section):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of prompts' order and sampling")
     overrides: dict[str, Any] = Field({}, description="field: value, over the base, for all arms")
     respond: RespondConfig = RespondConfig()
-    arms: dict[str, dict[str, Any]] = Field(min_length=1, description="name of the arm: its own field: value")
+    arms: dict[str, ArmConfig] = Field(min_length=1, description="name of the arm: its own field: value, and its style")
     claims: tuple[Claim, ...] = Field((), description="what the report says a verdict on")
     reading: str = Field("", description="what its authors make of the results; a section of the report, Markdown")
 

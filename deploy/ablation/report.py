@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from deploy.ablation.config import AblationConfig, Claim
+from deploy.ablation.config import AblationConfig, ArmConfig, Claim
 from deploy.ablation.runs import Arm
 
 _SIGNIFICANT = 0.05
@@ -54,7 +54,7 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
     images = ablation.report.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     curves, bars = images / f"{ablation.name}-curves.png", images / f"{ablation.name}-final.png"
-    plot_curves(results, list(ablation.arms), curves)
+    plot_curves(results, ablation.arms, curves)
     plot_final(results, list(ablation.arms), bars)
     config = runs[0].config
     batches, rows = config.pipeline.max_batches, config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
@@ -167,24 +167,24 @@ def _versions(results: list[Result]) -> list[str]:
     return [f"- {names}: seeds {', '.join(map(str, sorted(seeds)))}" for names, seeds in makers.items()]
 
 
-def plot_curves(results: list[Result], arms: list[str], path: Path) -> None:
+def plot_curves(results: list[Result], arms: dict[str, ArmConfig], path: Path) -> None:
     """Exact match under dynamic decoding against response tokens: mean over seeds, band of one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
-    for i, arm in enumerate(arms):
+    for i, (arm, config) in enumerate(arms.items()):
+        color = config.style.color or f"C{i}"
         curves = [r.curve for r in results if r.arm == arm and r.curve]
         if not curves:
             continue
         points = min(map(len, curves))
         x = np.mean([[p[0] for p in c[:points]] for c in curves], axis=0) / 1e3
         y = 100 * np.array([[p[1] for p in c[:points]] for c in curves])
-        style = "--" if "jumped" in arm else ":" if "grown" in arm else "-"
-        axes.plot(x, y.mean(axis=0), style, color=f"C{i}", label=arm, marker="o", markersize=3)
+        axes.plot(x, y.mean(axis=0), linestyle=config.style.line, color=color, label=arm, marker="o", markersize=3)
         if len(curves) > 1:
             axes.fill_between(x, y.mean(axis=0) - y.std(axis=0, ddof=1), y.mean(axis=0) + y.std(axis=0, ddof=1),
-                              color=f"C{i}", alpha=0.12, linewidth=0)  # fmt: skip
+                              color=color, alpha=0.12, linewidth=0)  # fmt: skip
     axes.set(xlabel="response tokens trained on, thousands", ylabel="exact match, dynamic decoding, %")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -1,11 +1,13 @@
 """`opdlm ablate`: train every arm of an ablation with every seed, one run at a time or several, and write the report.
 
 A finished run is never made again, and an interrupted one goes on from its newest checkpoint: repeat the command until
-it says that it is done.
+it says that it is done. That holds for runs of the same config: where an arm was edited since, its old run is neither
+reported nor continued, but refused.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -18,12 +20,15 @@ from typing import Any
 import yaml
 
 from common.config.errors import ConfigError
-from common.config.file import find_config, load_config, read_yaml, validated
+from common.config.file import find_config, load_config, load_resolved, read_yaml, validated
+from common.config.fingerprint import differences, input_paths
 from common.config.renamed import old_names
 from common.config.run import RunConfig
 from deploy.ablation.config import AblationConfig
 from deploy.child_environment import child_environment
 from deploy.errors import WorkerError
+from deploy.files import replace_text
+from deploy.preflight import finished_summary
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,19 @@ class Arm:
 
     @property
     def done(self) -> bool:
-        return (self.config.run_dir / "summary.json").exists()
+        """Whether the run of this very config is finished."""
+        return bool(finished_summary(self.config))
+
+    def differences(self) -> list[str]:
+        """What the run in the arm's folder was told otherwise, field by field; none where there is no run yet."""
+        file = self.config.run_dir / "config.yaml"
+        if not file.is_file():
+            return []
+        before, now = load_resolved(file), self.config
+        old = input_paths(before) | {f"evaluation.{name}": value for name, value in before.evaluation}
+        new = input_paths(now) | {f"evaluation.{name}": value for name, value in now.evaluation}
+        changed = sorted(name for name in new if old.get(name) != new[name])
+        return [*differences(before, now), *(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)]
 
 
 def load_ablation(source: str) -> AblationConfig:
@@ -62,7 +79,7 @@ def arms_of(ablation: AblationConfig) -> list[Arm]:
                 "seed": seed,
                 "data.responses": str(responses_file(ablation)),
                 **ablation.overrides,
-                **own,
+                **own.fields,
             }
             runs.append(Arm(name, seed, load_config(ablation.base, fields)))
     folders = [arm.config.run_dir for arm in runs]
@@ -75,6 +92,33 @@ def responses_file(ablation: AblationConfig) -> Path:
     return ablation.output_dir / ablation.name / "responses.parquet"
 
 
+def check_runs(ablation: AblationConfig, runs: list[Arm]) -> None:
+    """Refuse runs and responses in the ablation's folder that were made with another config.
+
+    Raises:
+        ConfigError: names the arm and the fields, or the fields of `respond`, and the remedy.
+    """
+    different = [(arm, fields) for arm in runs if (fields := arm.differences())]
+    if different:
+        arm, fields = different[0]
+        raise ConfigError(
+            f"arms: {arm.name!r} with seed {arm.seed} was run with another config: {'; '.join(fields)}. Remove "
+            f"{str(arm.config.run_dir)!r}, or rename the arm"
+            + (f"; the same holds for {len(different) - 1} more" if len(different) > 1 else "")
+        )
+    record, file = _responses_record(ablation), responses_file(ablation)
+    if not (file.is_file() and record.is_file()):
+        return
+    old, new = json.loads(record.read_text()), _responses_made_with(ablation, runs[0].config)
+    changed = [f"{field} was {old.get(field)!r} and is {new[field]!r}" for field in new if old.get(field) != new[field]]
+    if changed:
+        trained = [str(arm.config.run_dir) for arm in runs if _needs_responses(arm) and arm.config.run_dir.is_dir()]
+        raise ConfigError(
+            f"respond: {str(file)!r} was made with another config: {'; '.join(changed)}. Remove it"
+            + (f", and with it what was trained on it: {', '.join(trained)}" if trained else "")
+        )
+
+
 def run_all(
     ablation: AblationConfig, runs: list[Arm], note: Callable[[str], None], done: Callable[[], None], jobs: int = 1
 ) -> None:
@@ -83,7 +127,7 @@ def run_all(
     Raises:
         WorkerError: a run ended with an error; names it and its log. Runs under way are waited for, others cancelled.
     """
-    if any(arm.config.objective.source.kind != "student" and not arm.done for arm in runs):
+    if any(_needs_responses(arm) and not arm.done for arm in runs):
         _respond(ablation, runs[0].config, note)
     missing = [arm for arm in runs if not arm.done]
     for _ in range(len(runs) - len(missing)):
@@ -102,12 +146,34 @@ def run_all(
         pool.shutdown(cancel_futures=True)
 
 
+def _needs_responses(arm: Arm) -> bool:
+    return arm.config.objective.source.kind != "student"
+
+
+def _responses_record(ablation: AblationConfig) -> Path:
+    return responses_file(ablation).parent / "responses" / "made_with.json"
+
+
+def _responses_made_with(ablation: AblationConfig, config: RunConfig) -> dict[str, Any]:
+    """What the teacher's responses depend on, by field."""
+    data = config.data.model_dump(mode="json", exclude={"responses"})
+    return {
+        "respond.temperature": ablation.respond.temperature,
+        "respond.samples": ablation.respond.samples,
+        "curriculum.max_tokens": config.curriculum.max_tokens,
+        "teacher.path": config.teacher_path,
+        "seed": config.seed,
+        **{f"data.{name}": value for name, value in data.items()},
+    }
+
+
 def _respond(ablation: AblationConfig, config: RunConfig, note: Callable[[str], None]) -> None:
     file = responses_file(ablation)
     if file.exists():
         return
     note("the teacher's responses")
     base = _write_config(config, file.parent / "responses")
+    replace_text(_responses_record(ablation), json.dumps(_responses_made_with(ablation, config), indent=2) + "\n")
     options = ["--temperature", str(ablation.respond.temperature), "--samples", str(ablation.respond.samples)]
     _command(["respond", str(base), "--output", str(file), *options], file.parent / "responses" / "output.log")
 

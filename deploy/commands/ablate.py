@@ -30,7 +30,7 @@ def ablate(
 
         opdlm ablate deploy/presets/ablation.yaml
     """
-    from deploy.ablation.runs import arms_of, load_ablation, run_all
+    from deploy.ablation.runs import arms_of, check_runs, load_ablation, run_all
 
     settings = load_ablation(ablation)
     check_writable("output_dir", settings.output_dir)
@@ -38,12 +38,16 @@ def ablate(
     runs = arms_of(settings)
     from deploy.ablation.report import write_report
 
-    finished = sum(arm.done for arm in runs)
     if report_only:
+        finished = sum(arm.done for arm in runs)
         if finished:
             write_report(settings, runs, ablation)
         say(f"{finished} of {len(runs)} runs are finished; report: {settings.report if finished else 'none'}")
+        for arm in runs:
+            if fields := arm.differences():
+                say(f"left out: {arm.name}, seed {arm.seed}, whose run had another config: {'; '.join(fields)}")
         return
+    check_runs(settings, runs)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=console,

@@ -6,12 +6,34 @@ import time
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
 from common.config.errors import ConfigError
+from deploy import cli
 from deploy.ablation.config import AblationConfig, Claim
-from deploy.ablation.report import Result, verdict, write_report
-from deploy.ablation.runs import arms_of, load_ablation, responses_file, run_all
+from deploy.ablation.report import Result, plot_curves, verdict, write_report
+from deploy.ablation.runs import (
+    _respond,
+    _write_config,
+    arms_of,
+    check_runs,
+    load_ablation,
+    responses_file,
+    run_all,
+)
 from deploy.errors import WorkerError
+from deploy.preflight import identity
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_started(monkeypatch):
+    """A mistake here must not train for minutes."""
+
+    def command(arguments, log):
+        raise AssertionError(f"started {arguments}")
+
+    monkeypatch.setattr("deploy.ablation.runs._command", command)
 
 
 def ablation(tmp_path, **changes) -> AblationConfig:
@@ -36,7 +58,9 @@ def finish(arm, static: float, dynamic: float) -> None:
         "student": student,
         "train": {"response_tokens": 1000, "updates": 8, "seconds": 60.0},
         "versions": {"python": "3.12.3", "torch": "2.11.0"},
+        **identity(arm.config),
     }
+    _write_config(arm.config, folder)
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = [{"response_tokens": 500 * (i + 1), "eval/exact_match": dynamic * (i + 1) / 2} for i in range(2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"response_tokens": 1200}]))
@@ -85,6 +109,71 @@ def test_finished_runs_are_not_made_again(tmp_path):
     run_all(settings, runs, calls.append, lambda: calls.append("done"))
     assert calls == ["done"] * len(runs)
     assert not responses_file(settings).exists()
+
+
+def test_an_edited_arm_is_refused_by_name_with_the_fields_that_differ(tmp_path):
+    for arm in arms_of(ablation(tmp_path)):
+        finish(arm, 0.9, 0.8)
+    edited = {"OPDLM": {"objective.method": "opdlm"}, "SFT": {"objective.method": "sft", "learner.lr": 3e-4}}
+    settings = ablation(tmp_path, arms=edited)
+    runs = arms_of(settings)
+    assert [(arm.name, arm.done) for arm in runs] == [("OPDLM", True), ("SFT", False)] * 3
+    with pytest.raises(ConfigError) as refused:
+        check_runs(settings, runs)
+    assert str(refused.value) == (
+        "arms: 'SFT' with seed 0 was run with another config: learner.lr was 0.0006 and is 0.0003. Remove "
+        f"{str(tmp_path / 'runs/small/SFT-seed0')!r}, or rename the arm; the same holds for 2 more"
+    )
+    write_report(settings, runs, "small.yaml")
+    assert "3 of 6 runs" in settings.report.read_text()
+    assert "| SFT |" not in settings.report.read_text()
+
+
+def test_other_evaluations_are_refused_and_another_operation_is_the_same_run(tmp_path):
+    for arm in arms_of(ablation(tmp_path)):
+        finish(arm, 0.9, 0.8)
+    settings = ablation(tmp_path, overrides={"evaluation.count": 50})
+    assert not any(arm.done for arm in arms_of(settings))
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.count was 200 and is 50\. Remove .*; the same holds for 5 more"
+    ):
+        check_runs(settings, arms_of(settings))
+    settings = ablation(tmp_path, overrides={"data.prompts": "other.jsonl"})
+    with pytest.raises(ConfigError, match=r"data\.prompts was '.*train\.jsonl' and is 'other.jsonl'"):
+        check_runs(settings, arms_of(settings))
+    settings = ablation(tmp_path, overrides={"pipeline.stage_timeout_s": 50})
+    assert all(arm.done for arm in arms_of(settings))
+    check_runs(settings, arms_of(settings))
+
+
+def test_a_report_only_says_which_runs_it_leaves_out(tmp_path):
+    settings = ablation(tmp_path, overrides={"learner.lr": 3e-4}, seeds=[0])
+    for arm, old in zip(arms_of(settings), arms_of(ablation(tmp_path, seeds=[0])), strict=True):
+        finish(old if arm.name == "SFT" else arm, 0.9, 0.8)
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    result = CliRunner().invoke(cli.app, ["ablate", str(file), "--report-only"])
+    assert "1 of 2 runs are finished" in result.output
+    assert "left out: SFT, seed 0, whose run had another config: learner.lr was 0.0006 and is 0.0003" in result.output
+    with pytest.raises(ConfigError, match="'SFT' with seed 0 was run with another config"):
+        CliRunner().invoke(cli.app, ["ablate", str(file)], catch_exceptions=False)
+
+
+def test_responses_of_another_config_are_refused(tmp_path, monkeypatch):
+    settings = ablation(tmp_path)
+    runs = arms_of(settings)
+    monkeypatch.setattr("deploy.ablation.runs._command", lambda *_: responses_file(settings).write_bytes(b"made"))
+    _respond(settings, runs[0].config, lambda text: None)
+    finish(runs[1], 0.9, 0.8)
+    check_runs(settings, runs)
+    edited = ablation(tmp_path, respond={"temperature": 0.5}, overrides={"data.limit": 100})
+    with pytest.raises(ConfigError) as refused:
+        check_runs(edited, [arm for arm in arms_of(edited) if arm.seed == 1])  # nothing of these was run
+    assert "respond.temperature was 1.0 and is 0.5; seed was 0 and is 1; data.limit was None and is 100" in str(
+        refused.value
+    )
+    with pytest.raises(ConfigError, match=rf"respond: .*Remove it, and with it what was trained on it: {tmp_path}"):
+        check_runs(ablation(tmp_path, respond={"samples": 2}), runs)
 
 
 def results(better: list[float], worse: list[float]) -> list[Result]:
@@ -161,3 +250,53 @@ def test_a_failed_run_is_named_and_stops_those_that_have_not_started(tmp_path, m
     done = []
     run_all(settings, runs, lambda text: None, lambda: done.append(1), jobs=3)
     assert len(done) == len(runs) and all(arm.done for arm in runs)
+
+
+def drawn(tmp_path, monkeypatch, arms) -> dict[str, tuple[str, str]]:
+    """(line style, color) of every curve that the report draws."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    settings = ablation(tmp_path, arms=arms, claims=[])
+    results = [
+        Result(arm, 0, {"exact_match": 0.9}, {"exact_match": 0.8}, {}, {}, [(1000.0, 0.4), (2000.0, 0.8)])
+        for arm in settings.arms
+    ]
+    plot_curves(results, settings.arms, tmp_path / "curves.png")
+    return {line.get_label(): (line.get_linestyle(), line.get_color()) for line in figures[0].axes[0].lines}
+
+
+def test_curves_are_drawn_as_the_config_says_and_not_as_the_names_do(tmp_path, monkeypatch):
+    arms = {
+        "jumped to": {"block_size": 8},
+        "b": {"block_size": 8, "style": {"line": "dotted"}},
+        "c": {"style": {"line": "dashed", "color": "teal"}},
+    }
+    assert drawn(tmp_path, monkeypatch, arms) == {"jumped to": ("-", "C0"), "b": (":", "C1"), "c": ("--", "teal")}
+    own = ablation(tmp_path, arms=arms, claims=[]).arms
+    assert {name: arm.fields for name, arm in own.items()} == {
+        "jumped to": {"block_size": 8},
+        "b": {"block_size": 8},
+        "c": {},
+    }
+
+
+def test_the_shipped_ablation_draws_block_16_apart():
+    lines = {name: arm.style.line for name, arm in load_ablation("ablation").arms.items()}
+    assert {line for name, line in lines.items() if "block 16" not in name} == {"solid"}
+    assert {line for name, line in lines.items() if name.endswith("jumped to")} == {"dashed"}
+    assert {line for name, line in lines.items() if name.endswith("grown into")} == {"dotted"}
+
+
+@pytest.mark.parametrize(
+    ("style", "said"),
+    [
+        ({"line": "wavy"}, r"arms\.SFT\.style\.line: 'wavy' is unknown; choose solid, dashed, dotted, dashdot"),
+        ({"color": "bluish"}, r"arms\.SFT\.style\.color: 'bluish' is no color of matplotlib"),
+        ({"width": 3}, r"arms\.SFT\.style\.width: unknown field"),
+    ],
+)
+def test_a_bad_style_is_refused_with_its_place(tmp_path, style, said):
+    file = tmp_path / "ablation.yaml"
+    file.write_text(yaml.safe_dump({"name": "x", "base": "tiny", "arms": {"SFT": {"style": style}}}))
+    with pytest.raises(ConfigError, match=said):
+        load_ablation(str(file))
