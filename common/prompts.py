@@ -1,26 +1,25 @@
-"""Prompts: files of questions, tokenised once, in the run's seeded order.
+"""Prompts: rows of any source, asked through the chat template, tokenised once, in the run's seeded order.
 
 A prompt's ordinal is its position in that order over all epochs; everything later is keyed by (ordinal, sample).
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import parquet
 
+from common.answers import reference_text
+from common.chat import TEMPLATE_ERRORS, ChatTemplate, holds_question
 from common.config.run import DataConfig
+from common.conversations import Conversation, LeftOut, Turn, conversation_of, template_for, whole_characters
+from common.datasets.errors import PromptError
+from common.datasets.rows import open_rows
 
-
-class PromptError(ValueError):
-    """A prompt file is missing, empty or broken; the message names the place and the remedy."""
+_CHUNK = 1024  # prompts tokenised together
 
 
 @dataclass(frozen=True)
@@ -40,42 +39,126 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the run's order; of the `read` rows of the files how many were dropped for which reason; and the
-    offline responses by question."""
+    """Prompts in the run's order, and the offline responses by question.
+
+    Of the `read` rows of the source `dropped` counts those that were left out by reason; `notes` are sentences on how
+    it was read.
+    """
 
     prompts: list[Prompt]
     read: int
     dropped: dict[str, int]
     responses: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a source before tokenising: `question` names it, `conversation` is what the model is asked."""
+
+    place: str
+    question: str
+    conversation: Conversation
+    domain: str = ""
+    answer: str | None = None
 
 
 def load_prompts(data: DataConfig, tokenizer: Any, seed: int | None) -> PromptSet:
-    """Read, tokenise, drop what is too long, and order by `seed` (None: the order of the file), epoch by epoch.
+    """Read, tokenise, leave out what cannot be used, and order by `seed` (None: as read), epoch by epoch.
 
     Raises:
-        PromptError: see read_records; a row has no question; or every prompt is too long.
+        PromptError: see open_rows and read_rows; a prompt does not hold its question; or nothing is left.
     """
-    questions = list(_questions(data))
-    kept, dropped = [], Counter[str]()
-    for question, domain, answer in questions:
-        ids = prompt_ids(tokenizer, question, enable_thinking=data.enable_thinking)
+    return _load(data, tokenizer, seed, with_answers=False)
+
+
+def load_problems(data: DataConfig, tokenizer: Any, count: int) -> PromptSet:
+    """The first `count` problems, in the order of their source; those without an answer are left out and counted.
+
+    Raises:
+        PromptError: as load_prompts; or no problem has an answer.
+    """
+    once = {"epochs": 1, "limit": count, "max_prompt_tokens": 10**9, "drop_duplicates": False}
+    return _load(data.model_copy(update=once), tokenizer, None, with_answers=True)
+
+
+def prompt_ids(tokenizer: Any, question: str, *, enable_thinking: bool = False) -> np.ndarray:
+    """int32 ids of one user turn with the chat template and the generation prompt."""
+    chat = ChatTemplate(tokenizer, enable_thinking=enable_thinking)
+    return chat.ids([chat.text(Conversation((Turn("user", question),), "question"))])[0]
+
+
+def render(
+    source: Iterable[tuple[str, dict[str, Any]]], data: DataConfig, tokenizer: Any, *, raw: bool = False
+) -> list[Prompt]:
+    """A prompt for every row, in their order; `raw`: without the chat template.
+
+    Raises:
+        PromptError: see read_rows; a row holds no prompt, or a prompt cannot be used.
+    """
+    left_out = Counter[str]()
+    rows: list[Row] = []
+    for place, record in source:
+        rows.extend(read_rows([(place, record)], data, left_out))
+        if left_out:
+            raise PromptError(f"{place}: no prompt ({next(iter(left_out))}); fix or remove the row")
+    chat = ChatTemplate(tokenizer, enable_thinking=data.enable_thinking, raw=raw)
+    prompts: list[Prompt] = []
+    for row, ids in zip(rows, tokenised(rows, chat, left_out), strict=True):
+        if ids is None:
+            raise PromptError(f"{row.place}: {next(iter(left_out))}; fix or remove the row")
+        if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
+            raise PromptError(f"{row.place}: the prompt holds the mask token {tokenizer.mask_token!r}; remove it")
+        prompts.append(Prompt(len(prompts), row.question, ids, row.domain, row.answer))
+    return prompts
+
+
+def _load(data: DataConfig, tokenizer: Any, seed: int | None, *, with_answers: bool) -> PromptSet:
+    dropped = Counter[str]()
+    source = open_rows(data.prompts, data.split, data.subset)
+    rows = list(read_rows(source, data, dropped, with_answers))
+    total = len(rows) + dropped.total()
+    notes = [*source.notes, *_form_notes(rows, data)]
+    kept: list[tuple[Row, np.ndarray]] = []
+    seen: set[bytes] = set()
+    for row, ids in zip(rows, tokenised(rows, ChatTemplate(tokenizer, enable_thinking=data.enable_thinking), dropped)):
+        if ids is None:
+            continue
+        copy = ids.tobytes() in seen
+        seen.add(ids.tobytes())
         if len(ids) > data.max_prompt_tokens:
             dropped[f"longer than {data.max_prompt_tokens} tokens"] += 1
+        elif tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
+            dropped[f"holds the mask token {tokenizer.mask_token!r}"] += 1
+        elif copy and data.drop_duplicates:
+            dropped["exact copy of an earlier prompt"] += 1
         else:
-            kept.append((question, ids, domain, answer))
+            kept.append((row, ids))
     if not kept:
-        raise PromptError(
-            f"{data.prompts!r}: all {len(questions)} prompts are longer than data.max_prompt_tokens "
-            f"({data.max_prompt_tokens}); raise it"
+        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise PromptError(f"{data.prompts!r}: none of {total} rows can be used ({reasons}); {_remedy(dropped, data)}")
+    copies = len(kept) - len({ids.tobytes() for _, ids in kept})
+    if copies:
+        notes.append(
+            f"{copies} of {len(kept)} prompts are exact copies of earlier ones; data.drop_duplicates drops them"
         )
     prompts: list[Prompt] = []
     chosen = _order(len(kept), seed, 0)[: data.limit]
     for epoch in range(data.epochs):
         order = chosen if epoch == 0 else chosen[_order(len(chosen), seed, epoch)]
         for index in order:
-            question, ids, domain, answer = kept[index]
-            prompts.append(Prompt(len(prompts), question, ids, domain, answer))
-    return PromptSet(prompts, len(questions), dict(dropped))
+            row, ids = kept[index]
+            prompts.append(Prompt(len(prompts), row.question, ids, row.domain, row.answer))
+    return PromptSet(prompts, total, dict(dropped), notes=tuple(notes))
+
+
+def _remedy(dropped: Counter[str], data: DataConfig) -> str:
+    reason = dropped.most_common(1)[0][0]
+    if reason.startswith("longer"):
+        return "raise data.max_prompt_tokens"
+    if reason.startswith("no answer"):
+        return f"add answers, or set data.answer_field ({data.answer_field!r}) to the field that holds them"
+    return "give other prompts, or set data.question_field to the field that holds the prompt"
 
 
 def _order(count: int, seed: int | None, epoch: int) -> np.ndarray:
@@ -83,93 +166,95 @@ def _order(count: int, seed: int | None, epoch: int) -> np.ndarray:
     return np.arange(count) if seed is None else np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def prompt_ids(tokenizer: Any, question: str, *, enable_thinking: bool = False) -> np.ndarray:
-    """int32 ids of one user turn with the chat template and the generation prompt."""
-    encoded = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        enable_thinking=enable_thinking,
-    )
-    return np.asarray(encoded["input_ids"], dtype=np.int32)
-
-
-def _questions(data: DataConfig) -> Iterator[tuple[str, str, str | None]]:
-    for place, record in read_records(Path(data.prompts)):
-        question = record.get(data.question_field)
-        if not isinstance(question, str) or not question.strip():
-            raise PromptError(
-                f"{place}: no text in field {data.question_field!r}; the record has {sorted(record)}. "
-                "Set data.question_field to the field that holds the prompt"
-            )
-        answer = record.get(data.answer_field)
-        yield question, str(record.get(data.domain_field) or ""), None if answer is None else str(answer)
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, record) of every row of a JSON list, JSONL or Parquet file, or of a folder of them in sorted order.
+def read_rows(
+    source: Iterable[tuple[str, dict[str, Any]]],
+    data: DataConfig,
+    dropped: Counter[str],
+    with_answers: bool = False,
+) -> Iterator[Row]:
+    """The rows as questions, with templates and the system turn; those that hold no prompt are counted in `dropped`.
 
     Raises:
-        PromptError: the path is missing, of an unknown kind or empty, or a row is broken or not an object.
+        PromptError: a row has no text in the field of the question, or text that is no Unicode.
     """
-    if not path.exists():
-        raise PromptError(f"{str(path)!r} does not exist; give a JSON, JSONL or Parquet file, or a folder of them")
-    files = sorted(f for f in path.rglob("*") if f.suffix in _READERS) if path.is_dir() else [path]
-    if not files:
-        raise PromptError(f"folder {str(path)!r} holds no {', '.join(_READERS)} file; put the prompts there")
-    for file in files:
-        if file.suffix not in _READERS:
-            raise PromptError(f"{str(file)!r} is none of {', '.join(_READERS)}; convert or rename it")
-        count = 0
-        for place, record in _READERS[file.suffix](file):
-            if not isinstance(record, dict):
-                raise PromptError(f"{place}: expected an object with fields, found {type(record).__name__}")
-            count += 1
-            yield place, record
-        if not count:
-            raise PromptError(f"{str(file)!r} is empty; fill it or remove it")
+    for place, record in source:
+        try:
+            conversation = conversation_of(place, record, data)
+        except LeftOut as reason:
+            dropped[str(reason)] += 1
+            continue
+        answer = reference_text(record.get(data.answer_field))
+        answer = answer and whole_characters(answer)
+        if with_answers and answer is None:
+            dropped["no answer (missing, empty, null or NaN)"] += 1
+            continue
+        domain = whole_characters(str(record.get(data.domain_field) or ""))
+        asked = conversation.asked(template_for(domain, data.templates), data.system)
+        yield Row(place, conversation.question, asked, domain, answer)
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = parquet.read_table(file).to_pylist()
-    except pa.ArrowInvalid as error:
-        raise PromptError(f"{file}: not valid Parquet ({error}); write it again") from error
-    for row, record in enumerate(rows, start=1):
-        yield f"{file}, row {row}", record
+def _form_notes(rows: list[Row], data: DataConfig) -> list[str]:
+    forms = Counter(row.conversation.form for row in rows if row.conversation.form != data.question_field)
+    notes = [f"{count} of {len(rows)} rows are read from the field {form!r}" for form, count in forms.items()]
+    starts = sum(row.conversation.starts_response for row in rows)
+    responses = sum(row.conversation.response_left_out for row in rows)
+    for count, what in (
+        (starts, "the start of the assistant's turn, which the response goes on with"),
+        (responses, "a response of the assistant, which is left out of the prompt"),
+    ):
+        if count:
+            notes.append(f"{count} of {len(rows)} rows end with {what} (data.assistant_turn: {data.assistant_turn})")
+    return notes
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):  # not splitlines: text may hold U+2028
-        if line.strip():
-            try:
-                yield f"{file}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PromptError(f"{file}, line {number}: not valid JSON ({error.msg}); mend or remove it") from error
+def tokenised(rows: list[Row], chat: ChatTemplate, dropped: Counter[str]) -> list[np.ndarray | None]:
+    """int32 ids of every row; None for one that the chat template refuses, which is counted in `dropped`.
+
+    Raises:
+        PromptError: the template refuses all rows, or a prompt does not hold its question.
+    """
+    texts: list[str | None] = []
+    refusals = Counter[str]()
+    for row in rows:
+        try:
+            texts.append(chat.text(row.conversation))
+        except TEMPLATE_ERRORS as error:
+            if isinstance(error, PromptError):
+                raise PromptError(f"{row.place}: {error}") from error
+            texts.append(None)
+            refusals[f"the chat template refuses it: {' '.join(str(error).split())}"] += 1
+    if rows and refusals.total() == len(rows):
+        reason, count = refusals.most_common(1)[0]
+        raise PromptError(
+            f"{count} of {len(rows)} prompts: {reason}; fix the tokenizer's chat_template, or give the turns that it "
+            "wants (data.system adds a system turn)"
+        )
+    dropped.update(refusals)
+    failed: list[tuple[Row, str]] = []
+    result: list[np.ndarray | None] = []
+    for first in range(0, len(rows), _CHUNK):
+        part = [text for text in texts[first : first + _CHUNK] if text is not None]
+        found = iter(chat.ids(part))
+        for row, text in zip(rows[first : first + _CHUNK], texts[first : first + _CHUNK], strict=True):
+            if text is None:
+                result.append(None)
+                continue
+            ids = next(found)
+            decoded = chat.tokenizer.decode(ids)
+            if len(ids) <= chat.empty_length(row.conversation) or not holds_question(
+                chat.tokenizer, row.conversation, decoded
+            ):
+                failed.append((row, decoded))
+            result.append(ids)
+    if failed:
+        row, decoded = failed[0]
+        raise PromptError(
+            f"{len(failed)} of {len(rows)} prompts ({len(failed) / len(rows):.1%}) do not hold their question: "
+            f"{row.place}, {_short(row.question)}, becomes {_short(decoded)}; the tokenizer's files are incomplete or "
+            "its chat template does not fit: bring tokenizer.json and the chat template from the model's source again"
+        )
+    return result
 
 
-def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        records = json.loads(_text(file).strip() or "[]")
-    except json.JSONDecodeError as error:
-        hint = "one object a line belongs in a .jsonl file" if error.msg == "Extra data" else "mend it"
-        raise PromptError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); {hint}") from error
-    if not isinstance(records, list):
-        raise PromptError(f"{file}: expected a JSON list of objects, found {type(records).__name__}")
-    for row, record in enumerate(records, start=1):
-        yield f"{file}, entry {row}", record
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 100 else f"{text[:97]}...")

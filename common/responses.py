@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.config.objective import MixtureSource, OfflineSource, Source
 from common.config.run import DataConfig
+from common.conversations import LeftOut, check_text, conversation_of
+from common.datasets.errors import PromptError
+from common.datasets.rows import open_rows
 from common.grid import grid_ceil
-from common.prompts import Prompt, PromptError, read_records
+from common.prompts import Prompt
 from common.seeds import source_rng
 from common.student import tokenizer_fingerprint
 from common.trajectory import NO_ROUND, OFFLINE, Trajectory, finish_reason, until_end
@@ -30,14 +32,17 @@ def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> d
     the record's `tokenizer_fingerprint` is that of this tokenizer. Every response ends at its first end token.
 
     Raises:
-        PromptError: see read_records; a response is missing, empty or contains the mask token; or a prompt has none.
+        PromptError: see open_rows; a response is missing, empty or contains the mask token; or a prompt has none.
     """
     assert data.responses is not None
     wanted = {p.question for p in prompts}
     fingerprint = tokenizer_fingerprint(tokenizer)
     by_question: dict[str, list[np.ndarray]] = {}
-    for place, record in read_records(Path(data.responses)):
-        question = record.get(data.question_field)
+    for place, record in open_rows(data.responses):
+        try:
+            question = conversation_of(place, record, data).question
+        except LeftOut:  # no prompt, so nobody's response
+            continue
         if question not in wanted:
             continue
         ids = _ids(place, record, data.response_field, tokenizer, fingerprint)
@@ -63,6 +68,7 @@ def _ids(place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerp
                 f"{place}: no text in field {field!r}; the record has {sorted(record)}. "
                 "Set data.response_field to the field that holds the response"
             )
+        check_text(place, text)
         ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         if record.get("finish_reason") != "length":
             ids = np.append(ids, np.int32(eos))

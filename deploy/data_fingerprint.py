@@ -20,7 +20,7 @@ def data_fingerprints(config: RunConfig, prompts: PromptSet) -> dict[str, str]:
 
     Prompts count with their tokens, in the run's order; a model that is not a folder here counts as its name.
     """
-    found = {"data.prompts": _of_prompts(prompts.prompts)}
+    found = {"data.prompts": of_prompts(prompts.prompts)}
     if prompts.responses:
         found["data.responses"] = _of_responses(prompts.responses)
     for field, path in (("model.path", config.model.path), ("teacher.path", config.teacher_path)):
@@ -50,7 +50,8 @@ def _parts(size: int) -> Iterable[tuple[int, int]]:
     return [(int(start), _PART_BYTES) for start in np.linspace(0, size - _PART_BYTES, _PARTS)]
 
 
-def _of_prompts(prompts: list[Prompt]) -> str:
+def of_prompts(prompts: list[Prompt]) -> str:
+    """Domains, questions and tokens of the prompts, in their order."""
     digest = xxhash.xxh3_128()
     for prompt in prompts:
         digest.update(f"{prompt.domain}\0{prompt.question}\0{len(prompt.ids)}\0".encode("utf-8", "surrogatepass"))

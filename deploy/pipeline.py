@@ -153,6 +153,8 @@ class Pipeline:
             self.observers.note(warning, "warning")
         for reason, count in self.prepared.prompts.dropped.items():
             self.observers.note(f"{count} prompts dropped: {reason}", "warning")
+        for note in self.prepared.prompts.notes:
+            self.observers.note(note)
         self.observers.note("loading models", state="starting")
         self.pools = start_pools(config, self.prepared.placement, self.calls)
         self.evaluator = Evaluator(config, self.prepared.problems, self.pools, self.calls)

@@ -14,16 +14,15 @@ import psutil
 from common.config.errors import ConfigError
 from common.config.fingerprint import evaluation_fingerprint, fingerprint, input_paths
 from common.config.run import DataConfig, RunConfig
+from common.datasets.errors import PromptError
 from common.grid import grid_ceil, grid_floor
-from common.prompts import Prompt, PromptError, PromptSet, load_prompts
+from common.prompts import Prompt, PromptSet, load_problems, load_prompts
 from deploy.checkpoints import FINAL, Checkpoints, RunState, copy_target
 from deploy.dashboard.process import free_port, read_token
 from deploy.data_fingerprint import data_fingerprints
 from deploy.model_checks import check_model_folder, check_models
 from deploy.placement import Placement, check_memory, check_resources, object_store_mib, on_cluster, plan
 from deploy.run_folder import check_run_dir
-
-_ANY_LENGTH = 10**9
 
 
 @dataclass(frozen=True)
@@ -142,15 +141,22 @@ def check_processes(config: RunConfig, placement: Placement) -> None:
 
 
 def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Prompt]]:
-    """The run's prompts, and its held-out problems in the order of their file."""
+    """The run's prompts, and its held-out problems in the order of their file; the notes are of both."""
     try:
         prompts = load_prompts(config.data, tokenizer, config.seed)
     except PromptError as error:
         raise ConfigError(f"data.prompts: {error}") from error
     if not config.evaluation.problems:
         return prompts, []
-    data = config.data.model_copy(update={"prompts": config.evaluation.problems})
-    return prompts, read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
+    where = {
+        "prompts": config.evaluation.problems,
+        "split": config.evaluation.split,
+        "subset": config.evaluation.subset,
+    }
+    data = config.data.model_copy(update=where)
+    problems = read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
+    left_out = [f"{count} problems dropped: {reason}" for reason, count in problems.dropped.items()]
+    return replace(prompts, notes=(*prompts.notes, *problems.notes, *left_out)), problems.prompts
 
 
 def read_responses(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[Any]]:
@@ -165,20 +171,12 @@ def read_responses(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> 
         raise ConfigError(f"data.responses: {error}") from error
 
 
-def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> list[Prompt]:
-    """The first `count` problems of a file, each with an answer."""
-    data = data.model_copy(update={"epochs": 1, "limit": None, "max_prompt_tokens": _ANY_LENGTH})
+def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> PromptSet:
+    """The first `count` problems of a source, each with an answer."""
     try:
-        problems = load_prompts(data, tokenizer, seed=None).prompts[:count]
+        return load_problems(data, tokenizer, count)
     except PromptError as error:
         raise ConfigError(f"{field}: {error}") from error
-    without = [p.question for p in problems if p.answer is None]
-    if without:
-        raise ConfigError(
-            f"{field}: {len(without)} of {len(problems)} problems of {data.prompts!r} have no field "
-            f"{data.answer_field!r}, the first is {without[0]!r}; add answers, or set data.answer_field"
-        )
-    return problems
 
 
 def _check_batch(config: RunConfig, prompts: int) -> None:

@@ -1,6 +1,8 @@
 """Shared fixtures: a quiet private Ray, and one thread per process."""
 
 import os
+import sys
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,3 +27,20 @@ def ray_local():
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def opdlm(monkeypatch, capsys):
+    """Runs a command in this process; returns status, standard output, standard error."""
+
+    from deploy import cli
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["opdlm", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return call

@@ -1,17 +1,16 @@
-"""A student's folder loaded as a sampler, and the texts that it generates."""
+"""A student's folder as a sampler, and texts from it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from common.prompts import prompt_ids
+from common.prompts import Prompt
 from common.student import load_model, load_tokenizer
 from common.trajectory import Trajectory
 
@@ -20,7 +19,7 @@ def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreT
     """Model and tokenizer of a converted student's folder; default device: CUDA where there is one.
 
     Raises:
-        ValueError: the folder's config has no mask_token_id, because it was never converted.
+        ValueError: the folder's config has no mask_token_id, so it was never converted.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path, getattr(torch, dtype), "sdpa").to(device)
@@ -33,7 +32,7 @@ def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreT
 def sampler_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int | None, slots: int, seed: int = 0
 ) -> Sampler:
-    """A sampler for a loaded student; default block size: the model's own."""
+    """A sampler on a loaded student; default block size: the model's own."""
     return Sampler(
         model,
         block_size=block_size or model.config.block_size,
@@ -47,19 +46,14 @@ def sampler_of(
 def generate_texts(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[np.ndarray],
+    prompts: list[Prompt],
     decoding: Decoding,
     *,
     max_new_tokens: int,
-) -> list[tuple[str, Trajectory]]:
-    """Response text and trajectory of each prompt (int32 ids), in the order of the prompts."""
-    requests = [Request(i, 0, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
-    done: dict[int, Any] = {t.ordinal: t for t in sampler.generate(requests, decoding)}
-    return [(tokenizer.decode(done[i].response_ids, skip_special_tokens=True), done[i]) for i in range(len(prompts))]
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> np.ndarray:
-    """int32 ids of a prompt; `chat` applies the chat template."""
-    if chat:
-        return prompt_ids(tokenizer, prompt)
-    return np.asarray(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=np.int32)
+) -> Iterator[tuple[Prompt, str, Trajectory]]:
+    """Each prompt with its response's text and trajectory, as they end; the ordinals say which is which."""
+    by_ordinal = {p.ordinal: p for p in prompts}
+    requests = [Request(p.ordinal, 0, p.ids, max_new_tokens) for p in prompts]
+    for trajectory in sampler.generate(requests, decoding):
+        text = tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
+        yield by_ordinal[trajectory.ordinal], text, trajectory

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
-from common.prompts import PromptError, read_records
+from common.datasets.errors import PromptError
+from common.datasets.rows import open_rows
 from deploy.model_checks import check_model_folder
 from deploy.placement import Placement, object_store_mib, on_cluster, plan
 from learner.schedule import count_updates
@@ -84,7 +85,7 @@ def _work(config: RunConfig) -> dict[str, int]:
     if not Path(config.data.prompts).exists():
         return {}
     try:
-        count = sum(1 for _ in read_records(Path(config.data.prompts)))
+        count = sum(1 for _ in open_rows(config.data.prompts, config.data.split, config.data.subset))
     except PromptError as error:
         raise ConfigError(f"data.prompts: {error}") from error
     trained = min(count, config.data.limit or count) * config.data.epochs

@@ -12,6 +12,7 @@ from common.config.errors import ConfigError
 from common.config.run import AnswerFormat, DataConfig
 from deploy.argument_checks import a_path, finite
 from deploy.commands.console import console, say
+from deploy.evaluation.asking import Split, Subset, System, Template, Thinking, asked_like_training, with_options_named
 from deploy.evaluation.decoding_options import (
     DEFAULT_THRESHOLD,
     DtypeName,
@@ -32,8 +33,17 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Student,
     problems: Annotated[
-        Path, typer.Option(help="JSON, JSONL or Parquet with a question and an answer per row", callback=a_path)
+        str,
+        typer.Option(
+            help="JSON, JSONL, CSV or Parquet with a question and an answer a row, a folder of them, or the hub id of "
+            "a data set",
+            callback=a_path,
+        ),
     ],
+    split: Split = None,
+    subset: Subset = None,
+    question_field: Annotated[str, typer.Option(help="field of a row that holds the question")] = "question",
+    answer_field: Annotated[str, typer.Option(help="field of a row that holds the answer")] = "answer",
     rule: Annotated[
         list[RuleName] | None,
         typer.Option(
@@ -86,6 +96,9 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="accuracy against tokens per step, .png", callback=a_path)] = None,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
     dtype: DtypeName = "float32",
+    thinking: Thinking = None,
+    system: System = None,
+    template: Template = None,
     autoregressive: Annotated[
         bool, typer.Option("--autoregressive", help="MODEL is a causal LM, such as the teacher; no block diffusion")
     ] = False,
@@ -121,11 +134,26 @@ def evaluate(
         check_student_folder("MODEL", model)
     if teacher:
         check_model_folder("--teacher", teacher)
+    from common.chat import asked_with
     from common.student import load_config, load_tokenizer
 
     with model_errors("MODEL", model):
         tokenizer, positions = load_tokenizer(model), load_config(model).max_position_embeddings
-    held_out = read_problems("--problems", DataConfig(prompts=str(problems)), tokenizer, count)
+    data = DataConfig(
+        prompts=problems,
+        split=split,
+        subset=subset,
+        question_field=question_field,
+        answer_field=answer_field,
+        **asked_like_training(model, thinking, system, template),
+    )
+    try:
+        found = read_problems("--problems", data, tokenizer, count)
+    except ConfigError as error:
+        raise ConfigError(with_options_named(str(error))) from error
+    for note in (*found.notes, *(f"{number} problems left out: {reason}" for reason, number in found.dropped.items())):
+        say(f"--problems: {with_options_named(note)}")
+    held_out = found.prompts
     sizes = block_size or ([int(model_json("MODEL", model)["block_size"])] if not autoregressive else [1])
     longest = max(len(problem.ids) for problem in held_out)
     limit = response_limit(
@@ -148,7 +176,8 @@ def evaluate(
             if teacher:
                 rows.append(sweep.teacher_row("--teacher", teacher))
     _show(rows)
-    _write(sweep.report(str(problems), rows), rows, output, plot, f"{model} on {problems.stem}")
+    report = sweep.report(problems, rows) | {"asked": asked_with(data), "left_out": found.dropped}
+    _write(report, rows, output, plot, f"{model} on {Path(problems).stem}")
 
 
 def _check_options(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,15 @@ import typer
 from rich.text import Text
 
 from common.config.errors import ConfigError
-from common.prompts import PromptError, read_records
+from common.config.run import DataConfig
+from common.datasets.errors import PromptError
+from common.datasets.formats import read_lines
+from common.datasets.rows import open_rows
+from common.prompts import Prompt, render
 from deploy.argument_checks import a_path
 from deploy.commands.console import console, say
+from deploy.data_fingerprint import of_prompts
+from deploy.evaluation.asking import Split, Subset, System, Template, Thinking, asked_like_training, with_options_named
 from deploy.evaluation.decoding_options import (
     DEFAULT_THRESHOLD,
     BlockSize,
@@ -25,9 +32,12 @@ from deploy.evaluation.decoding_options import (
     response_limit,
     unmasking_of,
 )
+from deploy.evaluation.response_file import ResponseFile, as_json
 from deploy.named_files import check_output, writing
 
 DEFAULT_MAX_TOKENS = 256
+
+_WRITTEN = ("response", "response_tokens", "denoise_forwards", "commit_forwards", "finish_reason")
 
 
 def register(app: typer.Typer) -> None:
@@ -39,9 +49,13 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="the prompt; or use --file", metavar="PROMPT")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help=".txt with one prompt a line, or .jsonl, .json, .parquet", callback=a_path),
+        typer.Option(
+            help=".txt with one prompt a line, or .jsonl, .json, .csv, .parquet, or a folder of these", callback=a_path
+        ),
     ] = None,
     question_field: Annotated[str, typer.Option(help="field of a record in --file that holds the prompt")] = "question",
+    split: Split = None,
+    subset: Subset = None,
     output: Annotated[
         Path | None,
         typer.Option(help="write a .jsonl: the record of every prompt, its response and its counts", callback=a_path),
@@ -62,9 +76,15 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
     dtype: DtypeName = "float32",
+    thinking: Thinking = None,
+    system: System = None,
+    template: Template = None,
     raw: Annotated[bool, typer.Option("--raw", help="do not apply the chat template")] = False,
 ) -> None:
     """Answer a prompt, or a file of prompts, by block diffusion.
+
+    With --output every response is in the file as soon as it is done; an interrupted command goes on where it stood
+    when it is repeated.
 
     [bold]Examples[/bold]
 
@@ -76,84 +96,137 @@ def generate(
     """
     if (prompt is None) == (file is None):
         raise ConfigError("no prompt or two: give it after MODEL, or a file of prompts with --file")
-    if file and not file.is_file():
-        raise ConfigError(
-            f"--file: {str(file)!r} {'is a folder' if file.is_dir() else 'does not exist'}; give a file of prompts"
-        )
+    if file and not file.exists():
+        raise ConfigError(f"--file: {str(file)!r} does not exist; give a file of prompts, or a folder of them")
     if output:
         check_output("--output", output, ".jsonl")
-    records = read_prompt_file(file, question_field) if file else [{question_field: prompt}]
+    if file and output and output.exists() and output.samefile(file):
+        raise ConfigError(f"--output: {str(output)!r} is the file of the prompts; choose another")
+    source = "--file" if file else "PROMPT"
+    rows = _rows_of(file, question_field, split, subset) if file else [("PROMPT", {question_field: prompt})]
+    records = [as_record(place, record) for place, record in rows]
     from deploy.model_checks import check_student_folder, model_errors
 
     check_student_folder("MODEL", model)
-    from actors.evaluation.generation import generate_texts, load_student, sampler_of, token_ids
+    asked = asked_like_training(model, thinking, system, template)
+    if template is None or raw:
+        asked.pop("templates", None)  # a prompt is asked as it is given
+    if raw:
+        asked.pop("system", None)
+    data = DataConfig(prompts=str(file or "PROMPT"), question_field=question_field, **asked)
+    from actors.evaluation.generation import generate_texts, load_student, sampler_of
     from actors.sampler.sampling import Decoding
+    from common.student import load_config, load_tokenizer
     from deploy.commands.unmasking_view import unmasking_view
 
     with model_errors("MODEL", model):
-        student, tokenizer = load_student(model, dtype)
-    sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(records)), seed=seed)
-    questions = [str(record[question_field]) for record in records]
-    prompts = [token_ids(tokenizer, question, chat=not raw) for question in questions]
+        tokenizer, model_config = load_tokenizer(model), load_config(model)
+    try:
+        prompts = render(rows, data, tokenizer, raw=raw)
+    except PromptError as error:
+        raise ConfigError(f"{source}: {with_options_named(str(error))}") from error
+    block_size = block_size or int(model_config.block_size)
     limit = response_limit(
         max_new_tokens,
         DEFAULT_MAX_TOKENS,
-        longest=max(map(len, prompts)),
-        positions=student.config.max_position_embeddings,
-        block_size=sampler.block_size,
+        longest=max(len(p.ids) for p in prompts),
+        positions=model_config.max_position_embeddings,
+        block_size=block_size,
     )
+    with model_errors("MODEL", model):
+        student, tokenizer = load_student(model, dtype)
+    sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(prompts)), seed=seed)
     decoding = Decoding(unmasking_of(rule, threshold), temperature)
-    results = generate_texts(sampler, tokenizer, prompts, decoding, max_new_tokens=limit)
+    settings = {
+        "model": str(Path(model).resolve()),
+        "prompts": of_prompts(prompts),
+        "rule": decoding.unmasking.model_dump(),
+        "block_size": block_size,
+        "max_new_tokens": limit,
+        "temperature": temperature,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    with ResponseFile(output, settings, records) if output else nullcontext() as responses:
+        if responses and responses.done:
+            say(f"{len(responses.done)} of {len(prompts)} responses are in {output} already")
+        left = [p for p in prompts if not responses or p.ordinal not in responses.done]
+        results = generate_texts(sampler, tokenizer, left, decoding, max_new_tokens=limit)
+        if responses:
+            results = _written(results, responses)
+        for answered, text, trajectory in _in_order(results, left):
+            if output and not show_steps:
+                continue
+            if len(prompts) > 1:
+                console.print(Text(answered.question, style="dim"))
+            if show_steps:
+                console.print(unmasking_view(trajectory, tokenizer, sampler.block_size, console))
+            else:
+                print(text)
+            tokens, cut, steps = len(trajectory.response_ids), len(trajectory.tail_ids), trajectory.denoise_forwards
+            written = f"{tokens} tokens" + (f" and {cut} that were cut" if cut else "")
+            console.print(Text(f"{written} in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
     if output:
-        lines = [record | answer_record(text, done) for record, (text, done) in zip(records, results, strict=True)]
-        with writing("--output", output):
-            output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        say(f"wrote {len(lines)} responses to {output}")
-    for question, (text, trajectory) in zip(questions, results, strict=True):
-        if output and not show_steps:
-            break
-        if len(questions) > 1:
-            console.print(Text(question, style="dim"))
-        if show_steps:
-            console.print(unmasking_view(trajectory, tokenizer, sampler.block_size, console))
-        else:
-            print(text)
-        tokens, cut, steps = len(trajectory.response_ids), len(trajectory.tail_ids), trajectory.denoise_forwards
-        written = f"{tokens} tokens" + (f" and {cut} that were cut" if cut else "")
-        console.print(Text(f"{written} in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
+        say(f"wrote {len(prompts)} responses to {output}")
 
 
-def read_prompt_file(file: Path, question_field: str) -> list[dict[str, Any]]:
-    """One record per prompt; a .txt file has one prompt a line.
+def _written(results: Iterator[Any], responses: ResponseFile) -> Iterator[Any]:
+    """Each result, once it is in the file."""
+    for prompt, text, trajectory in results:
+        with writing("--output", responses.path):
+            responses.write(prompt.ordinal, answer_record(text, trajectory))
+        yield prompt, text, trajectory
+
+
+def _in_order(results: Iterator[Any], prompts: list[Prompt]) -> Iterator[Any]:
+    """Results in the order of their prompts, each as soon as those before it have come."""
+    waiting: dict[int, Any] = {}
+    order = iter([p.ordinal for p in prompts])
+    following = next(order, None)
+    for result in results:
+        waiting[result[0].ordinal] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following = next(order, None)
+
+
+def _rows_of(
+    file: Path, question_field: str, split: str | None, subset: str | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """(place, record) of every prompt; a .txt file has one prompt a line.
 
     Raises:
-        ConfigError: the file holds no prompt, a record lacks the field, or already has a response.
+        ConfigError: the file cannot be read or holds no prompt.
     """
-    if file.suffix == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"--file: {str(file)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8"
-            ) from error
-        records = [{question_field: line.strip()} for line in lines if line.strip()]
-        if not records:
-            raise ConfigError(f"--file: no prompt in {str(file)!r}; write one prompt a line")
-        return records
-    records = []
     try:
-        for place, record in read_records(file):
-            if not isinstance(record.get(question_field), str):
-                raise ConfigError(
-                    f"--file: {place}: no text in field {question_field!r}; the record has {sorted(record)}. "
-                    "Name the field that holds the prompt with --question-field"
-                )
-            if "response" in record:
-                raise ConfigError(f"--file: {place}: the record has a field 'response' already; rename it")
-            records.append(record)
+        if file.suffix.lower() == ".txt":
+            rows: list[tuple[str, dict[str, Any]]] = [
+                (f"{file}, line {number}", {question_field: line}) for number, line in read_lines(file)
+            ]
+        else:
+            source = open_rows(str(file), split, subset)
+            rows = list(source)
+            for note in source.notes:
+                say(note)
     except PromptError as error:
         raise ConfigError(f"--file: {error}") from error
-    return records
+    if not rows:
+        raise ConfigError(f"--file: no prompt in {str(file)!r}; write one prompt a line")
+    return rows
+
+
+def as_record(place: str, record: dict[str, Any]) -> str:
+    """The record as it will be written, made before anything is decoded, so that no response is lost to it.
+
+    Raises:
+        ConfigError: it has a field that the response needs, or is nested too deep.
+    """
+    if taken := [name for name in _WRITTEN if name in record]:
+        raise ConfigError(f"--file: {place}: the record has a field {taken[0]!r} already; rename it")
+    try:
+        return as_json(record)
+    except RecursionError as error:
+        raise ConfigError(f"--file: {place}: nested too deep to be written; remove the field that is") from error
 
 
 def answer_record(text: str, trajectory: Any) -> dict[str, Any]:

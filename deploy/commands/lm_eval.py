@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import typer
 
 from common.config.errors import ConfigError
+from deploy.evaluation.asking import Thinking
 
 
 def register(app: typer.Typer) -> None:
@@ -17,8 +18,8 @@ def register(app: typer.Typer) -> None:
     )(lm_eval)
 
 
-def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with the model `opdlm`; all options are those of lm_eval.
+def lm_eval(context: typer.Context, thinking: Thinking = None) -> None:
+    """Run lm-evaluation-harness with the model `opdlm`; all options but --thinking are those of lm_eval.
 
     [bold]Example[/bold]
 
@@ -28,4 +29,4 @@ def lm_eval(context: typer.Context) -> None:
         raise ConfigError("lm_eval: lm-evaluation-harness is not installed; install opdlm[eval]")
     from deploy.evaluation import lm_eval_model as harness
 
-    harness.main(context.args)
+    harness.main(context.args, thinking)

@@ -27,9 +27,11 @@ from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
+from common.chat import template_options
 from common.config.errors import ConfigError
 from common.config.paths import expanded
 from common.grid import grid_floor
+from deploy.evaluation.asking import asked_like_training
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.model_checks import check_student_folder, model_errors
 
@@ -51,6 +53,8 @@ class BlockDiffusionLM(TemplateLM):
             given) is used where it is above 1.
         token_budget: tokens of one forward in likelihood tasks, clean and noised.
         dtype, device: of the model; default: float32, CUDA where there is one.
+        enable_thinking: passed to the chat template; default: as the student was trained. The command line's
+            `--thinking` and `--no-thinking` set it.
         seed: of sampled decoding (`do_sample` tasks) and of the sampled bound.
     """
 
@@ -69,6 +73,7 @@ class BlockDiffusionLM(TemplateLM):
         token_budget: int = 8192,
         dtype: str = "float32",
         device: str | None = None,
+        enable_thinking: bool | None = None,
         seed: int = 0,
         **unused: Any,
     ) -> None:
@@ -89,6 +94,7 @@ class BlockDiffusionLM(TemplateLM):
         slots = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else slots
         self.sampler = sampler_of(self.model, self.tokenizer, block_size=self.block_size, slots=slots, seed=seed)
         self.unmasking = unmasking_of(rule, threshold)
+        self.enable_thinking = bool(asked_like_training(pretrained, enable_thinking).get("enable_thinking"))
         self.estimate = Estimate(likelihood, mc_samples, seed)
         self.max_length = int(max_length or self.model.config.max_position_embeddings)
         self.max_gen_toks = max_gen_toks
@@ -129,7 +135,7 @@ class BlockDiffusionLM(TemplateLM):
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
-                enable_thinking=False,
+                **template_options(self.enable_thinking),
             )
         )
 
@@ -238,9 +244,11 @@ def _check(unknown: dict[str, Any], **choices: tuple[str, Any]) -> None:
             raise ConfigError(f"--model_args: {name}={value!r} is unknown; choose {', '.join(map(str, allowed))}")
 
 
-def main(arguments: list[str]) -> None:
-    """lm_eval's own command line, with the model `opdlm` known to it."""
+def main(arguments: list[str], thinking: bool | None = None) -> None:
+    """lm_eval's own command line, with the model `opdlm` known to it; `thinking` is one more of its arguments."""
     from lm_eval.__main__ import cli_evaluate
 
+    if thinking is not None:
+        arguments = [*arguments, "--model_args", f"enable_thinking={thinking}"]
     sys.argv = ["lm_eval", *arguments]
     cli_evaluate()

@@ -24,21 +24,6 @@ from tests.models import tiny_qwen3
 HELDOUT = str(REPOSITORY / "deploy/data/word_problems_heldout.jsonl")
 
 
-@pytest.fixture
-def opdlm(monkeypatch, capsys):
-    """Runs a command in this process; returns status, standard output, standard error."""
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["opdlm", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
-
-
 COMMANDS = [info.name or info.callback.__name__ for info in cli.app.registered_commands]
 
 
@@ -270,8 +255,11 @@ def test_generate_reads_and_writes_records_and_shows_steps(opdlm, tmp_path):
     assert out.count("░") >= 8  # one token a step: most positions wait
     assert "\x1b" not in out
 
-    for field, said in (("missing", "no text in field 'missing'"), ("question", "'response' already")):
-        status, _, err = opdlm("generate", student, "--file", answers, "--question-field", field)
+    for file, field, said in (
+        (prompts, "missing", "no text in field 'missing'"),
+        (answers, "question", "'response' already"),
+    ):
+        status, _, err = opdlm("generate", student, "--file", file, "--question-field", field)
         assert (status, said in err) == (2, True)
 
 

@@ -5,10 +5,11 @@ floor its rooms have an order too, `ROOMS`: a module imports its own room and th
 door. All imports count: those inside functions and under TYPE_CHECKING as well, for they tie two files together just
 the same.
 
-In `common`, the config knows nothing of the rest. In `actors`, kernels know nothing of the sampler but its cache, the
-sampler and the teacher do not know each other, and the rollout actor uses all. In `deploy`, what watches a run
-(monitoring, and the page that reads what monitoring writes) is below the loop; evaluation, ablations and the demo are
-above it, as they use its checks or run it; then the commands; the command line registers these.
+In `common`, the config knows nothing of the rest, and the readers of data sets nothing of prompts. In `actors`,
+kernels know nothing of the sampler but its cache, the sampler and the teacher do not know each other, and the rollout
+actor uses all. In `deploy`, what watches a run (monitoring, and the page that reads what monitoring writes) is below
+the loop; evaluation, ablations and the demo are above it, as they use its checks or run it; then the commands; the
+command line registers these.
 """
 
 import ast
@@ -23,7 +24,7 @@ from common.config.file import REPOSITORY
 
 FLOORS = (("common",), ("actors", "learner"), ("deploy",))
 ROOMS = {
-    "common": (("common.config",), ("common", "common.weights")),
+    "common": (("common.config",), ("common.datasets",), ("common", "common.weights")),
     "actors": (
         ("actors.sampler.cache",),
         ("actors.sampler.kernels",),

@@ -116,9 +116,13 @@ def test_broken_prompt_files_are_named_by_their_field(tmp_path, field):
 def test_problems_without_answers(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "a", "answer": "1"}\n{"question": "b"}\n')
+    prepared = preflight.prepare(config(tmp_path, "--evaluation.problems", str(file)))
+    assert [p.question for p in prepared.problems] == ["a"]
+    assert "1 problems dropped: no answer (missing, empty, null or NaN)" in prepared.prompts.notes
+    file.write_text('{"question": "b", "answer": null}\n')
     said = refused(config(tmp_path, "--evaluation.problems", str(file)))
-    assert "1 of 2 problems" in said
-    assert "the first is 'b'" in said
+    assert said.startswith(f"evaluation.problems: '{file}': none of 1 rows can be used (1 no answer")
+    assert "set data.answer_field ('answer') to the field that holds them" in said
 
 
 def test_prompts_and_responses_longer_than_the_model(tmp_path):

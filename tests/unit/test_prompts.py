@@ -1,60 +1,39 @@
-"""Prompt files in every form, the run's order, and what is said of broken ones."""
+"""Prompts in the run's order, what is left out and said of them, and what identifies them."""
 
 import json
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
+from common.config.file import load_config, preset_names
 from common.config.run import DataConfig
-from common.prompts import PromptError, load_prompts, prompt_ids, read_records
+from common.datasets.errors import PromptError
+from common.prompts import load_problems, load_prompts
 from deploy.demo.tiny_arlm import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 ROWS = [{"question": f"What is {i} + 1?", "answer": i + 1, "domain": "math", "tests": ["x"]} for i in range(6)]
 
 
-class WordTokenizer:
-    """One id per word: fast, and answers like a tokenizer with a chat template."""
-
-    def apply_chat_template(self, messages, **_):
-        return {"input_ids": [hash(word) % 1000 for word in messages[0]["content"].split()]}
-
-
 def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        parquet.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    else:
-        path.write_text(json.dumps(rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def load(path, seed=0, tokenizer=TOKENIZER, **data):
-    return load_prompts(DataConfig(prompts=str(path), **data), tokenizer, seed)
+def load(path, seed=0, **data):
+    return load_prompts(DataConfig(prompts=str(path), **data), TOKENIZER, seed)
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
-def test_every_form_gives_the_same_prompts(tmp_path, name):
-    found = load(write(tmp_path / name, ROWS), seed=None).prompts
-    assert [p.question for p in found] == [row["question"] for row in ROWS]
-    assert [p.answer for p in found] == [str(row["answer"]) for row in ROWS]
-    assert {p.domain for p in found} == {"math"}
-    assert [p.ordinal for p in found] == list(range(6))
-    assert all(p.ids.dtype == np.int32 for p in found)
-
-
-def test_a_folder_is_read_in_sorted_order_with_the_folders_in_it(tmp_path):
-    write(tmp_path / "b.jsonl", ROWS[2:4])
-    write(tmp_path / "a" / "z.parquet", ROWS[:2])
-    write(tmp_path / "c.json", ROWS[4:])
-    (tmp_path / "README.md").write_text("not prompts")
-    assert [record["question"] for _, record in read_records(tmp_path)] == [row["question"] for row in ROWS]
+def test_a_row_becomes_a_prompt(tmp_path):
+    found = load(write(tmp_path / "p.jsonl", ROWS), seed=None)
+    assert [p.question for p in found.prompts] == [row["question"] for row in ROWS]
+    assert [p.answer for p in found.prompts] == [str(row["answer"]) for row in ROWS]
+    assert {p.domain for p in found.prompts} == {"math"}
+    assert [p.ordinal for p in found.prompts] == list(range(6))
+    assert all(p.ids.dtype == np.int32 for p in found.prompts)
+    assert (found.read, found.dropped, found.notes) == (6, {}, ())
 
 
 def test_the_releases_form_needs_no_domain_or_answer(tmp_path):
@@ -63,29 +42,21 @@ def test_the_releases_form_needs_no_domain_or_answer(tmp_path):
         {"question": "b", "domain": "code", "test_cases": {"x": [1]}},
         {"question": "c", "domain": None},
     ]
-    found = load(write(tmp_path / "opdlm_train.json", rows), seed=None).prompts
+    (tmp_path / "opdlm_train.json").write_text(json.dumps(rows))
+    found = load(tmp_path / "opdlm_train.json", seed=None).prompts
     assert [(p.domain, p.answer) for p in found] == [("", None), ("code", None), ("", None)]
 
 
-def test_ids_are_the_chat_template_with_the_generation_prompt():
-    text = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
-    assert TOKENIZER.decode(prompt_ids(TOKENIZER, "What?")) == text
-
-
-def test_enable_thinking_reaches_the_template():
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template += "{% if enable_thinking %}T{% endif %}"
-    on, off = (tokenizer.decode(prompt_ids(tokenizer, "q", enable_thinking=value)) for value in (True, False))
-    assert on == off + "T"
-
-
 def test_long_prompts_are_dropped_and_counted(tmp_path):
-    rows = [{"question": "short one"}, {"question": "w " * 50}, {"question": "x " * 51}]
-    found = load(write(tmp_path / "p.json", rows), tokenizer=WordTokenizer(), max_prompt_tokens=50)
-    assert sorted(len(p.ids) for p in found.prompts) == [2, 50]
-    assert found.dropped == {"longer than 50 tokens": 1}
-    with pytest.raises(PromptError, match=r"all 3 prompts are longer than data\.max_prompt_tokens \(1\); raise it"):
-        load(tmp_path / "p.json", tokenizer=WordTokenizer(), max_prompt_tokens=1)
+    around = len(load(write(tmp_path / "p.jsonl", [{"question": "w"}])).prompts[0].ids) - 1
+    rows = [{"question": "short one"}, {"question": "w" * 50}, {"question": "x" * 51}]
+    found = load(write(tmp_path / "p.jsonl", rows), max_prompt_tokens=around + 50)
+    assert sorted(len(p.ids) - around for p in found.prompts) == [9, 50]
+    assert (found.read, found.dropped) == (3, {f"longer than {around + 50} tokens": 1})
+    with pytest.raises(
+        PromptError, match=r"none of 3 rows can be used \(3 longer than 1 tokens\); raise data\.max_prom"
+    ):
+        load(tmp_path / "p.jsonl", max_prompt_tokens=1)
 
 
 @given(
@@ -96,64 +67,107 @@ def test_long_prompts_are_dropped_and_counted(tmp_path):
 )
 def test_every_epoch_is_an_order_of_the_same_prompts(tmp_path_factory, count, epochs, limit, seed):
     path = write(tmp_path_factory.mktemp("p") / "p.jsonl", [{"question": str(i)} for i in range(count)])
-    found = load(path, seed=seed, tokenizer=WordTokenizer(), epochs=epochs, limit=limit).prompts
+    found = load(path, seed=seed, epochs=epochs, limit=limit).prompts
     size = min(count, limit or count)
     assert [p.ordinal for p in found] == list(range(size * epochs))
     by_epoch = [[p.question for p in found[e * size : (e + 1) * size]] for e in range(epochs)]
     assert all(len(set(questions)) == size for questions in by_epoch)
     assert all(set(questions) == set(by_epoch[0]) for questions in by_epoch)
-    again = load(path, seed=seed, tokenizer=WordTokenizer(), epochs=epochs, limit=limit).prompts
+    again = load(path, seed=seed, epochs=epochs, limit=limit).prompts
     assert [p.question for p in again] == [p.question for p in found]
 
 
 def test_order_depends_on_seed_and_epoch(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"question": str(i)} for i in range(50)])
-    first = [p.question for p in load(path, seed=0, tokenizer=WordTokenizer(), epochs=2).prompts]
-    other = [p.question for p in load(path, seed=1, tokenizer=WordTokenizer()).prompts]
+    first = [p.question for p in load(path, seed=0, epochs=2).prompts]
+    other = [p.question for p in load(path, seed=1).prompts]
     assert first[:50] != first[50:]
     assert first[:50] != other
 
 
-def test_text_may_hold_any_character(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('\ufeff{"question": "line\u2028separator \u00e9"}\r\n{"question": "b"}\r\n', encoding="utf-8")
-    assert [record["question"] for _, record in read_records(path)] == ["line\u2028separator \u00e9", "b"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("p.jsonl", b'{"question": "a"}\n{"question": \n', "p.jsonl, line 2: not valid JSON"),
-        ("p.jsonl", b'{"question": "a"}\n\n["a"]\n', "p.jsonl, line 3: expected an object with fields, found list"),
-        ("pipeline.json", b'[\n{"question": "a"},\n{"question" "b"}\n]', "pipeline.json, line 3: not valid JSON"),
-        ("p.json", b'{"question": "a"}\n{"question": "b"}\n', "one object a line belongs in a .jsonl file"),
-        ("p.json", b'{"question": "a"}', "expected a JSON list of objects, found dict"),
-        ("p.json", b'[{"question": "a"}, 3]', "p.json, entry 2: expected an object with fields, found int"),
-        ("p.json", b"[]", "p.json' is empty"),
-        ("p.jsonl", b"\n\n", "p.jsonl' is empty"),
-        ("p.json", b"", "p.json' is empty"),
-        ("p.jsonl", b'{"question": "\xff"}', "p.jsonl: not UTF-8 text (byte 14)"),
-        ("p.parquet", b"PAR0", "p.parquet: not valid Parquet"),
-        ("p.txt", b"a", "p.txt' is none of .json, .jsonl, .parquet"),
-        ("p.jsonl", b'{"prompt": "a", "id": 1}', "no text in field 'question'; the record has ['id', 'prompt']"),
-        ("p.jsonl", b'{"question": "  "}', "p.jsonl, line 1: no text in field 'question'"),
-    ],
-)
-def test_a_broken_file_is_named_with_its_place(tmp_path, name, content, said):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(PromptError) as error:
-        load(tmp_path / name)
-    assert said in str(error.value)
-
-
-def test_missing_file_and_folder_without_prompts(tmp_path):
-    with pytest.raises(PromptError, match=r"nope\.jsonl' does not exist; give a JSON"):
-        load(tmp_path / "nope.jsonl")
-    with pytest.raises(PromptError, match=r"holds no \.json, \.jsonl, \.parquet file"):
-        load(tmp_path)
-
-
 def test_other_field_names(tmp_path):
-    path = write(tmp_path / "p.json", [{"prompt": "a", "solution": "1", "topic": "math"}])
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "solution": "1", "topic": "math"}])
     found = load(path, question_field="prompt", answer_field="solution", domain_field="topic").prompts[0]
     assert (found.question, found.answer, found.domain) == ("a", "1", "math")
+
+
+def test_templates_and_the_system_turn_are_around_the_question(tmp_path):
+    rows = [{"question": "What is {x}?", "domain": "math"}, {"question": "Hi", "domain": "chat"}]
+    templates = {"math": "{question}\nPut it in \\boxed{}.", "default": "Say: {question}"}
+    found = load(write(tmp_path / "p.jsonl", rows), seed=None, templates=templates, system="Be brief.").prompts
+    assert [p.question for p in found] == ["What is {x}?", "Hi"]
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert [TOKENIZER.decode(p.ids) for p in found] == [
+        f"{system}What is {{x}}?\nPut it in \\boxed{{}}.<|im_end|>\n<|im_start|>assistant\n",
+        f"{system}Say: Hi<|im_end|>\n<|im_start|>assistant\n",
+    ]
+
+
+MATH = "<|im_start|>user\nQ?\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+SCIENCE = (
+    "<|im_start|>user\nQ?\nPlease show your choice in the answer field with only the choice letter, e.g., "
+    '"answer": "C".<|im_end|>\n'
+)
+BARE = "<|im_start|>user\nQ?<|im_end|>\n"
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name != "tiny"])
+def test_the_presets_ask_as_was_published(tmp_path, preset):
+    of_math_only = "math" in preset  # whose file names no domain
+    data = load_config(preset).data
+    write(tmp_path / "p.jsonl", [{"question": "Q?", "domain": d} for d in ("math", "science", "code", "chat", "")])
+    data = data.model_copy(update={"prompts": str(tmp_path / "p.jsonl"), "epochs": 1})
+    texts = [TOKENIZER.decode(p.ids) for p in load_prompts(data, TOKENIZER, None).prompts]
+    expected = [MATH] * 5 if of_math_only else [MATH, SCIENCE, BARE, BARE, BARE]
+    assert texts == [text + "<|im_start|>assistant\n" for text in expected]
+
+
+def test_what_was_read_how_is_said(tmp_path):
+    user, full = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b."}
+    rows = [
+        {"question": "q"},
+        {"messages": [user, full]},
+        {"messages": [user, {"role": "assistant", "content": "```"}]},
+        {"messages": [full]},
+        {"instruction": "i", "input": "j"},
+    ]
+    found = load(write(tmp_path / "p.jsonl", rows))
+    assert found.dropped == {"no user turn": 1}
+    assert found.notes == (
+        "2 of 4 rows are read from the field 'messages'",
+        "1 of 4 rows are read from the field 'instruction'",
+        "1 of 4 rows end with the start of the assistant's turn, which the response goes on with "
+        "(data.assistant_turn: auto)",
+        "1 of 4 rows end with a response of the assistant, which is left out of the prompt (data.assistant_turn: auto)",
+    )
+
+
+def test_exact_copies_are_counted_and_dropped_on_demand(tmp_path):
+    rows = [{"question": q} for q in ("a", "b", "a", "a")]
+    found = load(write(tmp_path / "p.jsonl", rows))
+    assert len(found.prompts) == 4
+    assert found.notes == ("2 of 4 prompts are exact copies of earlier ones; data.drop_duplicates drops them",)
+    found = load(tmp_path / "p.jsonl", seed=None, drop_duplicates=True)
+    assert [p.question for p in found.prompts] == ["a", "b"]
+    assert (found.read, found.dropped, found.notes) == (4, {"exact copy of an earlier prompt": 2}, ())
+
+
+def test_problems_without_an_answer_are_left_out_and_counted(tmp_path):
+    answers = [float("nan"), "", None, "003", ["3", "4"], {"value": 3}, " NaN ", []]
+    rows = [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(answers)] + [{"question": "q8"}]
+    data = DataConfig(prompts=str(write(tmp_path / "p.jsonl", rows)))
+    found = load_problems(data, TOKENIZER, 10)
+    assert [(p.question, p.answer) for p in found.prompts] == [("q3", "003"), ("q4", '["3", "4"]'), ("q5", "3")]
+    assert found.dropped == {"no answer (missing, empty, null or NaN)": 6}
+    assert [p.question for p in load_problems(data, TOKENIZER, 2).prompts] == ["q3", "q4"]
+    write(tmp_path / "p.jsonl", rows[:3])
+    with pytest.raises(
+        PromptError, match=r"none of 3 rows can be used \(3 no answer .*set data\.answer_field \('answer'\)"
+    ):
+        load_problems(data, TOKENIZER, 10)
+
+
+def test_text_that_no_file_can_hold_is_replaced_beside_the_question(tmp_path):
+    rows = [{"question": "q", "domain": "\ud83d", "answer": "\udc00 3"}]
+    prompt = load(write(tmp_path / "p.jsonl", rows)).prompts[0]
+    assert (prompt.domain, prompt.answer) == ("?", "? 3")
