@@ -28,7 +28,7 @@ from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import convert, load_converted, tokenizer_fingerprint
+from common.student import load_converted, student_of, tokenizer_fingerprint
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
 from common.weights.broadcast import BroadcastTransport, connect
 from common.weights.object_store import ObjectStoreTransport
@@ -53,8 +53,8 @@ class RolloutActor:
         torch.set_num_threads(config.rollout.resources.threads)
         self.config = config
         self.index = index
-        student = convert(config.model.path, config.block_size, config.model.mask_token)
-        self.tokenizer = student.tokenizer
+        student = student_of(config)
+        self.tokenizer, self.end_tokens = student.tokenizer, student.end_tokens
         device = device_for("rollout", config.rollout.resources)
         # decoding attends over a cache with a dense mask, whatever the learner's attention is
         model = load_converted(config.model.path, student, getattr(torch, config.rollout.dtype), "sdpa").to(device)
@@ -68,7 +68,7 @@ class RolloutActor:
             model,
             block_size=config.block_size,
             mask_token_id=student.config.mask_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.end_tokens,
             slots=config.rollout.slots,
             seed=config.seed,
             max_batched_tokens=config.rollout.max_batched_tokens,
@@ -144,7 +144,7 @@ class RolloutActor:
             for sample in range(rollout.samples_per_prompt)
         ]
         offline = (
-            offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id, self.tokenizer.eos_token_id)
+            offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id, self.end_tokens)
             for p in prompts
             for sample in range(len(p.responses))
         )
@@ -152,7 +152,7 @@ class RolloutActor:
         pending: list[Trajectory] = []
         for trajectory in chain(offline, self.sampler.generate(requests, decoding)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
-            select_states(trajectory, self.config.objective, block_size, self.tokenizer.eos_token_id, rng)
+            select_states(trajectory, self.config.objective, block_size, self.end_tokens, rng)
             pending.append(trajectory)
             self.tokens += len(trajectory.response_ids)
             if len(pending) >= rollout.stream_rows:

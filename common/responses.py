@@ -7,6 +7,7 @@ rollouts: states, teacher, Arrow, learner. A response has no realised rounds, so
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,12 @@ from common.grid import grid_ceil
 from common.prompts import Prompt
 from common.seeds import source_rng
 from common.student import tokenizer_fingerprint
-from common.trajectory import NO_ROUND, OFFLINE, Trajectory, finish_reason, until_end
+from common.trajectory import NO_ROUND, OFFLINE, EndTokens, Trajectory, finish_reason, until_end
 
 
-def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
+def load_responses(
+    data: DataConfig, tokenizer: Any, prompts: list[Prompt], end_tokens: Sequence[int]
+) -> dict[str, list[np.ndarray]]:
     """The ids of the responses in `data.responses`, int32, by question; responses to other questions are ignored.
 
     A record has the question and the response as text. The end token is appended unless the record's `finish_reason`
@@ -45,7 +48,7 @@ def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> d
             continue
         if question not in wanted:
             continue
-        ids = _ids(place, record, data.response_field, tokenizer, fingerprint)
+        ids = _ids(place, record, data.response_field, tokenizer, fingerprint, end_tokens)
         by_question.setdefault(question, []).append(ids)
     without = [p.question for p in prompts if p.question not in by_question]
     if without:
@@ -57,8 +60,9 @@ def load_responses(data: DataConfig, tokenizer: Any, prompts: list[Prompt]) -> d
     return by_question
 
 
-def _ids(place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerprint: str) -> np.ndarray:
-    eos = tokenizer.eos_token_id
+def _ids(
+    place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerprint: str, end_tokens: Sequence[int]
+) -> np.ndarray:
     if record.get("response_ids") is not None and record.get("tokenizer_fingerprint") == fingerprint:
         ids = np.asarray(record["response_ids"], dtype=np.int32)
     else:
@@ -71,8 +75,8 @@ def _ids(place: str, record: dict[str, Any], field: str, tokenizer: Any, fingerp
         check_text(place, text)
         ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         if record.get("finish_reason") != "length":
-            ids = np.append(ids, np.int32(eos))
-    ids = until_end(ids, eos)
+            ids = np.append(ids, np.int32(end_tokens[0]))
+    ids = until_end(ids, end_tokens)
     if not len(ids) or tokenizer.mask_token_id in ids:
         wrong = f"holds the mask token {tokenizer.mask_token!r}" if len(ids) else "is empty"
         raise PromptError(f"{place}: the response {wrong}; correct or remove it")
@@ -113,7 +117,7 @@ def with_responses(
 
 
 def offline_trajectory(
-    prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int, eos_token_id: int
+    prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int, eos_token_id: EndTokens
 ) -> Trajectory:
     """An offline response as a trajectory: at most `max_new_tokens` of it, its last block filled with mask tokens.
 

@@ -19,7 +19,7 @@ from common.config.objective import (
     RandomState,
     StateSelection,
 )
-from common.trajectory import Trajectory
+from common.trajectory import EndTokens, Trajectory
 
 _LEAST_RATIO = 1e-3  # bounds the weight 1/t
 _VISITED: dict[str, StateSelection] = {
@@ -35,12 +35,12 @@ def response_blocks(trajectory: Trajectory, block_size: int) -> np.ndarray:
     return (len(trajectory.prompt_ids) + np.arange(length)) // block_size
 
 
-def trainable_offsets(trajectory: Trajectory, eos_token_id: int, exclude_eos: bool) -> np.ndarray:
+def trainable_offsets(trajectory: Trajectory, eos_token_id: EndTokens, exclude_eos: bool) -> np.ndarray:
     """bool [response + tail]: positions that may be trained. The tail never is, the end token by choice."""
     trainable = np.zeros(len(trajectory.response_ids) + len(trajectory.tail_ids), dtype=bool)
     trainable[: len(trajectory.response_ids)] = True
     if exclude_eos:
-        trainable[: len(trajectory.response_ids)] &= trajectory.response_ids != eos_token_id
+        trainable[: len(trajectory.response_ids)] &= ~np.isin(trajectory.response_ids, eos_token_id)
     return trainable
 
 
@@ -48,7 +48,7 @@ def select_states(
     trajectory: Trajectory,
     objective: ObjectiveConfig,
     block_size: int,
-    eos_token_id: int,
+    eos_token_id: EndTokens,
     rng: np.random.Generator,
 ) -> None:
     """Choose the trained states of one trajectory and write them into it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.config.run import RunConfig
+from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
 from common.mask_token import set_mask_token
 from common.model_files import ModelError, check_complete, check_plain, head_of, stored_tensors
 
@@ -138,30 +140,76 @@ def default_attention() -> str:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What makes a student of an ARLM: its config, with `mask_token_id` and `block_size`, its tokenizer with the mask
-    token, and what somebody should know about them."""
+    """What makes a student of an ARLM: its config with `mask_token_id`, `block_size` and `end_token_ids`, its tokenizer
+    with the mask token, and what somebody should know about them."""
 
     config: Any
     tokenizer: PreTrainedTokenizerBase
     notes: tuple[str, ...] = ()
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The one that ends a turn first."""
+        return tuple(self.config.end_token_ids)
 
-def convert(path: str, block_size: int, mask_token: str) -> Conversion:
-    """The student that starts from the ARLM at `path`; `mask_token` as common/mask_token.py says.
+
+def convert(
+    path: str,
+    block_size: int,
+    mask_token: str = "auto",
+    *,
+    end_tokens: Sequence[str] | None = None,
+    teacher_path: str | None = None,
+) -> Conversion:
+    """The student that starts from the ARLM at `path`.
+
+    Args:
+        mask_token: as common/mask_token.py says.
+        end_tokens: in place of those that the model's files name (common/end_tokens.py).
+        teacher_path: another model that the student learns from; what ends its responses ends the student's.
 
     Raises:
-        ModelError: the model cannot be a student, or it has no room for a mask token.
+        ModelError: the model cannot be a student, or it has no room for a mask token, or no end token.
     """
     config = load_config(path)
     check_family(config)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, config.vocab_size)
-    kept = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id} - {None}
+    check_chat_template(tokenizer)
+    ends = list(end_tokens_of(path, config, tokenizer, end_tokens))
+    if teacher_path and not end_tokens:
+        teacher = load_tokenizer(teacher_path)
+        ends += known_end_tokens(teacher, load_generation_config(teacher_path, load_config(teacher_path)))
+    kept = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}
     mask = set_mask_token(tokenizer, mask_token, config.vocab_size, kept)
     config.vocab_size = mask.rows
     config.mask_token_id = mask.id
     config.block_size = block_size
+    config.end_token_ids = list(dict.fromkeys(ends))
     return Conversion(config, tokenizer, (mask.note,) if mask.note else ())
+
+
+def student_of(config: RunConfig) -> Conversion:
+    """The student of a run."""
+    teacher_path = config.teacher_path if config.teacher_path != config.model.path else None
+    model = config.model
+    return convert(
+        model.path, config.block_size, model.mask_token, end_tokens=model.end_tokens, teacher_path=teacher_path
+    )
+
+
+def end_tokens_of(
+    path: str, config: Any, tokenizer: PreTrainedTokenizerBase, named: Sequence[str] | None = None
+) -> tuple[int, ...]:
+    """Those that are named, else those that a student's config records, else what `end_token_ids` finds.
+
+    Raises:
+        ModelError: see `end_token_ids`.
+    """
+    recorded = getattr(config, "end_token_ids", None)
+    if recorded and not named:
+        return tuple(recorded)
+    return end_token_ids(tokenizer, load_generation_config(path, config), named)
 
 
 Gathered = Callable[[nn.Parameter], AbstractContextManager[Any]]  # makes a partitioned parameter whole
@@ -194,25 +242,31 @@ def add_rows(model: PreTrainedModel, rows: int, gathered: Gathered = nullcontext
     embedding.num_embeddings = head.out_features = model.config.vocab_size = rows
 
 
-def checked_conversion(path: str, block_size: int, mask_token: str) -> Conversion:
-    """As `convert`, after all that can be checked without loading the weights.
+def checked(path: str, conversion: Conversion) -> Conversion:
+    """The conversion of the ARLM at `path`, after all that can be checked without loading the weights.
 
     Raises:
-        ModelError: the model cannot be a student, cannot be loaded, or could not be saved again.
+        ModelError: the model cannot be loaded, or could not be saved again.
     """
-    conversion = convert(path, block_size, mask_token)
     check_weights(path)
     notes = check_saving(path, conversion)
     return replace(conversion, notes=(*conversion.notes, *notes))
 
 
-def convert_folder(path: str, out: Path, block_size: int, mask_token: str, dtype: torch.dtype) -> Conversion:
+def convert_folder(
+    path: str,
+    out: Path,
+    block_size: int,
+    mask_token: str,
+    dtype: torch.dtype,
+    end_tokens: Sequence[str] | None = None,
+) -> Conversion:
     """Write the converted, untrained student as a complete Hugging Face folder, or nothing.
 
     Raises:
         ModelError: the model cannot be a student.
     """
-    conversion = checked_conversion(path, block_size, mask_token)
+    conversion = checked(path, convert(path, block_size, mask_token, end_tokens=end_tokens))
     model = load_converted(path, conversion, dtype, "sdpa")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -236,8 +290,10 @@ def save_student(
     model's where it is sharded."""
     model.config.mask_token_id = conversion.config.mask_token_id
     model.config.block_size = block_size or conversion.config.block_size
+    model.config.end_token_ids = list(conversion.end_tokens)
     drop_generation_parameters(model.config)
     model.generation_config, _ = mended(model.generation_config)
+    model.generation_config.eos_token_id = list(conversion.end_tokens)
     model.save_pretrained(out, state_dict=state_dict)
     conversion.tokenizer.save_pretrained(out)
 
@@ -293,6 +349,7 @@ def check_saving(path: str, conversion: Conversion) -> list[str]:
     """
     config, tokenizer = conversion.config, conversion.tokenizer
     generation, notes = mended(load_generation_config(path, config))
+    generation.eos_token_id = list(conversion.end_tokens)
     dropped = drop_generation_parameters(config)
     if dropped:
         notes.append(f"config.json holds settings of generation; checkpoints leave out {', '.join(dropped)}")

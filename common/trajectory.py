@@ -31,6 +31,7 @@ may be missing. A reader refuses a schema that differs from its own, and says wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -68,16 +69,23 @@ _SCALARS: dict[str, pa.DataType] = {
     "state_count": pa.int32(),
 }
 
+EndTokens = int | Sequence[int]  # one id, or all those of a model
 
-def until_end(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
+
+def until_end(ids: np.ndarray, eos_token_id: EndTokens) -> np.ndarray:
     """`ids` int32 [n] up to and including the first end token, or all of them if there is none; a view."""
-    ends = np.flatnonzero(ids == eos_token_id)
+    ends = np.flatnonzero(np.isin(ids, eos_token_id))
     return ids[: ends[0] + 1] if len(ends) else ids
 
 
-def finish_reason(response_ids: np.ndarray, eos_token_id: int) -> str:
-    """`eos` if the response's last token is the end token, else `length`: it was cut off, by whoever made it."""
-    return "eos" if len(response_ids) and response_ids[-1] == eos_token_id else "length"
+def finish_reason(response_ids: np.ndarray, eos_token_id: EndTokens) -> str:
+    """`eos` if the response's last token is an end token, else `length`: it was cut off, by whoever made it."""
+    return "eos" if np.isin(response_ids[-1:], eos_token_id).any() else "length"
+
+
+def without_end(response_ids: np.ndarray, eos_token_id: EndTokens) -> np.ndarray:
+    """What the response says: its ids without the end token; a view."""
+    return response_ids[:-1] if finish_reason(response_ids, eos_token_id) == "eos" else response_ids
 
 
 def _empty(dtype: type) -> Any:

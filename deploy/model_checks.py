@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.model_files import ModelError, check_fetched, check_plain, check_unquantised, read_json, stored_tensors
+
+if TYPE_CHECKING:  # transformers and torch take seconds
+    from common.student import Conversion
 
 
 def check_model_folder(field: str, path: str) -> None:
@@ -71,33 +75,48 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
-def check_models(config: RunConfig) -> tuple[Any, int]:
-    """The student's tokenizer, and the number of positions that both models can read."""
-    from common.student import (
-        check_family,
-        check_weights,
-        checked_conversion,
-        first_difference,
-        load_config,
-        load_tokenizer,
-    )
+@dataclass(frozen=True)
+class CheckedModels:
+    """The student that a run starts with, and the number of positions that both models can read."""
+
+    student: Conversion
+    positions: int
+
+
+def check_models(config: RunConfig) -> CheckedModels:
+    """Refuse models that the run could not load, train together or save.
+
+    Raises:
+        ConfigError: names the field, the path and the remedy.
+    """
+    from common.student import checked, first_difference, student_of
 
     path, teacher_path = config.model.path, config.teacher_path
+    teacher = _check_teacher(config) if teacher_path != path else None
     with model_errors("model.path", path):
-        student = checked_conversion(path, config.block_size, config.model.mask_token)
-    with model_errors("teacher.path", teacher_path):
-        teacher, teacher_tokenizer = load_config(teacher_path), load_tokenizer(teacher_path)
-        if teacher_path != path:
-            check_weights(teacher_path)
-        if config.target_kind == "hidden":  # the LM head is applied here; other targets come from the engine
-            check_family(teacher)
+        student = checked(path, student_of(config))
+    if student.tokenizer.chat_template is None:
+        raise ConfigError(f"model.path {path!r}: the tokenizer has no chat template; add it to its files")
+    positions = student.config.max_position_embeddings
+    if teacher is None:
+        return CheckedModels(student, positions)
+    teacher_config, teacher_tokenizer = teacher
     if different := first_difference(student.tokenizer, teacher_tokenizer):
         raise ConfigError(
             f"model.path {path!r} and teacher.path {teacher_path!r} have different tokenizers ({different}); token ids "
             "must mean the same to both: choose models of one family"
         )
-    tokenizer = student.tokenizer
-    for what, value in (("end token", tokenizer.eos_token_id), ("chat template", tokenizer.chat_template)):
-        if value is None:
-            raise ConfigError(f"model.path {config.model.path!r}: the tokenizer has no {what}; add it to its files")
-    return tokenizer, min(student.config.max_position_embeddings, teacher.max_position_embeddings)
+    return CheckedModels(student, min(positions, teacher_config.max_position_embeddings))
+
+
+def _check_teacher(config: RunConfig) -> tuple[Any, Any]:
+    """Config and tokenizer of a teacher that is another model than the student starts from."""
+    from common.student import check_family, check_weights, load_config, load_tokenizer
+
+    path = config.teacher_path
+    with model_errors("teacher.path", path):
+        teacher, tokenizer = load_config(path), load_tokenizer(path)
+        check_weights(path)
+        if config.target_kind == "hidden":  # the LM head is applied here; other targets come from the engine
+            check_family(teacher)
+    return teacher, tokenizer

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -23,6 +23,9 @@ from deploy.data_fingerprint import data_fingerprints
 from deploy.model_checks import check_model_folder, check_models
 from deploy.placement import Placement, check_memory, check_resources, object_store_mib, on_cluster, plan
 from deploy.run_folder import check_run_dir
+
+if TYPE_CHECKING:  # transformers and torch take seconds
+    from common.student import Conversion
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ def prepare(
     if config.dashboard.enabled:
         read_token(config.dashboard.token_file)
         free_port(config.dashboard.host, config.dashboard.port)
-    tokenizer, positions = check_models(config)
+    models = check_models(config)
+    tokenizer, positions = models.student.tokenizer, models.positions
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, positions)
-    prompts = replace(prompts, responses=read_responses(config, tokenizer, prompts.prompts))
+    prompts = replace(prompts, responses=read_responses(config, models.student, prompts.prompts))
     _check_batch(config, len(prompts.prompts))
     checkpoints = Checkpoints(config, data_fingerprints(config, prompts))
     checkpoint = checkpoints.latest(accept_changed_data) if resume else None
@@ -86,7 +90,7 @@ def prepare(
         problems=problems,
         checkpoints=checkpoints,
         checkpoint=checkpoint,
-        warnings=checkpoints.damaged,
+        warnings=[*models.student.notes, *checkpoints.damaged],
     )
 
 
@@ -159,14 +163,14 @@ def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Pro
     return replace(prompts, notes=(*prompts.notes, *problems.notes, *left_out)), problems.prompts
 
 
-def read_responses(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> dict[str, list[Any]]:
+def read_responses(config: RunConfig, student: Conversion, prompts: list[Prompt]) -> dict[str, list[Any]]:
     """The offline responses by question; empty where objective.source needs none."""
     if config.objective.source.kind == "student":
         return {}
     from common.responses import load_responses
 
     try:
-        return load_responses(config.data, tokenizer, prompts)
+        return load_responses(config.data, student.tokenizer, prompts, student.end_tokens)
     except PromptError as error:
         raise ConfigError(f"data.responses: {error}") from error
 

@@ -32,6 +32,7 @@ from pyarrow import parquet
 from actors.teacher.responder import ResponseRequest, Sampling, as_remote
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
+from common.end_tokens import response_text
 from common.prompts import Prompt
 from common.student import tokenizer_fingerprint
 from common.trajectory import finish_reason
@@ -71,7 +72,8 @@ def respond(
         raise ConfigError("teacher.backend: 'vllm' is not installed; use --teacher.backend transformers")
     preflight.check_model_folder("model.path", config.model.path)
     preflight.check_model_folder("teacher.path", config.teacher_path)
-    tokenizer, limit = preflight.check_models(config)
+    models = preflight.check_models(config)
+    tokenizer, limit, ends = models.student.tokenizer, models.positions, list(models.student.end_tokens)
     once = config.model_copy(update={"data": config.data.model_copy(update={"epochs": 1})})
     prompts = preflight.read_prompts(once, tokenizer)[0].prompts
     longest = max(len(p.ids) for p in prompts)
@@ -81,7 +83,7 @@ def respond(
             f"{limit} positions; lower it to {limit - longest}"
         )
     _check_batch(config, longest + max_new_tokens)
-    sampling = Sampling(max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
+    sampling = Sampling(max_new_tokens, temperature, top_p, ends)
     parts = _parts(config, output, {**asdict(sampling), "samples": samples, "prompts": len(prompts)})
     chunks = {i: prompts[i * _CHUNK : (i + 1) * _CHUNK] for i in range(-(-len(prompts) // _CHUNK))}
     missing = {i: chunk for i, chunk in chunks.items() if not _part(parts, i).exists()}
@@ -90,7 +92,7 @@ def respond(
         connect(config)
         try:
             for index, responses in _generated(config, missing, samples, sampling):
-                table = _table(config, tokenizer, fingerprint, chunks[index], samples, responses)
+                table = _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses)
                 _write(table, _part(parts, index))
                 note(f"{sum(_part(parts, i).exists() for i in chunks)} of {len(chunks)} parts")
         finally:
@@ -171,6 +173,7 @@ def _generated(
 def _table(
     config: RunConfig,
     tokenizer: Any,
+    ends: list[int],
     fingerprint: str,
     prompts: list[Prompt],
     samples: int,
@@ -183,9 +186,9 @@ def _table(
             data.question_field: [p.question for p, _ in of],
             data.answer_field: pa.array([p.answer for p, _ in of], pa.string()),
             data.domain_field: [p.domain for p, _ in of],
-            data.response_field: [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses],
+            data.response_field: [response_text(tokenizer, ids, ends) for ids in responses],
             "response_ids": pa.array([ids.tolist() for ids in responses], pa.list_(pa.int32())),
-            "finish_reason": [finish_reason(ids, tokenizer.eos_token_id) for ids in responses],
+            "finish_reason": [finish_reason(ids, ends) for ids in responses],
             "sample": pa.array([s for _, s in of], pa.int32()),
             "tokenizer_fingerprint": [fingerprint] * len(of),
         }

@@ -26,13 +26,13 @@ from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.student import (
     attention_windows,
-    convert,
     default_attention,
     head_of_folder,
     hidden_states,
     lm_head_weight,
     load_converted,
     save_student,
+    student_of,
 )
 from common.trajectory import Trajectory, write_spool
 from common.weights.broadcast import BroadcastTransport, open_store
@@ -142,7 +142,7 @@ class LearnerRank:
         self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         attention = default_attention() if on_gpu else "sdpa"
         path = self.config.model.path
-        self.conversion = convert(path, self.config.block_size, self.config.model.mask_token)
+        self.conversion = student_of(self.config)
         self.tokenizer = self.conversion.tokenizer
         self.reader = RecordReader(self.config, self.conversion.config.mask_token_id, self.tokenizer)
         student = load_converted(

@@ -13,6 +13,7 @@ from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.answers import is_correct
 from common.config.run import AnswerFormat
+from common.end_tokens import response_text
 from common.prompts import Prompt
 
 _COUNTS = ("correct", "response_tokens", "denoise_forwards", "commit_forwards", "ended")
@@ -88,7 +89,7 @@ def evaluate_shard(
     requests = [Request(p.ordinal, 0, p.ids, max_new_tokens, p.domain) for p in problems]
     evaluation = Evaluation()
     for trajectory in sampler.generate(requests, decoding):
-        text = tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
+        text = response_text(tokenizer, trajectory.response_ids, sampler.eos_token_id)
         evaluation.add(
             correct=is_correct(text, answers[trajectory.ordinal] or "", answer_format),
             tokens=len(trajectory.response_ids),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
+from common.end_tokens import response_text, set_end_tokens
 from common.prompts import Prompt
 from common.student import load_model, load_tokenizer
 from common.trajectory import Trajectory
@@ -17,6 +18,8 @@ from common.trajectory import Trajectory
 
 def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a converted student's folder; default device: CUDA where there is one.
+
+    The end tokens are in the model's generation config.
 
     Raises:
         ValueError: the folder's config has no mask_token_id, so it was never converted.
@@ -26,7 +29,9 @@ def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreT
     model.requires_grad_(False)
     if getattr(model.config, "mask_token_id", None) is None:
         raise ValueError(f"{path!r} has no mask_token_id in its config; convert it first: opdlm convert {path} OUT")
-    return model, load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    set_end_tokens(model, tokenizer)
+    return model, tokenizer
 
 
 def sampler_of(
@@ -37,7 +42,7 @@ def sampler_of(
         model,
         block_size=block_size or model.config.block_size,
         mask_token_id=model.config.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
         slots=slots,
         seed=seed,
     )
@@ -55,5 +60,5 @@ def generate_texts(
     by_ordinal = {p.ordinal: p for p in prompts}
     requests = [Request(p.ordinal, 0, p.ids, max_new_tokens) for p in prompts]
     for trajectory in sampler.generate(requests, decoding):
-        text = tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
+        text = response_text(tokenizer, trajectory.response_ids, sampler.eos_token_id)
         yield by_ordinal[trajectory.ordinal], text, trajectory

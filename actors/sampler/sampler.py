@@ -41,7 +41,7 @@ from common.grid import grid_ceil
 from common.padded_batches import padded_batches
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
-from common.trajectory import Trajectory
+from common.trajectory import EndTokens, Trajectory
 
 
 class Sampler:
@@ -86,7 +86,7 @@ class Sampler:
         *,
         block_size: int,
         mask_token_id: int,
-        eos_token_id: int,
+        eos_token_id: EndTokens,
         slots: int,
         seed: int,
         max_batched_tokens: int = 16384,
@@ -109,6 +109,7 @@ class Sampler:
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
+        self._end_tokens = torch.tensor(eos_token_id, device=self.device).reshape(-1)
         self._all_slots = torch.arange(slots, device=self.device)
         self._plan: Callable[..., Any] = plan
         self._unmask: Callable[..., Any] = unmask
@@ -236,7 +237,7 @@ class Sampler:
         hidden = self._decode(work.ids, work.positions, cache_rows, wanted)
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
         candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id)
-        return self._unmask(state, decoding.unmasking, slots, work.sampled, candidates, work.waits, self.eos_token_id)
+        return self._unmask(state, decoding.unmasking, slots, work.sampled, candidates, work.waits, self._end_tokens)
 
 
 class PassPlan(NamedTuple):
@@ -278,7 +279,7 @@ def unmask(
     sampled: Tensor,
     candidates: Candidates,
     waits: Tensor,
-    eos_token_id: int,
+    end_tokens: Tensor,
 ) -> Tensor:
     """Reveal the candidates that `rule`, with the state's threshold, chooses; `sampled` and `waits` as in PassPlan.
     Returns what `SlotState.reveal` returns."""
@@ -288,7 +289,7 @@ def unmask(
         for x in candidates
     )
     reveal = choose(rule, masked, confidence, entropy, state.threshold)
-    return state.reveal(slots, reveal, token, confidence, waits, eos_token_id)
+    return state.reveal(slots, reveal, token, confidence, waits, end_tokens)
 
 
 def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:

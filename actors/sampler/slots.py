@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.sampler.request import Request
-from common.trajectory import Trajectory, finish_reason, until_end
+from common.trajectory import EndTokens, Trajectory, finish_reason, until_end
 
 PATIENCE = 4  # a slot that has waited for so many passes in a row gets room in the next
 
@@ -156,7 +156,7 @@ class SlotState:
         tokens: Tensor,
         confidence: Tensor,
         waits: Tensor,
-        eos_token_id: int,
+        end_tokens: Tensor,
     ) -> Tensor:
         """Write the revealed tokens and advance finished blocks, on the device.
 
@@ -164,6 +164,7 @@ class SlotState:
             rows: int64 [R], the slots in this pass.
             reveal: bool [R, B]; tokens: int64 [R, B]; confidence: float32 [R, B], 0 at positions not masked.
             waits: bool [R], slots for which the pass had no room: they stay as they are.
+            end_tokens: int64 [E].
 
         Returns:
             int32 [5, R] of flags and counts: went on to its next block; sequence has ended; a confidence was not
@@ -181,8 +182,8 @@ class SlotState:
 
         block_done = ~masked.any(dim=1)
         in_response = current >= self.prompt_length[rows, None]
-        has_eos = ((ids == eos_token_id) & in_response).any(dim=1)
-        ended = block_done & (has_eos | (self.block[rows] + 1 >= self.end_block[rows]))
+        has_end = ((ids[..., None] == end_tokens).any(dim=2) & in_response).any(dim=1)
+        ended = block_done & (has_end | (self.block[rows] + 1 >= self.end_block[rows]))
         advance = block_done & ~ended
         masked = masked | advance[:, None]
         self.masked[rows] = masked
@@ -229,7 +230,7 @@ class SlotState:
             later.running[finished] = False
         return list(finished.tolist())
 
-    def take(self, finished: list[int], eos_token_id: int, weights_version: int) -> list[Trajectory]:
+    def take(self, finished: list[int], eos_token_id: EndTokens, weights_version: int) -> list[Trajectory]:
         """The trajectories of slots that have ended; they are free from now on.
 
         A pass in progress that was launched before the end was known does not change them.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from transformers import GenerationConfig
 
 from actors.teacher.vllm_backend import build_llm, whole_prompts
 from common.config.run import RunConfig, TeacherConfig
@@ -28,7 +29,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float
     top_p: float
-    eos_token_id: int
+    eos_token_id: list[int]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class VllmEngine(ResponseEngine):
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
-                stop_token_ids=[sampling.eos_token_id],
+                stop_token_ids=sampling.eos_token_id,
                 seed=r.seed(seed),
                 detokenize=False,
             )
@@ -87,6 +88,7 @@ class TransformersEngine(ResponseEngine):
     def __init__(self, config: TeacherConfig, model_path: str) -> None:
         self.device = device_for("teacher", config.resources)
         self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
+        self.model.generation_config = GenerationConfig()  # its own may hold a repetition penalty and the like
         self.max_batched_tokens = config.max_batched_tokens
 
     @torch.inference_mode()
@@ -101,7 +103,7 @@ class TransformersEngine(ResponseEngine):
 
     def _batch(self, requests: Sequence[ResponseRequest], sampling: Sampling, seed: int) -> list[np.ndarray]:
         width = max(len(r.prompt_ids) for r in requests)
-        ids = torch.full((len(requests), width), sampling.eos_token_id)
+        ids = torch.full((len(requests), width), sampling.eos_token_id[0])
         attention = torch.zeros_like(ids)
         for row, request in enumerate(requests):
             ids[row, width - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
@@ -117,7 +119,7 @@ class TransformersEngine(ResponseEngine):
             top_p=None if greedy else sampling.top_p,
             top_k=None if greedy else 0,
             eos_token_id=sampling.eos_token_id,
-            pad_token_id=sampling.eos_token_id,
+            pad_token_id=sampling.eos_token_id[0],
         )
         return [until_end(row, sampling.eos_token_id) for row in out[:, width:].cpu().numpy().astype(np.int32)]
 

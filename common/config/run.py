@@ -76,6 +76,12 @@ class ModelConfig(Section):
         description="auto: the tokenizer's own, else one in a spare embedding row, else a token that is reserved or "
         "never occurs; new: a row is added; or a token, which exists or gets a spare row",
     )
+    end_tokens: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="tokens that end a response, the one that ends a turn first; default: those of tokenizer, "
+        "generation config and chat template together",
+    )
     shape: ModelShape | None = Field(
         None, description="sizes for --dry-run where the model is not on this disk", json_schema_extra=OPERATION
     )

@@ -25,6 +25,9 @@ def convert_model(
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", callback=a_path)],
     block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,
     mask_token: Annotated[str, typer.Option(help="auto, new, or a token, as model.mask_token")] = "auto",
+    end_token: Annotated[
+        list[str] | None, typer.Option(help="a token that ends a response, repeatable, as model.end_tokens")
+    ] = None,
     dtype: DtypeName = "bfloat16",
 ) -> None:
     """Write the untrained student of an ARLM: same weights, a mask token, its block size in the config.
@@ -44,7 +47,7 @@ def convert_model(
     from common.student import convert_folder
 
     with model_errors("MODEL", model), writing("OUT", out):
-        conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype))
+        conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype), end_token)
     for note in conversion.notes:
         say(note)
     say(f"wrote {out}; it is untrained: opdlm train does that")

@@ -30,6 +30,7 @@ from actors.sampler.sampling import Decoding
 from common.chat import template_options
 from common.config.errors import ConfigError
 from common.config.paths import expanded
+from common.end_tokens import response_text
 from common.grid import grid_floor
 from deploy.evaluation.asking import asked_like_training
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
@@ -105,7 +106,7 @@ class BlockDiffusionLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        return int(self.model.generation_config.eos_token_id[0])
 
     @property
     def tokenizer_name(self) -> str:
@@ -150,7 +151,7 @@ class BlockDiffusionLM(TemplateLM):
             queue = [self._request(index, requests[index].args[0], parsed[index][1]) for index in members]
             for trajectory in self.sampler.generate(queue, decoding):
                 index = trajectory.ordinal
-                text = self.tokenizer.decode(trajectory.response_ids, skip_special_tokens=True)
+                text = response_text(self.tokenizer, trajectory.response_ids, self.sampler.eos_token_id)
                 texts[index] = cut(text, parsed[index][2])
                 self.response_tokens += len(trajectory.response_ids)
                 self.denoise_forwards += trajectory.denoise_forwards

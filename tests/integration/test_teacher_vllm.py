@@ -135,7 +135,7 @@ def test_seeded_responses_to_prompts_that_share_a_batch(cluster: None, path: str
     actor = responder.as_remote(config).remote(config.teacher, path, 7)
     prompts = [np.arange(20 + i, 20 + i + length, dtype=np.int32) for i, length in enumerate((30, 25, 35, 30, 40))]
     requests = [ResponseRequest(i, sample, ids) for i, ids in enumerate(prompts) for sample in range(2)]
-    sampling = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.95, eos_token_id=1)
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, top_p=0.95, eos_token_id=[1])
     first = ray.get(actor.respond.remote(requests, sampling), timeout=400)
     again = ray.get(actor.respond.remote(requests, sampling), timeout=60)
     assert [ids.tolist() for ids in first] == [ids.tolist() for ids in again]

@@ -239,6 +239,19 @@ def no_spare_row(model):
     edit(model / "config.json", vocab_size=263)
 
 
+def template(text):
+    def change(model):
+        (model / "chat_template.jinja").write_text(text)
+
+    return change
+
+
+def without_end_token(model):
+    edit(model / "tokenizer_config.json", eos_token=None)
+    (model / "chat_template.jinja").unlink()
+    edit(model / "generation_config.json", eos_token_id=None)
+
+
 REFUSED = {
     stale_shard: f"has model.embed_tokens.weight in {WEIGHTS} and in model-00001-of-00001.safetensors",
     stale_index: f"has {WEIGHTS} beside {INDEX}, which names other files, and not every engine reads the same ones; "
@@ -277,6 +290,21 @@ REFUSED = {
     without_tokenizer_files("GemmaTokenizer"): "has an empty tokenizer (GemmaTokenizer",
     tokenizer_of_a_larger_model: "has a tokenizer with ids up to 255 ('Ń') and an embedding of 200 rows",
     no_spare_row: "has no room for a mask token: all 263 rows of the embedding are used, and no token is reserved",
+    template(
+        "{{ raise_exception('A system message is required') }}"
+    ): "has a chat template that raises TemplateError (A system message is required)",
+    template("{% for m in messages %}{{ m.content }"): "has a chat template that raises TemplateSyntaxError",
+    template("{{ messages[0]['parts'][0]['text'] }}"): "has a chat template that raises UndefinedError",
+    template("You are helpful.<|im_end|>"): "has a chat template that leaves out what the user says",
+    template("{% for m in messages %}{{ m.content }}\n{% endfor %}"): "writes no end token behind an answer (it writes "
+    "'\\n'; end tokens are '<|im_end|>'), so responses would not end; correct the template, or name the tokens",
+    template(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' + m.content }}{% endfor %}"
+    ): "writes no end token",
+    template(
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    ): "writes no end token",
+    without_end_token: "has no end token in its tokenizer, generation config or chat template; name the tokens",
     unsupported: "has model_type 'phi3', which is not supported",
     unknown_model_type: "has a config.json that cannot be read (The checkpoint you are trying to load has model type",
     code_in_the_repository: "it needs code from the model's repository, which is never run here",

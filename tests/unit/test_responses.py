@@ -138,7 +138,7 @@ def test_text_gets_its_end_token_and_ids_travel_unchanged(tmp_path, model_and_to
         {"question": "not asked"},
     )
     text = tokenizer("ab", add_special_tokens=False)["input_ids"]
-    ids = load_responses(data, tokenizer, [prompt(3, [])])["q"]
+    ids = load_responses(data, tokenizer, [prompt(3, [])], [eos])["q"]
     assert [i.tolist() for i in ids] == [[*text, eos], text, [7, 8, eos], [*text, eos], [7, eos], [*text, eos]]
     assert {i.dtype for i in ids} == {np.dtype(np.int32)}
 
@@ -154,7 +154,7 @@ def test_text_gets_its_end_token_and_ids_travel_unchanged(tmp_path, model_and_to
 )
 def test_bad_responses(tmp_path, model_and_tokenizer, record, message):
     with pytest.raises(PromptError) as error:
-        load_responses(write(tmp_path / "r.jsonl", record), model_and_tokenizer[1], [prompt(3, [])])
+        load_responses(write(tmp_path / "r.jsonl", record), model_and_tokenizer[1], [prompt(3, [])], [1])
     assert message in str(error.value)
 
 
@@ -162,7 +162,7 @@ def test_no_ids_are_an_empty_response(tmp_path, model_and_tokenizer):
     tokenizer = model_and_tokenizer[1]
     record = {"question": "q", "response_ids": [], "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)}
     with pytest.raises(PromptError, match="line 1: the response is empty"):
-        load_responses(write(tmp_path / "r.jsonl", record), tokenizer, [prompt(3, [])])
+        load_responses(write(tmp_path / "r.jsonl", record), tokenizer, [prompt(3, [])], [1])
 
 
 def test_written_responses_keep_their_label_when_they_are_read(tmp_path, model_and_tokenizer):
@@ -171,11 +171,13 @@ def test_written_responses_keep_their_label_when_they_are_read(tmp_path, model_a
     eos = tokenizer.eos_token_id
     made = [np.array(ids, np.int32) for ids in ([7, 8, eos], [7, 8, 9], [eos])]
     prompts = [Prompt(i, f"q{i}", np.arange(5, 10, dtype=np.int32)) for i in range(3)]
-    table = respond_module._table(load_config("tiny"), tokenizer, tokenizer_fingerprint(tokenizer), prompts, 1, made)
+    table = respond_module._table(
+        load_config("tiny"), tokenizer, [eos], tokenizer_fingerprint(tokenizer), prompts, 1, made
+    )
     assert table["finish_reason"].to_pylist() == ["eos", "length", "eos"]
     parquet.write_table(table, tmp_path / "r.parquet")
     data = DataConfig(prompts="p", responses=str(tmp_path / "r.parquet"))
-    known = load_responses(data, tokenizer, prompts)
+    known = load_responses(data, tokenizer, prompts, [eos])
     read = [
         offline_trajectory(p, 0, 16, BLOCK, tokenizer.mask_token_id, eos)
         for p in with_responses(prompts, 1.0, known, 1, seed=0)
@@ -260,7 +262,7 @@ def test_the_transformers_engine_pads_without_a_trace_and_is_seeded(tmp_path, te
     eos = load_tokenizer(path).eos_token_id
     lengths = (3, 30, 12, 7)
     requests = [ResponseRequest(i, 0, np.arange(10, 10 + n, dtype=np.int32)) for i, n in enumerate(lengths)]
-    sampling = Sampling(12, temperature, 1.0, eos)
+    sampling = Sampling(12, temperature, 1.0, [eos])
     engine = TransformersEngine(config, path)
     together = [ids.tolist() for ids in engine.respond(requests, sampling, seed=5)]
     assert together == [ids.tolist() for ids in engine.respond(requests, sampling, seed=5)]
