@@ -15,7 +15,8 @@ from common.datasets.errors import PromptError
 
 # fields of the data section that say how a student was asked: kept in its config.json under the key `opdlm`
 ASKED_WITH = {"enable_thinking", "system", "templates"}
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)  # of Jinja, of expressions in a template, of transformers
+# of Jinja, of expressions in a template, of transformers
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _PROBE = "question"
 
 

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import GenerationConfig
 
+from common.chat import TEMPLATE_ERRORS
 from common.model_files import ModelError
 from common.trajectory import EndTokens, without_end
 
 _QUESTION, _ANSWER, _NEXT = "first question", "certain answer", "second question"
 _BEFORE: tuple[list[tuple[str, str]], ...] = ([], [("system", "")])  # some templates ask for a system turn
-# of Jinja, of expressions in a template, and of transformers
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _REMEDY = "name the tokens that end a response with model.end_tokens (convert: --end-token)"
 
 
