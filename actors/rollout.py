@@ -79,6 +79,7 @@ class RolloutActor:
         self.busy_seconds = 0.0
         self.spans = BusySpans()
         self.tokens = 0
+        self.token_rows = 0  # of rollouts, without evaluations
 
     def ready(self) -> dict[str, Any]:
         return {
@@ -149,6 +150,7 @@ class RolloutActor:
             for sample in range(len(p.responses))
         )
         start = time.perf_counter()
+        rows_before = self.sampler.token_rows
         pending: list[Trajectory] = []
         for trajectory in chain(offline, self.sampler.generate(requests, decoding)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
@@ -160,6 +162,7 @@ class RolloutActor:
                 yield from self._finished(pending)
                 start, pending = time.perf_counter(), []
         self._was_busy(time.perf_counter() - start)
+        self.token_rows += self.sampler.token_rows - rows_before
         if pending:
             yield from self._finished(pending)
 
@@ -182,6 +185,7 @@ class RolloutActor:
             "spans": self.spans.take(),
             "tokens": self.tokens,
             "forwards": self.sampler.forwards,
+            "token_rows": self.token_rows,
             "weights_version": self.sampler.weights_version,
             "weights_pause_seconds": self.inbox.pause_seconds,
         }

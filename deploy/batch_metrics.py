@@ -14,13 +14,15 @@ from deploy.cluster import Pools
 from deploy.monitoring.occupancy import Window
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch
+from deploy.run_cost import RunCost
 
 
 class BatchMetrics:
     """Rows with a value for every metric that is not optional; keeps the actors' counters from row to row."""
 
-    def __init__(self, config: RunConfig, pools: Pools, calls: RemoteCalls, epoch_prompts: int) -> None:
+    def __init__(self, config: RunConfig, pools: Pools, calls: RemoteCalls, epoch_prompts: int, cost: RunCost) -> None:
         self.config = config
+        self.cost = cost
         self.pools = pools
         self.calls = calls
         self.epoch_prompts = epoch_prompts
@@ -52,9 +54,12 @@ class BatchMetrics:
         state.response_tokens += tokens
         state.seconds += seconds
         rank_stats, teacher_stats = self._stats(self.pools.ranks), self._stats(self.pools.teachers)
-        paused = self._totals("weights_pause_seconds")
+        paused, computed = self._totals("weights_pause_seconds"), self._totals("token_rows")
         rollout_busy = self._busy(batch.actor_stats)
         pauses = [total - paused.get(name, 0.0) for name, total in self._totals("weights_pause_seconds").items()]
+        state.rollout_token_rows += sum(
+            _grown(computed.get(name, 0), rows) for name, rows in self._totals("token_rows").items()
+        )
         teacher_busy = self._busy(teacher_stats) or [0.0]  # hard labels have no teacher
         self._reported(rank_stats)
         rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
@@ -99,6 +104,7 @@ class BatchMetrics:
             "seconds/batch": seconds,
             "bytes/trajectories": sum(info.nbytes for info in infos),
             "bytes/weights": published["bytes"],
+            **self.cost.metrics(state),
             **window.shares("rollout", fmean(rollout_busy), rollouts),
             **window.shares("teacher", fmean(teacher_busy), targets),
             **window.shares("learner", learner["seconds"], learner["seconds"] + waited),
@@ -147,3 +153,8 @@ class BatchMetrics:
     def _stats(self, actors: list[Any]) -> dict[ray.ObjectRef, str]:
         names = self.pools.names()
         return {actor.stats.remote(): names[actor] for actor in actors}
+
+
+def _grown(before: float, now: float) -> float:
+    """What a counter has grown by; one of a restarted actor counts from zero."""
+    return now if now < before else now - before

@@ -36,6 +36,7 @@ class RunState:
     batches: int = 0
     updates: int = 0
     response_tokens: int = 0
+    rollout_token_rows: float = 0  # what the samplers computed, see Sampler.token_rows
     seconds: float = 0.0
     block_size: int = 0  # of the last batch; 0: none yet
     feedback: Feedback = field(default_factory=Feedback)

@@ -42,6 +42,7 @@ from deploy.monitoring.wandb_log import WandbLog
 from deploy.preflight import PreparedRun, finished_summary, identity, prepare
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
+from deploy.run_cost import RunCost
 from deploy.run_folder import clear_run_dir
 from deploy.run_lock import RunLock
 from deploy.stop_signals import StopRequested, StopSignals
@@ -108,6 +109,7 @@ class Pipeline:
         prompts, size = prepared.prompts.prompts, config.rollout.prompts_per_batch
         self.batches = [prompts[i : i + size] for i in range(0, len(prompts), size)][: config.pipeline.max_batches]
         self.run_updates = count_updates(config, len(prompts))
+        self.cost = RunCost.of(config, prepared.placement)
 
     @property
     def version(self) -> int:
@@ -159,7 +161,7 @@ class Pipeline:
         self.pools = start_pools(config, self.prepared.placement, self.calls)
         self.evaluator = Evaluator(config, self.prepared.problems, self.pools, self.calls)
         epoch_prompts = len(self.prepared.prompts.prompts) // config.data.epochs
-        self.batch_metrics = BatchMetrics(config, self.pools, self.calls, epoch_prompts)
+        self.batch_metrics = BatchMetrics(config, self.pools, self.calls, epoch_prompts, self.cost)
         if config.dashboard.rollouts:
             self.observers.add(RolloutLog(config.run_dir, self.state.batches, self._rollout_samples))
         if self.prepared.checkpoint:
@@ -214,6 +216,7 @@ class Pipeline:
                 "response_tokens": self.state.response_tokens,
                 "updates": self.state.updates,
                 "seconds": self.state.seconds,
+                **self.cost.metrics(self.state),
             }
             self._save(FINAL)
         if self.prepared.problems:

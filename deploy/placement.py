@@ -50,6 +50,7 @@ class Placement:
     processes: list[Process]
     payload: dict[str, int]
     shape: ModelShape
+    teacher_shape: ModelShape
 
     @property
     def cpus(self) -> float:
@@ -84,7 +85,7 @@ def plan(config: RunConfig) -> Placement:
         for role, count, resources, memory in per_role
         for i in range(count)
     ]
-    return Placement(processes, _payload(config, shape, teacher_shape), shape)
+    return Placement(processes, _payload(config, shape, teacher_shape), shape, teacher_shape)
 
 
 def _of_process(role: str, index: int, memory: dict[str, int]) -> dict[str, int]:

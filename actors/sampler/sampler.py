@@ -77,7 +77,8 @@ class Sampler:
 
     On CUDA a pass takes all slots, so that its shapes repeat: it is compiled, and a CUDA graph from its second use on.
     On CPU it takes the running slots only. A prefill takes prompts of at most `max_batched_tokens` tokens together,
-    padding included, or one longer prompt. `forwards` counts the passes.
+    padding included, or one longer prompt. `forwards` counts the passes. `token_rows` counts the tokens computed for
+    sequences that have ended: prompts in prefills, and B tokens for each denoising forward and each commit.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Sampler:
         self.device = model.get_output_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
         self.weights_version = 0
-        self.forwards = 0
+        self.forwards = self.token_rows = 0
         self.ahead = int(self.on_cuda)  # passes in progress while the host reads an earlier one
         self._use_graphs = self.on_cuda and cuda_graphs
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
@@ -152,7 +153,9 @@ class Sampler:
                 self._prefill(state, cache, admitted)
             self._launch(state, decoding)
             while len(state.in_progress) > self.ahead:
-                yield from state.take(state.read(), self.eos_token_id, self.weights_version)
+                for trajectory in state.take(state.read(), self.eos_token_id, self.weights_version):
+                    self.token_rows += self.block_size * (trajectory.denoise_forwards + trajectory.commit_forwards)
+                    yield trajectory
 
     def _end(self, request: Request) -> int:
         """Length of the longest possible x0: whole blocks."""
@@ -194,6 +197,7 @@ class Sampler:
             return
         first = [group[0] for group in samples.values()]
         lengths = [int(state.block_host[slot]) * self.block_size for slot in first]
+        self.token_rows += sum(lengths)
         for batch in padded_batches(lengths, self.max_batched_tokens):
             longest = lengths[batch[0]]
             slots = torch.tensor([first[index] for index in batch], device=self.device)

@@ -102,6 +102,13 @@ CHARTS = (
         format="~g",
     ),
     Chart("lr", "more", "Learning rate", (Line("lr", "learning rate"),), format="~g"),
+    Chart(
+        "flops",
+        "more",
+        "FLOPs so far",
+        tuple(Line(f"flops/{role}", role, role=role) for role in ROLES),
+    ),
+    Chart("gpu_hours", "more", "GPU hours so far", (Line("gpu_hours", "GPU hours"),), format="~g"),
     Chart("trajectory_bytes", "more", "Trajectories with targets", (Line("bytes/trajectories", "bytes"),)),
 )
 

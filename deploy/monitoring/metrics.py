@@ -68,6 +68,11 @@ METRICS: dict[str, MetricSpec] = {
     "seconds/batch": MetricSpec("s", "wall time of the batch, to its last weights loaded, from that of the one before"),
     "bytes/trajectories": MetricSpec("bytes", "Arrow record batches with targets"),
     "bytes/weights": MetricSpec("bytes", "published weights"),
+    # how they are counted: deploy/run_cost.py
+    "flops/rollout": MetricSpec("FLOPs", "sampling so far: 2 a parameter and token row of prefills, steps and commits"),
+    "flops/teacher": MetricSpec("FLOPs", "targets so far: 2 a parameter and response token"),
+    "flops/learner": MetricSpec("FLOPs", "training so far: 6 a parameter and response token"),
+    "gpu_hours": MetricSpec("h", "reserved GPUs times the wall time of all batches so far"),
     "eval/exact_match": _evaluated("share", "problems answered correctly"),
     "eval/tokens_per_step": _evaluated("tokens", "response tokens per denoising forward of a sequence"),
     "eval/forwards_per_token": _evaluated("forwards", "denoising forwards per response token"),

@@ -7,6 +7,7 @@ import pytest
 
 from common.busy import BusySpans, computes
 from deploy.monitoring.occupancy import Window
+from deploy.run_cost import RunCost
 
 
 class Actor:
@@ -73,7 +74,7 @@ def test_metrics_join_the_spans_of_all_roles(monkeypatch):
     calls = SimpleNamespace(wait=lambda refs, *_, **__: [{"spans": answers[ref]} for ref in refs])
     monkeypatch.setattr(batch_metrics.ray, "wait", lambda refs, **_: ([r for r in refs if r != "late"], ["late"]))
     pipeline = SimpleNamespace(staleness=1, stage_timeout_s=1.0)
-    metrics = batch_metrics.BatchMetrics(SimpleNamespace(pipeline=pipeline), None, calls, 1)
+    metrics = batch_metrics.BatchMetrics(SimpleNamespace(pipeline=pipeline), None, calls, 1, RunCost(0, 0, 0))
     metrics._asked = {"a": "rollout-0", "b": "learner-0", "late": "rollout-1"}
     done = SimpleNamespace(rollouts_done=100.0, started=90.0, actor_stats={})
     assert metrics._overhead([done], Window(100.0, 110.0)) == pytest.approx(0.1)
