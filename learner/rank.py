@@ -7,8 +7,9 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class LearnerRank:
         self.config = config
         self.rank = rank
         self.spans = BusySpans()
-        self.samples: list[tuple[Trajectory, np.ndarray, np.ndarray, int]] = []
+        self.samples: list[Callable[..., dict[str, Any]]] = []
 
     def address(self) -> tuple[str, int]:
         """Host and free port for the process group."""
@@ -258,7 +259,7 @@ class LearnerRank:
 
         Only rank 0 keeps them. They are decoded here, since few batches are asked for.
         """
-        return [rollout_sample(t, rows, kl, self.tokenizer, size) for t, rows, kl, size in self.samples]
+        return [sample(tokenizer=self.tokenizer) for sample in self.samples]
 
     def _update(self, trajectories: list[Trajectory], builder: BatchBuilder, wanted: int) -> dict[str, float]:
         """One optimizer step over all ranks; keeps `wanted` of this rank's trajectories as samples."""
@@ -295,7 +296,16 @@ class LearnerRank:
         positions; `kl` float [L] is of all positions of all micro-batches."""
         docs = np.concatenate([batch.loss_doc for batch in batches])
         rows = np.concatenate([batch.loss_target for batch in batches])
-        self.samples = [(trajectories[d], rows[docs == d], kl[docs == d], block_size) for d in np.unique(docs)[:wanted]]
+        self.samples = [
+            partial(
+                rollout_sample,
+                trajectories[d],
+                target_rows=rows[docs == d],
+                kl=kl[docs == d],
+                block_size=block_size,
+            )
+            for d in np.unique(docs)[:wanted]
+        ]
 
     @computes
     def publish(self, version: int) -> WeightsHandle | None:

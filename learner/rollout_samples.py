@@ -17,7 +17,7 @@ _UNDECODED = "\ufffd"
 
 
 def rollout_sample(
-    trajectory: Trajectory, target_rows: np.ndarray, kl: np.ndarray, tokenizer: Any, block_size: int
+    trajectory: Trajectory, *, target_rows: np.ndarray, kl: np.ndarray, tokenizer: Any, block_size: int
 ) -> dict[str, Any]:
     """One trajectory as JSON; its lists have one entry per response token.
 

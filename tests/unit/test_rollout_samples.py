@@ -30,13 +30,16 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
+UNTRAINED = {"target_rows": np.empty(0, np.int64), "kl": np.empty(0), "tokenizer": Letters(), "block_size": 4}
+
+
 @given(trajectory(), st.data())
 def test_divergence_stands_at_its_token(rollout, data):
     count = len(rollout.response_ids)
     rollout.target_offsets = np.arange(0, count, 2, dtype=np.int32)
     rows = np.array(data.draw(st.lists(st.integers(0, len(rollout.target_offsets) - 1), max_size=8)), dtype=np.int64)
     kl = np.arange(len(rows), dtype=np.float32)
-    sample = rollout_sample(rollout, rows, kl, Letters(), 4)
+    sample = rollout_sample(rollout, target_rows=rows, kl=kl, tokenizer=Letters(), block_size=4)
     json.dumps(sample)
     written = count + len(rollout.tail_ids)
     assert [len(sample[name]) for name in ("tokens", "rounds", "confidence", "kl")] == [written] * 4
@@ -52,7 +55,7 @@ def test_divergence_stands_at_its_token(rollout, data):
 def test_an_offline_response_has_no_rounds_and_no_tail(rollout):
     rollout.weights_version = OFFLINE
     rollout.reveal_round = np.full_like(rollout.reveal_round, -1)
-    sample = rollout_sample(rollout, np.empty(0, np.int64), np.empty(0, np.float32), Letters(), 4)
+    sample = rollout_sample(rollout, **UNTRAINED)
     assert sample["offline"] and sample["tail"] == 0
     assert sample["rounds"] == [0] * len(rollout.response_ids)
     assert len(sample["tokens"]) == len(rollout.response_ids)
@@ -62,7 +65,7 @@ def test_an_offline_response_has_no_rounds_and_no_tail(rollout):
 def test_long_rollouts_are_cut(rollout):
     whole = len(rollout.response_ids) + len(rollout.tail_ids)
     before, rollout_samples.MAX_TOKENS = rollout_samples.MAX_TOKENS, 3
-    sample = rollout_sample(rollout, np.empty(0, np.int64), np.empty(0, np.float32), Letters(), 4)
+    sample = rollout_sample(rollout, **UNTRAINED)
     rollout_samples.MAX_TOKENS = before
     assert len(sample["tokens"]) == len(sample["kl"]) == min(whole, 3)
     assert sample["cut"] == max(whole - 3, 0)
