@@ -18,6 +18,7 @@ import torch
 from actors.teacher.targets import TargetRequest, Targets, TeacherBackend
 from actors.teacher.transformers_backend import TransformersBackend
 from common.config.run import Resources, TeacherConfig
+from common.padded_batches import padded_batches
 from tests.benchmarks.models import random_model
 from tests.benchmarks.operators import Operator, hottest
 
@@ -111,7 +112,7 @@ class LoadedBackend(TransformersBackend):
     def whole(self, requests: Sequence[TargetRequest], every_position: bool) -> list[Targets]:
         """As the predecessor: no sequence ends at its last asked position; targets of every position on demand."""
         made = []
-        for rows in self._batches([len(r.ids) for r in requests]):
+        for rows in padded_batches([len(r.ids) for r in requests], self.max_batched_tokens):
             batch = [requests[row] for row in rows]
             hidden = self._hidden([replace(r, positions=np.arange(1, len(r.ids) + 1)) for r in batch])
             for states, request in zip(hidden, batch, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import __main__ as benchmarks
+from tests.benchmarks import learner_step, sampler, teacher
 
 
 @pytest.fixture
@@ -70,3 +71,14 @@ def test_a_part_that_fails_is_named_too_and_the_status_says_so(parts, tmp_path, 
 
 def test_every_part_gives_its_rows_one_by_one():
     assert all(inspect.isgeneratorfunction(measure) for measure in benchmarks.PARTS.values())
+
+
+@pytest.mark.parametrize(
+    ("measure", "plan", "rows"),
+    [(sampler.measure, (2, 8, 8), 2), (learner_step.measure, (2, 8, 8, 512), 4), (teacher.measure, (2, 8, 8, 64), 5)],
+)
+def test_the_parts_of_one_process_run_on_a_small_plan(measure, plan, rows, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # vLLM would be started too
+    measured = list(measure("tiny", "cpu", *plan))
+    assert len(measured) == rows
+    assert all(row["size"] == "tiny" for row in measured)
