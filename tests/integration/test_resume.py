@@ -1,6 +1,7 @@
 """Invariant 5: a run that was stopped or killed and resumed trains the same batches, with the same losses."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 BATCHES = 8
-EVERY = 3  # the kill has two batches of time before the next one
+EVERY = 3
 COMMAND = [
     sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers",
     "--evaluation.problems", "null", "--pipeline.max_batches", str(BATCHES), "--rollout.prompts_per_batch", "8",
@@ -51,6 +52,13 @@ def interrupt(folder: Path, arguments: list[str], sent: signal.Signals, after: i
     return status
 
 
+def hold_at(folder: Path, batch: int) -> Path:
+    """Nobody reads from the pipe in the place of the batch's spool file, so the run waits there and goes no further."""
+    pipe = folder / "tiny" / "spool" / f"batch-{batch:06d}.arrow"
+    os.mkfifo(pipe)
+    return pipe
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> list[dict[str, float]]:
     folder = tmp_path_factory.mktemp("whole")
@@ -66,10 +74,13 @@ def test_a_run_stopped_then_killed_equals_the_uninterrupted_one(tmp_path, uninte
     stopped = newest(tmp_path)
     assert 1 <= stopped < BATCHES - 2
 
-    # the kill comes after the next periodic checkpoint and before the one after it: what it lost is trained again
+    # the kill comes one batch after the next periodic checkpoint: what it lost is trained again
     periodic = stopped // EVERY * EVERY + EVERY
+    pipe = hold_at(tmp_path, periodic + 1)
     assert interrupt(tmp_path, run, signal.SIGKILL, after=periodic + 1) == -9
+    pipe.unlink()
     assert newest(tmp_path) == periodic
+    assert len(metrics(tmp_path)) == periodic + 1
     assert {f"batch-{periodic:06d}"} <= {p.name for p in copies.iterdir()}
 
     done = subprocess.run([*COMMAND, *run, "--resume", "auto"], capture_output=True, text=True, check=True)
