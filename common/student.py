@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.chat import asked_with
 from common.config.run import RunConfig
 from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
 from common.mask_token import set_mask_token
@@ -37,6 +38,7 @@ from common.model_files import ModelError, check_complete, check_plain, head_of,
 SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma3_text")
 # of a generation config: what has no meaning without do_sample, and what a checkpoint keeps in any case
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_RECORDED = ("mask_token_id", "block_size", "end_token_ids", "opdlm")  # what makes a student of a model's config
 _LEAST_TOKENS = 16  # a tokenizer without its files still has its special tokens
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -159,6 +161,7 @@ def convert(
     mask_token: str = "auto",
     *,
     end_tokens: Sequence[str] | None = None,
+    chat_template: str | None = None,
     teacher_path: str | None = None,
 ) -> Conversion:
     """The student that starts from the ARLM at `path`.
@@ -166,6 +169,7 @@ def convert(
     Args:
         mask_token: as common/mask_token.py says.
         end_tokens: in place of those that the model's files name (common/end_tokens.py).
+        chat_template: in place of the tokenizer's.
         teacher_path: another model that the student learns from; what ends its responses ends the student's.
 
     Raises:
@@ -174,6 +178,7 @@ def convert(
     config = load_config(path)
     check_family(config)
     tokenizer = load_tokenizer(path)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     check_tokenizer(tokenizer, config.vocab_size)
     check_chat_template(tokenizer)
     ends = list(end_tokens_of(path, config, tokenizer, end_tokens))
@@ -186,16 +191,25 @@ def convert(
     config.mask_token_id = mask.id
     config.block_size = block_size
     config.end_token_ids = list(dict.fromkeys(ends))
-    return Conversion(config, tokenizer, (mask.note,) if mask.note else ())
+    notes = [mask.note] if mask.note else []
+    if tokenizer.chat_template is None:
+        notes.append("the tokenizer has no chat template: prompts are the user's text alone, unless one is given")
+    return Conversion(config, tokenizer, tuple(notes))
 
 
 def student_of(config: RunConfig) -> Conversion:
-    """The student of a run."""
-    teacher_path = config.teacher_path if config.teacher_path != config.model.path else None
+    """The student of a run; its config records under `opdlm` how it is asked (common/chat.py)."""
     model = config.model
-    return convert(
-        model.path, config.block_size, model.mask_token, end_tokens=model.end_tokens, teacher_path=teacher_path
+    conversion = convert(
+        model.path,
+        config.block_size,
+        model.mask_token,
+        end_tokens=model.end_tokens,
+        chat_template=config.data.chat_template,
+        teacher_path=config.teacher_path if config.teacher_path != model.path else None,
     )
+    conversion.config.opdlm = asked_with(config.data)
+    return conversion
 
 
 def end_tokens_of(
@@ -260,13 +274,15 @@ def convert_folder(
     mask_token: str,
     dtype: torch.dtype,
     end_tokens: Sequence[str] | None = None,
+    chat_template: str | None = None,
 ) -> Conversion:
     """Write the converted, untrained student as a complete Hugging Face folder, or nothing.
 
     Raises:
         ModelError: the model cannot be a student.
     """
-    conversion = checked(path, convert(path, block_size, mask_token, end_tokens=end_tokens))
+    conversion = convert(path, block_size, mask_token, end_tokens=end_tokens, chat_template=chat_template)
+    conversion = checked(path, conversion)
     model = load_converted(path, conversion, dtype, "sdpa")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -288,9 +304,10 @@ def save_student(
 ) -> None:
     """Config, tokenizer and safetensors in `out`; `block_size` replaces the conversion's own, and `state_dict` the
     model's where it is sharded."""
-    model.config.mask_token_id = conversion.config.mask_token_id
+    for name in _RECORDED:
+        if hasattr(conversion.config, name):
+            setattr(model.config, name, getattr(conversion.config, name))
     model.config.block_size = block_size or conversion.config.block_size
-    model.config.end_token_ids = list(conversion.end_tokens)
     drop_generation_parameters(model.config)
     model.generation_config, _ = mended(model.generation_config)
     model.generation_config.eos_token_id = list(conversion.end_tokens)

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from common.config.errors import ConfigError
-from common.config.paths import expanded
+from common.config.paths import expanded, template_text
 from common.config.run import far_from_zero
 
 
@@ -21,6 +21,14 @@ def a_path(param: typer.CallbackParam, value: Any) -> Any:
         return None
     try:
         return type(value)(expanded(str(value)))
+    except ValueError as error:
+        raise ConfigError(f"{_name(param)}: {error}") from error
+
+
+def a_template(param: typer.CallbackParam, value: str | None) -> str | None:
+    """The text of a chat template, given itself or as its file."""
+    try:
+        return None if value is None else template_text(value)
     except ValueError as error:
         raise ConfigError(f"{_name(param)}: {error}") from error
 

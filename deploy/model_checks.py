@@ -95,8 +95,6 @@ def check_models(config: RunConfig) -> CheckedModels:
     teacher = _check_teacher(config) if teacher_path != path else None
     with model_errors("model.path", path):
         student = checked(path, student_of(config))
-    if student.tokenizer.chat_template is None:
-        raise ConfigError(f"model.path {path!r}: the tokenizer has no chat template; add it to its files")
     positions = student.config.max_position_embeddings
     if teacher is None:
         return CheckedModels(student, positions)

@@ -14,6 +14,7 @@ import psutil
 from common.config.errors import ConfigError
 from common.config.fingerprint import evaluation_fingerprint, fingerprint, input_paths
 from common.config.run import DataConfig, RunConfig
+from common.config.shown import shown
 from common.datasets.errors import PromptError
 from common.grid import grid_ceil, grid_floor
 from common.prompts import Prompt, PromptSet, load_problems, load_prompts
@@ -76,6 +77,7 @@ def prepare(
     tokenizer, positions = models.student.tokenizer, models.positions
     prompts, problems = read_prompts(config, tokenizer)
     _check_lengths(config, prompts, problems, positions)
+    _check_rows({"data.prompts": prompts.prompts, "evaluation.problems": problems}, models.student)
     prompts = replace(prompts, responses=read_responses(config, models.student, prompts.prompts))
     _check_batch(config, len(prompts.prompts))
     checkpoints = Checkpoints(config, data_fingerprints(config, prompts))
@@ -207,6 +209,18 @@ def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt]
                 f"positions, the models have {limit}; lower {response_field} to "
                 f"{grid_floor(limit, block_size) - longest} or less, or drop long prompts with data.max_prompt_tokens"
             )
+
+
+def _check_rows(prompts: dict[str, list[Prompt]], student: Conversion) -> None:
+    """Some tokenizers know tokens (of images, say) for which the embedding of a text model has no row."""
+    for field, each in prompts.items():
+        for prompt in each:
+            if beyond := [int(number) for number in prompt.ids if number >= student.config.vocab_size]:
+                token = student.tokenizer.convert_ids_to_tokens(beyond[0])
+                raise ConfigError(
+                    f"{field}: {shown(prompt.question)} holds the token {token!r}, for which the model has no row in "
+                    "its embedding; remove the prompt"
+                )
 
 
 def _check_torch(placement: Placement) -> None:

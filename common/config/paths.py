@@ -69,6 +69,20 @@ def _folder(value: Any) -> Any:
     return Path(expanded(str(value))) if isinstance(value, str | Path) else value
 
 
+def template_text(value: str) -> str:
+    """The text of a Jinja template, which a field holds itself or as the path of its file."""
+    if "{{" in value or "{%" in value:
+        return value
+    file = Path(expanded(value))
+    if not file.is_file():
+        raise ValueError(f"{shown(value)} is neither a file nor a Jinja template; give one")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(value)} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+TemplateText = Annotated[str, AfterValidator(template_text)]
 InputPath = Annotated[str, AfterValidator(expanded), PathField("input")]
 OutputFolder = Annotated[Path, BeforeValidator(_folder), PathField("output")]
 OutputUrl = Annotated[str, AfterValidator(expanded_unless_url), PathField("output")]

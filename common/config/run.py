@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from common.config.dashboard import DashboardConfig
 from common.config.deepspeed import check_deepspeed
 from common.config.objective import ObjectiveConfig
-from common.config.paths import InputPath, OutputFolder, OutputUrl
+from common.config.paths import InputPath, OutputFolder, OutputUrl, TemplateText
 from common.config.schedule import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
 from common.config.section import OPERATION, Section, plain_values
 from common.config.shown import shown
@@ -251,6 +251,11 @@ class DataConfig(Section):
         {}, description="what the user says by domain, with {question} in it; `default` is for all other domains"
     )
     system: str | None = Field(None, description="system turn of prompts that bring none")
+    chat_template: TemplateText | None = Field(
+        None,
+        description="Jinja template, or its file, in place of the tokenizer's; a tokenizer without one (a base model) "
+        "is asked with the user's text alone",
+    )
     enable_thinking: bool = Field(False, description="passed to the chat template")
     drop_duplicates: bool = Field(False, description="drop exact copies of earlier prompts; they are counted anyway")
     max_prompt_tokens: int = Field(2000, ge=1, le=MOST_TOKENS, description="longer prompts are dropped and counted")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from common.config.errors import ConfigError
-from deploy.argument_checks import a_path
+from deploy.argument_checks import a_path, a_template
 from deploy.commands.console import say
 from deploy.evaluation.decoding_options import DtypeName
 from deploy.named_files import check_writable, writing
@@ -27,6 +27,9 @@ def convert_model(
     mask_token: Annotated[str, typer.Option(help="auto, new, or a token, as model.mask_token")] = "auto",
     end_token: Annotated[
         list[str] | None, typer.Option(help="a token that ends a response, repeatable, as model.end_tokens")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja template, or its file, in place of the tokenizer's", callback=a_template)
     ] = None,
     dtype: DtypeName = "bfloat16",
 ) -> None:
@@ -47,7 +50,7 @@ def convert_model(
     from common.student import convert_folder
 
     with model_errors("MODEL", model), writing("OUT", out):
-        conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype), end_token)
+        conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype), end_token, chat_template)
     for note in conversion.notes:
         say(note)
     say(f"wrote {out}; it is untrained: opdlm train does that")

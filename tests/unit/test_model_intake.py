@@ -7,14 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from common.config.errors import ConfigError
 from common.config.file import load_config
-from common.student import convert_folder, head_of_folder, load_generation_config, load_model, mended
+from common.prompts import prompt_ids
+from common.student import (
+    convert_folder,
+    head_of_folder,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    mended,
+    save_student,
+)
 from deploy.commands.convert import convert_model as convert
+from deploy.evaluation.asking import asked_like_training
 from deploy.model_checks import check_model_folder, check_models
-from tests.models import tiny_qwen3
+from tests.models import CHAT_TEMPLATE, tiny_qwen3, tiny_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -427,3 +438,68 @@ def test_a_failed_conversion_leaves_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         convert_folder(str(model), tmp_path / "student", 4, "<|mask|>", torch.float32)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+BOS_TEMPLATE = "{{ '<s>' }}" + CHAT_TEMPLATE
+SYSTEM_REFUSED = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT_TEMPLATE
+)
+SYSTEM_BY_DEFAULT = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHAT_TEMPLATE
+)
+IN_PARTS = CHAT_TEMPLATE.replace("message['content']", "message['content'][0]['text']")
+
+
+def adds_bos(tokenizer):
+    """As Llama 3's: it puts its begin-of-sequence token before every text."""
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "bos", "expected"),
+    [
+        (BOS_TEMPLATE, True, "<s><|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"),
+        (CHAT_TEMPLATE, True, "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"),
+        (SYSTEM_REFUSED, False, "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"),
+        (SYSTEM_BY_DEFAULT, False, "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHow many?<|im_end|>\n"
+         "<|im_start|>assistant\n"),
+        (IN_PARTS, False, "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"),
+        (None, True, "<s>How many?"),
+        (None, False, "How many?"),
+    ],
+)  # fmt: skip
+def test_prompts_of_every_kind_of_chat_template(tmp_path, chat_template, bos, expected):
+    tokenizer = tiny_tokenizer("<s>", chat_template=chat_template, bos_token="<s>")
+    path = tiny_qwen3(tmp_path / "model", tokenizer=adds_bos(tokenizer) if bos else tokenizer)
+    student = check(path).student
+    assert student.tokenizer.decode(prompt_ids(student.tokenizer, "How many?")) == expected
+    assert student.end_tokens[0] == student.tokenizer.eos_token_id
+
+
+def test_a_model_whose_padding_is_its_end_token(tmp_path):
+    """SmolLM2 and Llama pad with what ends a turn; that must not be taken for padding, or out of the loss."""
+    tokenizer = tiny_tokenizer("<unused0>")
+    tokenizer.pad_token = tokenizer.eos_token
+    path = tiny_qwen3(tmp_path / "model", tokenizer=tokenizer, vocab=263)
+    student = check(path).student
+    assert (student.end_tokens, student.config.mask_token_id) == ((258,), 262)
+    convert(path, tmp_path / "student", dtype="float32")
+    assert torch.equal(logits(tmp_path / "student"), logits(Path(path)))
+
+
+def test_a_token_beyond_the_embedding(tmp_path):
+    """Gemma 3's tokenizers know an image token for which the text models have no row."""
+    path = tiny_qwen3(tmp_path / "model", tokenizer=tiny_tokenizer("<unused0>", "<image>"), vocab=263)
+    student = check(path).student
+    assert (student.tokenizer.mask_token, student.config.vocab_size) == ("<unused0>", 263)
+
+
+def test_a_checkpoint_records_how_it_is_asked(tmp_path, good):
+    overrides = ["--data.enable_thinking", "true", "--data.system", "Be kind.", "--data.chat_template", BOS_TEMPLATE]
+    student = check(good, *overrides).student
+    save_student(load_model(good, torch.float32, "sdpa"), student, tmp_path / "student")
+    assert asked_like_training(str(tmp_path / "student"), None)["enable_thinking"] is True
+    assert asked_like_training(str(tmp_path / "student"), False)["system"] == "Be kind."
+    assert load_tokenizer(str(tmp_path / "student")).chat_template == BOS_TEMPLATE

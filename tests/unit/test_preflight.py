@@ -11,7 +11,7 @@ from common.config.errors import ConfigError
 from common.config.file import load_config
 from deploy import preflight
 from deploy.model_checks import looks_local
-from tests.models import tiny_qwen3
+from tests.models import tiny_qwen3, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,32 @@ def test_no_row_for_a_mask_token(tmp_path, copy):
 
 
 def test_a_tokenizer_without_chat_template(tmp_path, copy):
-    (copy / "chat_template.jinja").unlink()
-    assert "the tokenizer has no chat template" in refused(config(tmp_path, "--model.path", str(copy)))
+    """It is asked with the user's text alone, and somebody is told; or with a template that is given."""
+    template = copy / "chat_template.jinja"
+    text = template.read_text()
+    template.unlink()
+    raw = preflight.prepare(config(tmp_path, "--model.path", str(copy)))
+    assert any("the tokenizer has no chat template" in warning for warning in raw.warnings)
+    first = raw.prompts.prompts[0]
+    assert raw.tokenizer.decode(first.ids) == first.question
+    (tmp_path / "mine.jinja").write_text(text)
+    for given in (text, str(tmp_path / "mine.jinja")):
+        chat = preflight.prepare(config(tmp_path, "--model.path", str(copy), "--data.chat_template", given))
+        assert chat.warnings == []
+        assert chat.tokenizer.decode(chat.prompts.prompts[0].ids).startswith("<|im_start|>user\n" + first.question)
+    with pytest.raises(ConfigError, match=r"data.chat_template: 'nope.jinja' is neither a file nor a Jinja template"):
+        config(tmp_path, "--data.chat_template", "nope.jinja")
+
+
+def test_a_prompt_with_a_token_for_which_there_is_no_row(tmp_path):
+    model = tiny_qwen3(tmp_path / "model", tokenizer=tiny_tokenizer("<|mask|>", "<image>"), vocab=263)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "What is <image>?", "answer": "1"}\n')
+    paths = ["--model.path", model, "--data.prompts", str(file), "--evaluation.problems", "null"]
+    assert refused(config(tmp_path, *paths)) == (
+        "data.prompts: 'What is <image>?' holds the token '<image>', for which the model has no row in its embedding; "
+        "remove the prompt"
+    )
 
 
 @pytest.mark.parametrize("field", ["data.prompts", "evaluation.problems"])
