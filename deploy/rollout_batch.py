@@ -92,11 +92,6 @@ class RolloutBatch:
         """What `ray.wait` may wait for."""
         return [*self._generators, *self._annotating]
 
-    @property
-    def teacher_queue(self) -> int:
-        """Record batches that wait for targets."""
-        return len(self._annotating)
-
     def advance(self, ready: list[Any]) -> None:
         """Handle what is ready.
 
