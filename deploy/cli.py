@@ -51,8 +51,9 @@ for command in (
 def main() -> None:
     """Run the command line and end with its status.
 
-    What a user can mend ends with status 2 and one sentence: bad input, and files that cannot be read or written. A
-    failed run ends with status 1 and its cause, a stopped one with 128 + its signal. A traceback is a fault of ours.
+    Errors that a user can correct end with status 2 and one sentence: bad input, and files that cannot be read or
+    written. A failed run ends with status 1 and its cause, a stopped one with 128 + the signal. Any other error is a
+    fault of this program and keeps its traceback.
     """
     # progress bars of single files say nothing here; a user's own setting wins
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -76,7 +76,7 @@ class AblationConfig(Section):
     overrides: dict[str, Any] = Field({}, description="field: value, over the base, for all arms")
     respond: RespondConfig = RespondConfig()
     arms: dict[str, ArmConfig] = Field(min_length=1, description="name of the arm: its own field: value, and its style")
-    claims: tuple[Claim, ...] = Field((), description="what the report says a verdict on")
+    claims: tuple[Claim, ...] = Field((), description="claims that the report gives a verdict on")
     reading: str = Field("", description="what its authors make of the results; a section of the report, Markdown")
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """`opdlm ablate`: train every arm of an ablation with every seed, one run at a time or several, and write the report.
 
-A finished run is never made again, and an interrupted one goes on from its newest checkpoint: repeat the command until
-it says that it is done. That holds for runs of the same config: where an arm was edited since, its old run is neither
-reported nor continued, but refused.
+A finished run is never made again, and an interrupted one continues from its newest checkpoint: repeat the command
+until it says that all runs are finished. If an arm was edited since its run, the run is refused: it is neither reported
+nor continued.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Arm:
         return bool(finished_summary(self.config))
 
     def differences(self) -> list[str]:
-        """What the run in the arm's folder was told otherwise, field by field; none where there is no run yet."""
+        """Fields in which the run in the arm's folder differs, with both values; empty if there is no run yet."""
         file = self.config.run_dir / "config.yaml"
         if not file.is_file():
             return []
@@ -125,7 +125,7 @@ def run_all(
     """Make what is missing, `jobs` runs at a time; `done` is called after every run, also for those found finished.
 
     Raises:
-        WorkerError: a run ended with an error; names it and its log. Runs under way are waited for, others cancelled.
+        WorkerError: a run ended with an error; names it and its log. Runs in progress are waited for, others cancelled.
     """
     if any(_needs_responses(arm) and not arm.done for arm in runs):
         _respond(ablation, runs[0].config, note)

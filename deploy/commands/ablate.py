@@ -1,4 +1,4 @@
-"""The command line of `opdlm ablate`."""
+"""`opdlm ablate`: trains the arms of an ablation and reports them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def register(app: typer.Typer) -> None:
 def ablate(
     ablation: Annotated[str, typer.Argument(help="YAML file of an ablation", metavar="ABLATION")],
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="write the report of the runs that are finished; train nothing")
+        bool, typer.Option("--report-only", help="write the report of the finished runs, but train nothing")
     ] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="runs at a time; each is as large as the base says")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="how many runs at a time, each with all of its processes")
+    ] = 1,
 ) -> None:
-    """Train the arms of an ablation with every seed and write tables, curves and verdicts.
+    """Train every arm of an ablation with every seed, and write a report with tables, curves and verdicts.
 
-    An interrupted ablation goes on where it stood when the command is repeated; the report is written after every run.
+    The report is written after every run. To continue an interrupted ablation, repeat the command.
 
     [bold]Example[/bold]
 

@@ -24,16 +24,19 @@ def convert_model(
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", callback=a_path)],
     block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,
-    mask_token: Annotated[str, typer.Option(help="auto, new, or a token, as model.mask_token")] = "auto",
+    mask_token: Annotated[
+        str, typer.Option(help="auto, new, or a token; see model.mask_token in opdlm fields")
+    ] = "auto",
     end_token: Annotated[
-        list[str] | None, typer.Option(help="a token that ends a response, repeatable, as model.end_tokens")
+        list[str] | None,
+        typer.Option(help="a token that ends a response, repeatable; see model.end_tokens in opdlm fields"),
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="Jinja template, or its file, in place of the tokenizer's", callback=a_template)
     ] = None,
     dtype: DtypeName = "bfloat16",
 ) -> None:
-    """Write the untrained student of an ARLM: same weights, a mask token, its block size in the config.
+    """Write the untrained student of an autoregressive LM: the same weights, with a mask token and a block size.
 
     [bold]Example[/bold]
 

@@ -19,13 +19,13 @@ def register(app: typer.Typer) -> None:
 
 def dashboard(
     run: Annotated[Path, typer.Argument(help="folder of a run", metavar="RUN", callback=a_path)],
-    host: Annotated[str, typer.Option(help="address to bind; any but loopback needs --token-file")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="port to bind; 0: any free one")] = 8270,
+    host: Annotated[str, typer.Option(help="address to listen on; any but loopback needs --token-file")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")] = 8270,
     token_file: Annotated[
-        str | None, typer.Option(help="text file with the token that a visitor must give", callback=a_path)
+        str | None, typer.Option(help="text file with the token that visitors must give", callback=a_path)
     ] = None,
 ) -> None:
-    """Show the page of a run: finished, copied from elsewhere, or under way.
+    """Show the page of a run that is running, finished, or copied from elsewhere.
 
     [bold]Examples[/bold]
 

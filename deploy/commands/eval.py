@@ -49,7 +49,8 @@ def evaluate(
         typer.Option(
             metavar="RULE",
             help="which masked tokens a step reveals, repeatable: static (the most confident), sequential (the "
-            "leftmost), dynamic (all above the threshold; the default) or entropy_bound (the surest within a budget)",
+            "leftmost), dynamic (all above the threshold; the default) or entropy_bound (the most certain, up to a "
+            "total entropy)",
         ),
     ] = None,
     threshold: Annotated[
@@ -59,12 +60,18 @@ def evaluate(
         ),
     ] = None,
     tokens_per_step: Annotated[
-        list[int] | None, typer.Option(min=1, help="of the static and sequential rules, repeatable; default: 1")
+        list[int] | None,
+        typer.Option(
+            min=1, help="tokens revealed per step under the static and sequential rules, repeatable; default: 1"
+        ),
     ] = None,
     bound: Annotated[
         list[float] | None,
         typer.Option(
-            callback=finite, min=0, help="nats of one step under the entropy_bound rule, repeatable; default: 0.1"
+            callback=finite,
+            min=0,
+            help="most entropy, in nats, of all tokens of one step under the entropy_bound rule, repeatable; "
+            "default: 0.1",
         ),
     ] = None,
     block_size: Annotated[
@@ -72,13 +79,13 @@ def evaluate(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="folder of the autoregressive teacher, as a further row of the table", callback=a_path),
+        typer.Option(help="folder of the autoregressive teacher, which is evaluated too", callback=a_path),
     ] = None,
     temperature: Temperature = 0.0,
     seeds: Annotated[
-        int, typer.Option(min=1, help="runs per setting where the temperature is above 0; greedy decoding needs one")
+        int, typer.Option(min=1, help="runs per setting, each with its own seed, if the temperature is above 0")
     ] = 1,
-    count: Annotated[int, typer.Option(min=1, help="first N problems")] = 200,
+    count: Annotated[int, typer.Option(min=1, help="evaluate the first N problems")] = 200,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -87,25 +94,34 @@ def evaluate(
     ] = None,
     answer_format: Annotated[
         AnswerFormat,
-        typer.Option(help="a response's answer: the number after 'Answer:', the last \\boxed{}, or the last number"),
+        typer.Option(
+            help="what is read as a response's answer: the number after 'Answer:', the last \\boxed{}, or the last "
+            "number"
+        ),
     ] = "answer_line",
     output: Annotated[
         Path | None,
-        typer.Option(help="write the results to this .json file, and the plot beside it as .png", callback=a_path),
+        typer.Option(
+            help="write the results to this .json file, and the plot to a .png of the same name", callback=a_path
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="accuracy against tokens per step, .png", callback=a_path)] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="write the plot of accuracy against tokens per step to this .png file", callback=a_path),
+    ] = None,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
     dtype: DtypeName = "float32",
     thinking: Thinking = None,
     system: System = None,
     template: Template = None,
     autoregressive: Annotated[
-        bool, typer.Option("--autoregressive", help="MODEL is a causal LM, such as the teacher; no block diffusion")
+        bool, typer.Option("--autoregressive", help="evaluate MODEL as an autoregressive LM, such as the teacher")
     ] = False,
 ) -> None:
-    """Accuracy and tokens per step on problems with a checkable answer, for one or many decoding settings.
+    """Measure accuracy and tokens per step on problems with a checkable answer, for one or more decoding settings.
 
-    Options marked as repeatable span a sweep: every rule with every value of its parameter at every block size.
+    Options marked as repeatable may be given several times. Then all combinations are evaluated: each rule, with each
+    value of its own parameter, at each block size.
 
     [bold]Examples[/bold]
 

@@ -58,7 +58,9 @@ def generate(
     subset: Subset = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="write a .jsonl: the record of every prompt, its response and its counts", callback=a_path),
+        typer.Option(
+            help="write this .jsonl file: every prompt's record with its response and its counts", callback=a_path
+        ),
     ] = None,
     show_steps: Annotated[
         bool, typer.Option("--show-steps", help="show how the text was unmasked, round by round")
@@ -73,7 +75,7 @@ def generate(
         ),
     ] = None,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="of the sampling")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
     slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
     dtype: DtypeName = "float32",
     thinking: Thinking = None,
@@ -83,8 +85,7 @@ def generate(
 ) -> None:
     """Answer a prompt, or a file of prompts, by block diffusion.
 
-    With --output every response is in the file as soon as it is done; an interrupted command goes on where it stood
-    when it is repeated.
+    With --output every response is written as soon as it is done. To continue an interrupted command, repeat it.
 
     [bold]Examples[/bold]
 

@@ -1,8 +1,8 @@
-"""`opdlm submit | jobs | stop`: a thin front on Ray's JobSubmissionClient.
+"""`opdlm submit | jobs | stop`: training jobs on a Ray cluster, by Ray's JobSubmissionClient.
 
-Ray's own commands do the same with three differences: `ray job submit` ends with status 1 whatever the job's was,
-`ray job status` ends with 0 for a failed job, and `ray job stop` on a pending job can hang; here every call has a
-deadline.
+They differ from Ray's own commands in three ways: `submit` ends with the job's exit status (`ray job submit` ends with
+1 for every failed job), a failed job is an error (`ray job status` ends with 0), and every call has a deadline
+(`ray job stop` can hang on a pending job).
 """
 
 from __future__ import annotations
@@ -58,16 +58,18 @@ def submit(
     context: typer.Context,
     config: Annotated[str, typer.Argument(help="YAML file below the working directory, or a preset", metavar="CONFIG")],
     address: Address = DEFAULT_ADDRESS,
-    working_dir: Annotated[Path, typer.Option(help="folder that is uploaded and run from", callback=a_path)] = Path(
+    working_dir: Annotated[Path, typer.Option(help="folder to upload; the job runs in it", callback=a_path)] = Path(
         "."
     ),
-    resume: Annotated[Literal["auto"] | None, typer.Option(help="auto: go on from the run's newest checkpoint")] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and return")] = False,
+    resume: Annotated[
+        Literal["auto"] | None, typer.Option(help="auto: continue from the run's newest checkpoint")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="print the job's id and end")] = False,
 ) -> None:
-    """Submit a training job to a Ray cluster and follow it; ends with the job's exit status.
+    """Submit a training job to a Ray cluster, print its log, and end with the job's exit status.
 
-    Options that are not listed here are overrides of the config, as in [bold]opdlm train[/bold]. Paths mean what they
-    mean here: `~`, variables and relative paths are filled in before the job is sent.
+    Options that are not listed here override fields of the config, as in [bold]opdlm train[/bold]. In paths, `~`,
+    variables and relative paths are expanded here, before the job is sent.
 
     [bold]Examples[/bold]
 
@@ -102,7 +104,7 @@ def submit(
     try:
         info = _follow(client, job, address)
     except KeyboardInterrupt:
-        if typer.confirm("\nstop the job? (no: it goes on, only following ends)", default=False):
+        if typer.confirm("\nstop the job? (no: the job continues, only this command ends)", default=False):
             stop(job, address)
         raise typer.Exit(130) from None
     raise typer.Exit(_exit_status(info, job))
@@ -174,10 +176,13 @@ def stop(
     job: Annotated[str, typer.Argument(help="the job's id, as opdlm jobs lists it", metavar="JOB")],
     address: Address = DEFAULT_ADDRESS,
     timeout_s: Annotated[
-        float, typer.Option(min=0, help="how long to wait for the job's end", callback=finite)
+        float, typer.Option(min=0, help="how long to wait until the job has ended", callback=finite)
     ] = _STOP_WAIT_S + 30.0,
 ) -> None:
-    """Stop a job: it writes a checkpoint and ends; one that still waits for CPUs ends when it gets them."""
+    """Stop a job.
+
+    The job writes a checkpoint before it ends. A job that still waits for CPUs ends as soon as it gets them.
+    """
     client = _client(address)
     listed = {info.submission_id for info in _within(client.list_jobs, f"asking {address}")}
     if job not in listed:
@@ -223,7 +228,7 @@ def _follow(client: Any, job: str, address: str) -> Any:
         except (RuntimeError, OSError) as error:
             raise StuckError(
                 f"{address} no longer answers, so nothing is known of {job}: its head has died, or the network is cut. "
-                "A job ends with its head; go on with --resume auto"
+                "A job ends with its head; continue it with --resume auto"
             ) from error
         if info.status.value in _FINAL:
             return info

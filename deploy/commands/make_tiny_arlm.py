@@ -18,8 +18,10 @@ def register(app: typer.Typer) -> None:
 
 def make_tiny(
     out: Annotated[Path, typer.Option(help="folder to write", callback=a_path)] = Path("tiny-arlm"),
-    seed: Annotated[int, typer.Option(min=0, help="of weights and problems")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="optimiser updates; default: as the shipped model")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of weights and problems")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="optimizer updates; default: as for the shipped model")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="compute threads")] = 1,
 ) -> None:
     """Train the demo's tiny autoregressive model from scratch, about ten minutes on one core.

@@ -1,4 +1,4 @@
-"""The command line of `opdlm respond`."""
+"""`opdlm respond`: the teacher's responses to the run's prompts, in a file."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def respond(
         float, typer.Option(min=1e-6, max=1, help="sample from the smallest set of this mass", callback=finite)
     ] = 1.0,
 ) -> None:
-    """Let the teacher answer the run's prompts: offline responses for off-policy training.
+    """Generate the teacher's responses to the run's prompts, for off-policy training.
 
-    An interrupted command goes on where it stood when it is repeated.
+    To continue an interrupted command, repeat it.
 
     [bold]Examples[/bold]
 

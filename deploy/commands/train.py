@@ -1,4 +1,4 @@
-"""`opdlm train`: a run, or with --dry-run what it would be."""
+"""`opdlm train`: start or continue a run, or with --dry-run show what it would do."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def train(
     context: typer.Context,
     config: Config,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show config, placement and estimates; start nothing")
+        bool, typer.Option("--dry-run", help="show config, placement and estimates, but start nothing")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run of the same name")] = False,
     resume: Annotated[
         Literal["auto"] | None,
-        typer.Option(help="auto: go on from the run's newest checkpoint; start it where there is none"),
+        typer.Option(help="auto: continue from the run's newest checkpoint, or start if there is none"),
     ] = None,
     accept_changed_data: Annotated[
         bool,
-        typer.Option("--accept-changed-data", help="with --resume: go on though prompts, responses or models changed"),
+        typer.Option("--accept-changed-data", help="with --resume: allow that prompts, responses or models changed"),
     ] = False,
 ) -> None:
     """Train a block-diffusion student.
@@ -45,20 +45,20 @@ def train(
 
     [bold]Overrides[/bold]
 
-    Every field of the config can be overridden as --FIELD VALUE or --FIELD=VALUE. Text is taken as typed, other values
-    are YAML; in paths `~` and `$NAME` are filled in, and relative ones begin at the current folder.
-    [bold]opdlm fields[/bold] lists them all. The most used:
+    Every field of the config can be overridden as --FIELD VALUE or --FIELD=VALUE. Text is taken as typed; other values
+    are read as YAML. In paths, `~` and `$NAME` are expanded; a relative path starts at the current folder.
+    [bold]opdlm fields[/bold] lists all fields. The most used:
 
         --name, --output_dir           the run's folder is output_dir/name
         --model.path                   the autoregressive model to start from
         --data.prompts                 JSON, JSONL or Parquet with a question per row
-        --pipeline.max_batches         stop after so many rollout batches
-        --rollout.actors               rollout processes; also teacher.actors and learner.ranks
+        --pipeline.max_batches         stop after this many rollout batches
+        --rollout.actors               rollout processes; likewise teacher.actors and learner.ranks
         --rollout.prompts_per_batch    prompts per rollout batch
         --learner.lr                   learning rate
         --teacher.backend              vllm or transformers
         --teacher.target               hidden (full vocabulary) or topk
-        --curriculum.max_tokens        longest response
+        --curriculum.max_tokens        length limit of responses, tokens
         --evaluation.problems          held-out problems with answers; null: no evaluation
     """
     settings = load_config(config, context.args)
@@ -71,9 +71,9 @@ def train(
     from deploy.pipeline import run
 
     if overwrite and resume:
-        raise ConfigError("--overwrite and --resume exclude each other; give one of them")
+        raise ConfigError("--overwrite and --resume cannot be combined; give one of them")
     if accept_changed_data and not resume:
-        raise ConfigError("--accept-changed-data is for a run that goes on; add --resume auto")
+        raise ConfigError("--accept-changed-data has no effect on a new run; add --resume auto")
     check_writable("output_dir", settings.run_dir)
     summary = run(settings, overwrite, resume == "auto", accept_changed_data)
     if "student" in summary:

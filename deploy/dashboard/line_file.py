@@ -7,10 +7,11 @@ from pathlib import Path
 
 
 class LineFile:
-    """Reads only what is new, unless the lines read before are no longer those of the file: then all of it.
+    """Reads only the new lines, unless the lines that were read before have changed: then it reads the whole file.
 
-    That is so after a replacement (another inode), and where the last line that was read no longer stands where it
-    stood: a cut file may have grown beyond that place since. A last line without its end is left for the next read.
+    They have changed if the file was replaced (it has another inode), or if the last line that was read is no longer
+    at its place: a file that was cut may have grown beyond that place since. A last line without its newline is left
+    for the next read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -21,7 +22,7 @@ class LineFile:
         self._last = b""
 
     def read(self) -> tuple[bool, list[bytes]]:
-        """Whether the lines read before count no more, and the complete lines that are new."""
+        """Whether the lines of earlier reads are no longer valid, and the new complete lines."""
         if not self.path.is_file():
             return False, []
         with self.path.open("rb") as file:

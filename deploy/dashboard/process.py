@@ -72,7 +72,7 @@ class DashboardProcess:
             command += ["--host", self.config.host, "--port", str(port), "--with-parent"]
             if self.config.token_file:
                 command += ["--token-file", self.config.token_file]
-            # a session of its own: Ctrl-C ends the run first, and its page says so
+            # a session of its own: Ctrl-C ends the run first, and the page can still show it
             self._process = subprocess.Popen(
                 command, env=child_environment(), stdin=subprocess.DEVNULL, start_new_session=True
             )
@@ -82,7 +82,7 @@ class DashboardProcess:
     def __exit__(self, *_: Any) -> None:
         if self.url:
             time.sleep(_FAREWELL_SECONDS)
-            self._process.kill()  # it hears no other signal, and only reads
+            self._process.kill()  # it ignores other signals, and only reads files
             self._process.wait()
 
 

@@ -135,7 +135,7 @@ def _knows(request: Request, token: str) -> bool:
 
 
 class _ServerOfARun(uvicorn.Server):
-    """Deaf to signals: `ray job stop` sends one to every process of a job, and the page must still tell of the end."""
+    """Ignores signals: `ray job stop` sends one to every process of a job, and the page must still show the end."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         pass

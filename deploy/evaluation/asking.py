@@ -16,15 +16,15 @@ Thinking = Annotated[
     bool | None,
     typer.Option(
         "--thinking/--no-thinking",
-        help="whether the model thinks before it answers, where its chat template can turn that on and off; default: "
-        "as it was trained",
+        help="whether the model thinks before it answers, if its chat template can turn that on and off; default: "
+        "as in training",
         show_default=False,
     ),
 ]
-System = Annotated[str | None, typer.Option(help="system turn of prompts that bring none; default: as it was trained")]
-Template = Annotated[str | None, typer.Option(help="what the user says, with {question} in it")]
-Split = Annotated[str | None, typer.Option(help="which split, where the folder or data set has several")]
-Subset = Annotated[str | None, typer.Option(help="which subset (configuration), where a data set has several")]
+System = Annotated[str | None, typer.Option(help="system message for prompts that have none; default: as in training")]
+Template = Annotated[str | None, typer.Option(help="user message, with {question} where the question belongs")]
+Split = Annotated[str | None, typer.Option(help="which split, if the folder or data set has several")]
+Subset = Annotated[str | None, typer.Option(help="which subset (configuration), if the data set has several")]
 
 
 _FIELDS_WITH_OPTION = re.compile(r"\bdata\.(question_field|answer_field|split|subset|system)\b")

@@ -35,17 +35,17 @@ Rule = Annotated[
     typer.Option(
         metavar="RULE",
         help="which masked tokens a step reveals: static (one, the most confident), sequential (one, the leftmost), "
-        "dynamic (all above the threshold) or entropy_bound (the surest within an entropy budget)",
+        "dynamic (all above the threshold) or entropy_bound (the most certain, up to a total entropy)",
     ),
 ]
 Threshold = Annotated[
     float, typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule", callback=finite)
 ]
 Temperature = Annotated[
-    float, typer.Option(min=0, max=100, help="of the sampling softmax; 0: greedy", callback=temperature)
+    float, typer.Option(min=0, max=100, help="temperature of sampling; 0: greedy", callback=temperature)
 ]
 BlockSize = Annotated[int | None, typer.Option(min=1, help="tokens per block; default: the model's own")]
-DtypeName = Annotated[Literal["float32", "bfloat16"], typer.Option(help="of weights and activations")]
+DtypeName = Annotated[Literal["float32", "bfloat16"], typer.Option(help="data type of weights and activations")]
 Student = Annotated[
     str, typer.Argument(help="folder of a trained or converted student", metavar="MODEL", callback=a_path)
 ]

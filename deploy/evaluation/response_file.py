@@ -1,8 +1,8 @@
 """The file of `opdlm generate --output`: a line for each prompt, written as the responses come.
 
-Lines stand in the order of the prompts: a response waits for those before it, which are decoded at the same time. After
-an error all that are done stand in the file, and FILE.unfinished beside it says with which settings they were made; the
-same command then goes on where it stood.
+Lines are in the order of the prompts: a response waits for those before it, which are decoded at the same time. After
+an error, the file has all responses that are done, and FILE.unfinished beside it has the settings they were made with;
+the same command then continues.
 """
 
 from __future__ import annotations
