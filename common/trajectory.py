@@ -17,7 +17,7 @@ may be missing. A reader refuses a schema that differs from its own, and says wh
 | reveal_round | list<int16> | per response and tail position: round within its block, from 0; -1 if offline |
 | confidence | list<float32> | per response and tail position: probability under the raw softmax when revealed |
 | weights_version | int32 | of the student that sampled it; -1: an offline response |
-| finish_reason | string | `eos`: the response ends with the end token; `length`: it does not |
+| finish_reason | string | `eos`: ends with an end token; `stop`: with a stop string; `length`: with neither |
 | denoise_forwards, commit_forwards | int32 | forwards in which this sequence took part |
 | state_count | int32 | noised copies |
 | masked_offsets, masked_state | list<int32> | masked positions of all copies: offset and the copy it belongs to |

@@ -45,6 +45,7 @@ def sampler_of(
         eos_token_id=model.generation_config.eos_token_id,
         slots=slots,
         seed=seed,
+        tokenizer=tokenizer,
     )
 
 

@@ -13,7 +13,7 @@ class Request:
 
     (ordinal, sample) is its key: it seeds the sampling and names the trajectory. The response has at most
     `max_new_tokens` tokens. Blocks are decoded whole all the same: what the last one has behind the limit becomes the
-    trajectory's tail.
+    trajectory's tail. So does what it has behind the token that completes the first of the `stop` strings.
     """
 
     ordinal: int
@@ -21,3 +21,4 @@ class Request:
     prompt_ids: np.ndarray  # int [n]
     max_new_tokens: int  # at least 1
     domain: str = ""
+    stop: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.sampler import attention
 from actors.sampler.attention import MOST_QUERIES
@@ -35,6 +35,7 @@ from actors.sampler.projections import pack_projections
 from actors.sampler.request import Request
 from actors.sampler.sampling import Candidates, Decoding, sample_tokens
 from actors.sampler.slots import SlotState
+from actors.sampler.stop_strings import StopStrings
 from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
 from common.config.run import Unmasking
 from common.grid import grid_ceil
@@ -77,7 +78,8 @@ class Sampler:
 
     On CUDA a pass takes all slots, so that its shapes repeat: it is compiled, and a CUDA graph from its second use on.
     On CPU it takes the running slots only. A prefill takes prompts of at most `max_batched_tokens` tokens together,
-    padding included, or one longer prompt. `forwards` counts the passes. `token_rows` counts the tokens computed for
+    padding included, or one longer prompt. Stop strings are looked for on the host after each block of a request that
+    has some, and need the `tokenizer`. `forwards` counts the passes. `token_rows` counts the tokens computed for
     sequences that have ended: prompts in prefills, and B tokens for each denoising forward and each commit.
     """
 
@@ -90,6 +92,7 @@ class Sampler:
         eos_token_id: EndTokens,
         slots: int,
         seed: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_batched_tokens: int = 16384,
         cuda_graphs: bool = True,
         compiled: bool = True,
@@ -100,6 +103,7 @@ class Sampler:
         self.eos_token_id = eos_token_id
         self.slots = slots
         self.seed = seed
+        self.stops = StopStrings(tokenizer) if tokenizer else None
         self.max_batched_tokens = max_batched_tokens
         self.device = model.get_output_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
@@ -137,10 +141,15 @@ class Sampler:
 
         Raises:
             FloatingPointError: the model gave a non-finite logit at a sampled position.
+            ValueError: a request has stop strings, and the sampler no tokenizer to find them with.
         """
         waiting = deque(requests)
         if not waiting:
             return
+        has_stops = any(request.stop for request in waiting)
+        stops = self.stops if has_stops else None
+        if has_stops and not stops:
+            raise ValueError("requests with stop strings need a sampler with a tokenizer")
         state, cache = self._memory(max(self._end(r) for r in waiting))
         rule, threshold = without_threshold(decoding.unmasking)
         decoding = replace(decoding, unmasking=rule)
@@ -153,7 +162,10 @@ class Sampler:
                 self._prefill(state, cache, admitted)
             self._launch(state, decoding)
             while len(state.in_progress) > self.ahead:
-                for trajectory in state.take(state.read(), self.eos_token_id, self.weights_version):
+                ended = state.read()
+                if stops:
+                    ended = ended + state.stop(stops)
+                for trajectory in state.take(ended, self.eos_token_id, self.weights_version, stops):
                     self.token_rows += self.block_size * (trajectory.denoise_forwards + trajectory.commit_forwards)
                     yield trajectory
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from actors.sampler.request import Request
-from common.trajectory import EndTokens, Trajectory, finish_reason, until_end
+from actors.sampler.stop_strings import StopStrings, reach
+from common.trajectory import EndTokens, Trajectory, finish_reason, until_end, without_end
 
 PATIENCE = 4  # a slot that has waited for so many passes in a row gets room in the next
 
@@ -41,7 +42,8 @@ class SlotState:
     Life cycle of a slot: free; running from `admit` on; ended when `read` returns it; free again after `take`, which
     makes its trajectory. In between, every pass takes these steps: `expected` says how much room it needs; `reveal`
     changes the state on the device, at the end of the pass; `launched` notes the pass; `read` waits for the oldest pass
-    that was noted and brings the host's integers up to date. `clear` frees all slots.
+    that was noted and brings the host's integers up to date. `stop` ends sequences at stop strings, after a `read`.
+    `clear` frees all slots.
 
     Invariants: tensors are changed in place and never replaced. The host's integers are as old as the last pass that
     was read. A revealed position never changes again. A block is committed in the next pass that has room.
@@ -65,6 +67,7 @@ class SlotState:
         self.block_host = np.zeros(slots, np.int64)
         self.masked_host = np.zeros(slots, np.int64)  # masked positions of the block
         self.uncommitted_host = np.zeros(slots, bool)
+        self.advanced: list[int] = []  # slots that the pass read last left with a finished block, and running
         self.waits = np.zeros(slots, np.int64)  # passes in a row that had no room for the slot
         self.denoise_forwards = np.zeros(slots, np.int64)
         self.commit_forwards = np.zeros(slots, np.int64)
@@ -224,14 +227,45 @@ class SlotState:
         self.masked_host[rows] = masked
         self.uncommitted_host[rows] = (advanced > 0) | (self.uncommitted_host[rows] & (waited > 0))
         self.waits[rows] = (self.waits[rows] + 1) * waited
-        finished = rows[ended > 0]
-        self.running[finished] = False
-        for later in self.in_progress:
-            later.running[finished] = False
-        return list(finished.tolist())
+        self.advanced = rows[advanced > 0].tolist()
+        return self._end(rows[ended > 0].tolist())
 
-    def take(self, finished: list[int], eos_token_id: EndTokens, weights_version: int) -> list[Trajectory]:
-        """The trajectories of slots that have ended; they are free from now on.
+    def stop(self, stops: StopStrings) -> list[int]:
+        """End the sequences whose last finished block completes a stop string of their request; returns their slots.
+
+        Passes in progress may have begun their next block, which is forgotten.
+        """
+        watched = [slot for slot in self.advanced if self.active[slot].stop]
+        if not watched:
+            return []
+        far = max(reach(self.active[slot].stop, self.block_size) for slot in watched)
+        ends = self.block_host[watched] * self.block_size
+        with torch.cuda.stream(self.copies):  # None, on CPU: no effect
+            rows = torch.tensor(watched, device=self.device)
+            positions = torch.from_numpy(np.maximum(ends[:, None] + np.arange(-far, 0), 0)).to(self.device)
+            last = self.ids[rows[:, None], positions].cpu().numpy()
+        stopped = []
+        for slot, ids, end in zip(watched, last, ends, strict=True):
+            request = self.active[slot]
+            written = min(far, int(end) - len(request.prompt_ids))
+            if stops.found(ids[far - written :], request.stop):
+                stopped.append(slot)
+        if stopped:
+            self.block_host[stopped] -= 1  # the block in which the response ends
+            self.masked[stopped] = False
+            self.uncommitted[stopped] = False
+        return self._end(stopped)
+
+    def _end(self, slots: list[int]) -> list[int]:
+        """Passes in progress no longer count for these slots."""
+        for running in (self.running, *(later.running for later in self.in_progress)):
+            running[slots] = False
+        return slots
+
+    def take(
+        self, finished: list[int], eos_token_id: EndTokens, weights_version: int, stops: StopStrings | None = None
+    ) -> list[Trajectory]:
+        """The trajectories of slots that have ended, cut at their stop strings; they are free from now on.
 
         A pass in progress that was launched before the end was known does not change them.
         """
@@ -249,6 +283,9 @@ class SlotState:
             end = (int(self.block_host[slot]) + 1) * self.block_size
             written = ids[i, start:end]
             response = until_end(written[: request.max_new_tokens], eos_token_id)
+            reason = finish_reason(response, eos_token_id)
+            if request.stop and stops and (count := stops.completed(without_end(response, eos_token_id), request.stop)):
+                response, reason = response[:count], "stop"
             result.append(
                 Trajectory(
                     ordinal=request.ordinal,
@@ -260,7 +297,7 @@ class SlotState:
                     reveal_round=reveal_round[i, start:end],
                     confidence=confidence[i, start:end],
                     weights_version=weights_version,
-                    finish_reason=finish_reason(response, eos_token_id),
+                    finish_reason=reason,
                     denoise_forwards=int(self.denoise_forwards[slot]),
                     commit_forwards=int(self.commit_forwards[slot]),
                 )

@@ -27,6 +27,7 @@ from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.likelihood import Estimate, Method, log_likelihoods
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
+from actors.sampler.stop_strings import before_stop
 from common.chat import template_options
 from common.config.errors import ConfigError
 from common.config.paths import expanded
@@ -141,18 +142,15 @@ class BlockDiffusionLM(TemplateLM):
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """One decoding run per distinct set of sampling settings; texts end before the first stop string.
-
-        The sampler stops at the end token only, so what stands behind a stop string was decoded in vain.
-        """
+        """One decoding run per distinct set of sampling settings; texts end before the first stop string."""
         texts: dict[int, str] = {}
         for decoding, members in self._by_decoding(requests).items():
             parsed = {index: self._generation_arguments(requests[index]) for index in members}
-            queue = [self._request(index, requests[index].args[0], parsed[index][1]) for index in members]
+            queue = [self._request(index, requests[index].args[0], *parsed[index][1:]) for index in members]
             for trajectory in self.sampler.generate(queue, decoding):
                 index = trajectory.ordinal
                 text = response_text(self.tokenizer, trajectory.response_ids, self.sampler.eos_token_id)
-                texts[index] = cut(text, parsed[index][2])
+                texts[index] = before_stop(text, parsed[index][2])
                 self.response_tokens += len(trajectory.response_ids)
                 self.denoise_forwards += trajectory.denoise_forwards
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
@@ -165,15 +163,15 @@ class BlockDiffusionLM(TemplateLM):
             groups.setdefault(self._generation_arguments(request)[0], []).append(index)
         return groups
 
-    def _generation_arguments(self, request: Instance) -> tuple[Decoding, int, list[str]]:
+    def _generation_arguments(self, request: Instance) -> tuple[Decoding, int, tuple[str, ...]]:
         """Decoding, response limit in tokens, and stop strings of a request."""
         arguments = normalize_gen_kwargs(dict(request.args[1]), default_max_gen_toks=self.max_gen_toks)
         temperature = float(arguments["temperature"]) if arguments["do_sample"] else 0.0
         top_k, top_p = int(arguments.get("top_k") or 0), float(arguments.get("top_p") or 1.0)
-        stops = [stop for stop in arguments["until"] if stop]
+        stops = tuple(stop for stop in arguments["until"] if stop)
         return Decoding(self.unmasking, temperature, top_k, top_p), int(arguments["max_gen_toks"]), stops
 
-    def _request(self, index: int, context: str, limit: int) -> Request:
+    def _request(self, index: int, context: str, limit: int, stops: tuple[str, ...]) -> Request:
         """A context that is too long loses its beginning."""
         room = grid_floor(self.max_length, self.block_size) - limit
         if room < 1:
@@ -181,7 +179,7 @@ class BlockDiffusionLM(TemplateLM):
                 f"max_gen_toks: {limit} leaves no room for a context in {self.max_length} positions; lower it"
             )
         ids = (self.tok_encode(context) or [self.eot_token_id])[-room:]
-        return Request(index, self._sampled_calls, np.asarray(ids, dtype=np.int32), limit)
+        return Request(index, self._sampled_calls, np.asarray(ids, dtype=np.int32), limit, stop=stops)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **unused: Any
@@ -229,12 +227,6 @@ class BlockDiffusionLM(TemplateLM):
             estimate=self.estimate,
             token_budget=self.token_budget,
         )
-
-
-def cut(text: str, stops: list[str]) -> str:
-    """The text before the first of the stop strings."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(ends)] if ends else text
 
 
 def _check(unknown: dict[str, Any], **choices: tuple[str, Any]) -> None:

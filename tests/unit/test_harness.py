@@ -25,7 +25,7 @@ from common.config.file import REPOSITORY
 from common.config.run import DynamicUnmasking
 from common.student import convert_folder
 from deploy.demo.word_problems import generate
-from deploy.evaluation.lm_eval_model import BlockDiffusionLM, cut
+from deploy.evaluation.lm_eval_model import BlockDiffusionLM
 
 TASKS = Path(__file__).parents[1] / "lm_eval_tasks"
 ARLM = str(REPOSITORY / "deploy/models/tiny-arlm")
@@ -165,9 +165,17 @@ def test_a_text_has_as_many_tokens_as_were_asked_for(student):
     assert 1 <= len(lm.tok_encode(text)) <= lm.response_tokens <= 5
 
 
-def test_texts_end_before_the_first_stop_string():
-    assert cut("one. two\n\nthree", ["\n\n", "two"]) == "one. "
-    assert cut("one", ["x"]) == "one"
+def test_texts_end_before_the_first_stop_string_and_so_does_decoding(student):
+    def generate(*until: str) -> tuple[str, int]:
+        lm = BlockDiffusionLM(student, rule="static")
+        arguments = {"until": list(until), "max_gen_toks": 32}
+        (text,) = lm.generate_until([Instance("generate_until", {}, ("Tom has", arguments), 0)])
+        return text, lm.denoise_forwards
+
+    whole, forwards = generate()
+    text, fewer = generate(whole[5:8])
+    assert text == whole[: whole.find(whole[5:8])]
+    assert fewer < forwards
 
 
 @pytest.mark.parametrize(
