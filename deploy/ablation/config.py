@@ -77,7 +77,7 @@ class AblationConfig(Section):
     respond: RespondConfig = RespondConfig()
     arms: dict[str, ArmConfig] = Field(min_length=1, description="name of the arm: its own field: value, and its style")
     claims: tuple[Claim, ...] = Field((), description="claims that the report gives a verdict on")
-    reading: str = Field("", description="what its authors make of the results; a section of the report, Markdown")
+    reading: str = Field("", description="what the authors conclude from it, Markdown; a section of the report")
 
     @model_validator(mode="after")
     def _claims_name_arms(self) -> AblationConfig:

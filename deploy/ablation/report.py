@@ -19,7 +19,7 @@ _SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Result:
-    """What one finished run left behind."""
+    """The results of one finished run."""
 
     arm: str
     seed: int
@@ -46,7 +46,7 @@ def read_result(arm: Arm) -> Result:
 
 
 def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None:
-    """The Markdown file, its plots, and what every run gave as JSON, from the runs that are finished so far."""
+    """Write the report (Markdown), its plots, and the results of every run (JSON), from the runs that are finished."""
     results = [read_result(arm) for arm in runs if arm.done]
     raw = ablation.report.parent / "benchmarks" / f"{ablation.name}.json"
     raw.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from learner.schedule import count_updates
 
 
 def show(config: RunConfig, console: Console) -> None:
-    """Print everything; Ray is not started and no model is loaded. What is not on this machine becomes a note.
+    """Print everything, without starting Ray or loading a model. Files that are not on this machine become notes.
 
     Raises:
         ConfigError: a folder that is here is no causal LM, the model's sizes are unknown, or a prompt file is broken.

@@ -1,4 +1,4 @@
-"""The charts of the page, in the order in which they stand there. Units and help texts come from the registry."""
+"""The charts of the page, in their order on the page. Units and help texts come from the registry."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Chart:
 
 
 def _evaluated(metric: str, label: str) -> tuple[Line, ...]:
-    """A metric of evaluations during training, where this release measures it."""
+    """A metric of evaluations during training, if it is in the registry."""
     return (Line(metric, label, "points"),) if metric in METRICS else ()
 
 

@@ -1,4 +1,4 @@
-"""Fewer points for a chart that looks the same: per bucket the lowest and the highest value stay."""
+"""Fewer points for a chart that looks the same: the lowest and the highest value of each bucket are kept."""
 
 from __future__ import annotations
 

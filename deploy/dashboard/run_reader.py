@@ -1,4 +1,4 @@
-"""Reads the folder of a run, live, finished or copied; each file only where it has changed."""
+"""Reads the folder of a run that is running, finished or copied; of each file only what is new."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def table(rows: list[Row], width: int) -> Table:
 
 
 def caption(rows: list[Row]) -> str:
-    """What the deviations are of."""
+    """What the deviations are over."""
     first = rows[0]
     if first.spread == "seeds":
         return f"± standard deviation over {len(first.runs)} seeds; {first.mean['problems']:.0f} problems"

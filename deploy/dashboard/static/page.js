@@ -148,7 +148,7 @@ function showActors(actors) {
       ["state", element("span", `state ${actor.state === "waiting" ? "" : "works"}`, live ? actor.state : "ended")],
       ["weights", actor.weights_version === null ? "frozen" : `v${actor.weights_version}`, "number"],
       ["rate", actor.rate === null ? "–" : `${number(actor.rate)} tokens/s`, "number"],
-      ["last heard of", heard, "number"], ["restarts", String(actor.restarts), "number"],
+      ["last contact", heard, "number"], ["restarts", String(actor.restarts), "number"],
     ];
     for (const [label, content, kind] of cells) {
       const cell = element("td", kind ?? "");
