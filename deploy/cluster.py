@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ _WORKER_ENVIRONMENT = {
 Groups = dict[Role, PlacementGroup]
 _POLL_SECONDS = 0.2
 
+_ANSWER_SECONDS = 20.0
+
 
 @dataclass
 class Pools:
@@ -59,11 +62,25 @@ class Pools:
 
 def connect(config: RunConfig, object_store_mib: int | None = None) -> None:
     """Connect to `ray.address`, or to the cluster whose job this process is; else start Ray on this machine, with an
-    object store of so many MiB."""
+    object store of so many MiB.
+
+    Raises:
+        ConfigError: no cluster answers there.
+    """
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
     runtime = {"env_vars": environment}
     if on_cluster(config):
-        ray.init(address=config.ray.address, runtime_env=runtime, log_to_driver=False, logging_level="warning")
+        address = config.ray.address or os.environ["RAY_ADDRESS"]
+        try:
+            host, _, port = address.rpartition(":")
+            if port.isdecimal():  # Ray itself would try for a minute
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+            ray.init(address=config.ray.address, runtime_env=runtime, log_to_driver=False, logging_level="warning")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"ray.address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); is "
+                "`ray start --head` running there?"
+            ) from error
         return
     # Ray 2.60 turns token mode on by itself once a token file exists; a private local Ray needs none
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")

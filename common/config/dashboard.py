@@ -15,7 +15,10 @@ class DashboardConfig(Section):
 
     enabled: bool = Field(False, description="serve the page from the job, in a process of its own")
     host: str = Field(
-        "127.0.0.1", min_length=1, description="address to bind; any but this machine's loopback needs token_file"
+        "127.0.0.1",
+        min_length=1,
+        max_length=255,
+        description="address to bind; any but this machine's loopback needs token_file",
     )
     port: int = Field(8270, ge=0, le=65535, description="port to bind; 0: any free one")
     token_file: InputPath | None = Field(

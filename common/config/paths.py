@@ -45,7 +45,7 @@ def expanded(text: str) -> str:
     path = os.path.expanduser(_VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2]) or match[0], text))
     if len(os.fsencode(path)) > _LONGEST_PATH or any(len(os.fsencode(n)) > _LONGEST_NAME for n in path.split("/")):
         raise ValueError(
-            f"{shown(path)} is too long for a path: {_LONGEST_NAME} bytes a name and {_LONGEST_PATH} in all are allowed"
+            f"{shown(path)} is too long for a path; use at most {_LONGEST_NAME} bytes a name and {_LONGEST_PATH} in all"
         )
     if os.path.exists(path):
         return path

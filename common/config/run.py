@@ -407,10 +407,25 @@ class PipelineConfig(Section):
     )
 
 
+_CLUSTER = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
+
+
+def _is_cluster(address: str) -> str:
+    match = _CLUSTER.fullmatch(address)
+    if address != "auto" and (not match or not 0 < int(match[1]) < 2**16):
+        raise ValueError(
+            f"{shown(address)} is no address of a Ray cluster; use auto on one of its machines, or HOST:PORT as "
+            "`ray start --head` prints it"
+        )
+    return address
+
+
 class RayConfig(Section):
     """Where the actors run."""
 
-    address: str | None = Field(None, description="an existing cluster ('auto' or host:port); default: start one here")
+    address: Annotated[str, AfterValidator(_is_cluster)] | None = Field(
+        None, description="an existing cluster ('auto' or host:port); default: start one here"
+    )
     num_cpus: int | None = Field(
         None, ge=1, le=10**5, description="CPUs of the Ray started here; default: this machine's"
     )

@@ -24,7 +24,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show config, placement and estimates, but start nothing")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run of the same name")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="remove an earlier run of the same name first, and nothing else")
+    ] = False,
     resume: Annotated[
         Literal["auto"] | None,
         typer.Option(help="auto: continue from the run's newest checkpoint, or start if there is none"),

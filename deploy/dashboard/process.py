@@ -11,6 +11,7 @@ from typing import Any
 
 from common.config.dashboard import DashboardConfig
 from common.config.errors import ConfigError
+from common.config.shown import shown
 from deploy.child_environment import child_environment
 
 _LEAST_TOKEN = 16
@@ -47,9 +48,10 @@ def free_port(host: str, port: int, field: str = "dashboard.port") -> int:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
-        except OSError as error:
+        except (OSError, TypeError, UnicodeError) as error:  # the latter two for what cannot be a host's name
+            why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{field}: cannot bind {host}:{port} ({error.strerror}); choose another port, or 0 for any free one"
+                f"{field}: cannot bind {shown(host)[1:-1]}:{port} ({why}); choose another port, or 0 for any free one"
             ) from error
         return int(s.getsockname()[1])
 

@@ -13,12 +13,14 @@ from rich.console import Console
 from common.config.errors import ConfigError
 from common.config.fields import leaves
 from common.config.file import PRESETS, load_config, preset_names
+from common.config.section import plain_types
 from deploy.commands.dry_run import show
 from deploy.placement import plan
 
 ROUNDS = int(os.environ.get("OPDLM_FUZZ_ROUNDS", "200"))
 SECONDS = 10  # of any one config
-FIELDS = [path for path, _, _ in leaves()]
+KINDS = {path: plain_types(field.annotation) for path, _, field in leaves()}
+FIELDS = list(KINDS)
 NUMBERS = [
     0, 1, -1, 2, 3, 5, 7, 64, 100, 2**31, 2**53, 2**63, 10**30, 10**400, -(10**9), 0.0, -0.0, 0.5, 1.5, -0.5, 1e-300,
     1e-9, 1e9, 1e30, 1e300, float("inf"), float("-inf"), float("nan"), True, False, None,
@@ -63,6 +65,10 @@ def change(rng: random.Random, raw: dict[str, Any]) -> None:
         node = node[name]
     if rng.random() < 0.2:
         node.pop(path[-1], None)
+    elif rng.random() < 0.5 and (kinds := KINDS.get(".".join(path), set())):
+        # of the field's own kind, so that more of them are accepted and planned
+        numbers = [n for n in NUMBERS if type(n) in kinds and (n is None or n >= 0)]
+        node[path[-1]] = rng.choice(numbers or WORDS)
     else:
         node[path[-1]] = value(rng)
 

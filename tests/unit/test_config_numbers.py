@@ -108,6 +108,13 @@ def test_every_integer_is_whole_has_an_end_and_is_no_boolean(field):
         ("seed", str(2**32)),
         ("dashboard.port", "65536"),
         ("dashboard.host", ""),
+        ("ray.address", "garbage"),
+        ("ray.address", "a b:6379"),
+        ("ray.address", "local"),
+        ("ray.address", "host:0"),
+        ("ray.address", "host:99999"),
+        ("ray.address", "http://127.0.0.1:8265"),
+        ("ray.address", "ray://host:10001"),
     ],
 )
 def test_a_number_that_means_nothing(field, value):
@@ -142,6 +149,11 @@ def test_spellings_of_an_integer(text, value):
         refused("rollout.slots", text)
     else:
         assert load_config("tiny", ["--rollout.slots", text]).rollout.slots == value
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.cluster.local:6379", "[fe80::1]:6379", "h:1"])
+def test_addresses_of_a_cluster(address):
+    assert load_config("tiny", ["--ray.address", address]).ray.address == address
 
 
 def test_zero_has_no_sign():
@@ -201,7 +213,7 @@ def test_deepspeed_keys_that_are_free():
         ("--model={path: {a: b}}", "model.path: {'a': 'b'} is not accepted, it should be a valid string"),
         ("--name={{ x }}", "name: '{{ x }}' is no name of a run"),
         ("--model.path={{ MODEL }}", "model.path: '{{ MODEL }}' is a placeholder of a template"),
-        ("--model.path=" + "x" * 5000, "' is too long for a path: 255 bytes a name and 3800 in all are allowed"),
+        ("--model.path=" + "x" * 5000, "' is too long for a path; use at most 255 bytes a name and 3800 in all"),
         ("--teacher.backend=" + "x" * 5000, "xxx' is unknown; choose vllm, transformers"),
         ("--" + "x" * 5000 + "=1", "xxx...: unknown field (value 1); the fields here are block_growth"),
         ("--rollout.actors=" + "x" * 5000, "xxx' is not accepted"),
