@@ -46,7 +46,8 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     assert [m["weights_version"] for m in metrics] == list(range(1, BATCHES + 1))
 
     assert [m["batch"] for m in metrics if m["eval/exact_match"] is not None] == [3, BATCHES - 1]
-    assert metrics[-1]["eval/tokens_per_step"] >= 1
+    # the last block is decoded to its end, but at most 72 tokens of a response count
+    assert metrics[-1]["eval/tokens_per_step"] >= 72 / 75
     assert metrics[-1]["epoch"] == pytest.approx(16 * BATCHES / 4096, rel=0.5)
 
     staleness = config.pipeline.staleness
