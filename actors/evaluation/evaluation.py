@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from actors.evaluation.responses import Response, student_responses
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.answers import is_correct
 from common.config.run import AnswerFormat
-from common.end_tokens import response_text
 from common.prompts import Prompt
 
 _COUNTS = ("correct", "response_tokens", "denoise_forwards", "commit_forwards", "ended")
@@ -33,8 +33,10 @@ class Evaluation:
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(np.concatenate([self.counts, other.counts]), self.seconds + other.seconds)
 
-    def add(self, *, correct: bool, tokens: int, denoise: int, commits: int, ended: bool) -> None:
-        self.counts = np.concatenate([self.counts, [[correct, tokens, denoise, commits, ended]]], dtype=np.int64)
+    def add(self, response: Response, correct: bool) -> None:
+        forwards = response.denoise_forwards, response.commit_forwards
+        row = [correct, len(response.ids), *forwards, response.ended]
+        self.counts = np.concatenate([self.counts, [row]], dtype=np.int64)
 
     def metrics(self) -> dict[str, float]:
         """Ratios for tables and `summary.json`.
@@ -88,14 +90,7 @@ def evaluate_shard(
     answers = {p.ordinal: p.answer for p in problems}
     requests = [Request(p.ordinal, 0, p.ids, max_new_tokens, p.domain) for p in problems]
     evaluation = Evaluation()
-    for trajectory in sampler.generate(requests, decoding):
-        text = response_text(tokenizer, trajectory.response_ids, sampler.eos_token_id)
-        evaluation.add(
-            correct=is_correct(text, answers[trajectory.ordinal] or "", answer_format),
-            tokens=len(trajectory.response_ids),
-            denoise=trajectory.denoise_forwards,
-            commits=trajectory.commit_forwards,
-            ended=trajectory.finish_reason == "eos",
-        )
+    for response in student_responses(sampler, tokenizer, requests, decoding):
+        evaluation.add(response, is_correct(response.text, answers[response.ordinal] or "", answer_format))
     evaluation.seconds = time.perf_counter() - start
     return evaluation

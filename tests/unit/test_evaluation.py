@@ -5,6 +5,7 @@ import pytest
 
 from actors.evaluation.evaluation import Evaluation, evaluate_shard
 from actors.evaluation.generation import load_student, sampler_of
+from actors.evaluation.responses import Response
 from actors.sampler.sampling import Decoding
 from common.config.run import StaticUnmasking
 from common.prompts import Prompt
@@ -12,10 +13,15 @@ from common.student import convert_folder
 from tests.models import tiny_qwen3
 
 
+def response(*, tokens: int, denoise: int, commits: int, reason: str = "eos") -> Response:
+    return Response(0, 0, np.zeros(tokens, np.int32), "", denoise, commits, reason)
+
+
 def some(correct: list[bool], tokens: list[int]) -> Evaluation:
     evaluation = Evaluation(seconds=2.0)
     for right, length in zip(correct, tokens, strict=True):
-        evaluation.add(correct=right, tokens=length, denoise=length // 2, commits=length // 4, ended=right)
+        reason = "eos" if right else "length"
+        evaluation.add(response(tokens=length, denoise=length // 2, commits=length // 4, reason=reason), right)
     return evaluation
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from actors.evaluation.evaluation import Evaluation
+from actors.evaluation.responses import Response
 from common.config.file import load_config
 from common.prompts import Prompt
 from deploy.cluster import Pools
@@ -35,7 +36,8 @@ def test_due_every_n_batches_and_after_the_last(every, problems, due):
 def test_metrics_are_the_optional_metrics_of_the_registry(monkeypatch):
     sums = Evaluation()
     for row in range(4):
-        sums.add(correct=row < 3, tokens=10, denoise=5, commits=row // 2 * 5, ended=row % 2 == 0)
+        reason = "eos" if row % 2 == 0 else "length"
+        sums.add(Response(row, 0, np.zeros(10, np.int32), "", 5, row // 2 * 5, reason), row < 3)
     waited: list[Any] = []
 
     def answers(self: Any, calls: Any, action: str, **options: Any) -> list[Evaluation]:

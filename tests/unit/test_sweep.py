@@ -4,10 +4,12 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from actors.evaluation.evaluation import Evaluation
+from actors.evaluation.responses import Response
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY
 from common.config.run import DynamicUnmasking, StaticUnmasking
@@ -24,7 +26,7 @@ ARLM = str(REPOSITORY / "deploy/models/tiny-arlm")
 def evaluation(correct: int, tokens: int = 12, steps: int = 6) -> Evaluation:
     done = Evaluation(seconds=1.0)
     for i in range(10):
-        done.add(correct=i < correct, tokens=tokens, denoise=steps, commits=3, ended=True)
+        done.add(Response(i, 0, np.zeros(tokens, np.int32), "", steps, 3, "eos"), i < correct)
     return done
 
 
@@ -80,7 +82,6 @@ def test_table_fits_its_width(width):
 
 
 def test_plot_is_a_png_that_is_not_blank(tmp_path):
-    import numpy as np
     from matplotlib.image import imread
 
     rows = [row(c, s, Setting(DynamicUnmasking(threshold=c / 10), b)) for c, s, b in ((9, 6, 4), (7, 4, 4), (5, 3, 8))]
