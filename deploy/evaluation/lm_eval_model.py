@@ -12,6 +12,7 @@ Generation tasks decode by block diffusion; likelihood tasks use an estimate of 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -238,10 +239,20 @@ def _check(unknown: dict[str, Any], **choices: tuple[str, Any]) -> None:
 
 
 def main(arguments: list[str], thinking: bool | None = None) -> None:
-    """lm_eval's own command line, with the model `opdlm` known to it; `thinking` is one more of its arguments."""
+    """lm_eval's own command line, with the model `opdlm` known to it; `thinking` is one more of its arguments.
+
+    Raises:
+        ConfigError: lm_eval refuses its arguments, such as a task that it does not know.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     if thinking is not None:
         arguments = [*arguments, "--model_args", f"enable_thinking={thinking}"]
     sys.argv = ["lm_eval", *arguments]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("lm_eval.config"):
+            raise  # not about its arguments
+        raise ConfigError(f"lm_eval: {error}; see its options with opdlm lm_eval --help") from error

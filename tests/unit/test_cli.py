@@ -146,6 +146,14 @@ def test_a_model_that_cannot_be_loaded_is_named_by_its_option(opdlm, tmp_path):
         assert len(err.splitlines()) == 1
 
 
+def test_a_task_that_lm_eval_does_not_know_is_refused_in_one_sentence(opdlm):
+    pytest.importorskip("lm_eval")
+    status, _, err = opdlm("lm_eval", "--model", "opdlm", "--model_args", "pretrained=x", "--tasks", "no_such_task")
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: lm_eval: Tasks not found: no_such_task; see its options")
+    assert "Traceback" not in err
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_said_in_one_sentence(opdlm, tmp_path, monkeypatch):
     full = tmp_path / "results.json"
