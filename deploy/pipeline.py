@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-import yaml
 
 from common.config.fingerprint import evaluation_fingerprint
 from common.config.run import RunConfig
+from common.config.yaml_loader import written
 from common.responses import offline_share, with_responses
 from deploy.batch_metrics import BatchMetrics
 from deploy.checkpoints import FINAL, RunState
@@ -81,7 +81,7 @@ def run(
 
 def write_resolved_config(config: RunConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    resolved = written(config.model_dump(mode="json"))
     replace_text(config.run_dir / "config.yaml", resolved)
 
 

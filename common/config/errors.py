@@ -28,7 +28,7 @@ def explain(error: Any, root: type[BaseModel] = RunConfig) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     # of a list's item, the whole list is set
     option = ".".join(str(part) for part in error["loc"] if isinstance(part, str)) if _is_item(error["loc"]) else field
-    change = f"change it in the config or with --{option} VALUE"
+    change = "change it in the config" + (f" or with --{option} VALUE" if root is RunConfig else "")
     match error["type"]:
         case "extra_forbidden":
             return f"{field}: unknown field (value {value}); {_suggestion(location, root)}"
@@ -36,7 +36,8 @@ def explain(error: Any, root: type[BaseModel] = RunConfig) -> str:
             return f"{option}: {value} has too few values; {change}"
         case "missing":
             needed = [p for p, _, f in leaves(root) if p.startswith(f"{field}.") and f.is_required()] or [field]
-            return f"{field}: missing; set {needed[0]} in the config or with --{needed[0]} VALUE"
+            remedy = f" or with --{needed[0]} VALUE" if root is RunConfig else ""
+            return f"{field}: missing; set {needed[0]} in the config{remedy}"
         case "union_tag_invalid" | "union_tag_not_found":
             name = context["discriminator"].strip("'")
             tags = [str(tag_of(section)) for section in section_at(path, root)]
@@ -49,7 +50,9 @@ def explain(error: Any, root: type[BaseModel] = RunConfig) -> str:
         case "value_error":
             return f"{field}: {message}" if field else message
         case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{field}: expected fields below it, found {value}; write them as --{field}.NAME VALUE"
+            return f"{field}: expected fields below it, found {value}" + (
+                f"; write them as --{field}.NAME VALUE" if root is RunConfig else "; write NAME: VALUE there"
+            )
         case "bool_parsing" | "bool_type":
             message = "it should be true or false"
     return f"{field}: {value} is not accepted, {message}; {change}"

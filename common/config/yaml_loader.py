@@ -104,6 +104,15 @@ _WORDS: dict[str, tuple[re.Pattern[str], Any]] = {
 }
 
 
+class ConfigDumper(yaml.SafeDumper):
+    """SafeDumper with quotes around text that this loader, or one of YAML 1.1, would take for something else."""
+
+
+def written(values: dict[str, Any]) -> str:
+    """YAML, in ASCII, that `ConfigLoader` reads as the same values."""
+    return yaml.dump(values, Dumper=ConfigDumper, sort_keys=False)
+
+
 def _check_keys(node: yaml.MappingNode) -> None:
     seen = set()
     for key, _ in node.value:
@@ -131,3 +140,4 @@ for _tag, _pattern, _first in (
     ("merge", re.compile(r"<<\Z"), "<"),
 ):
     ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+    ConfigDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config.errors import ConfigError
 from common.config.file import find_config, load_config, load_resolved, read_yaml, validated
 from common.config.fingerprint import differences, input_paths
 from common.config.renamed import old_names
 from common.config.run import RunConfig
+from common.config.yaml_loader import written
 from deploy.ablation.config import AblationConfig
 from deploy.child_environment import child_environment
 from deploy.errors import WorkerError
@@ -63,6 +62,8 @@ def load_ablation(source: str) -> AblationConfig:
         ConfigError: the file is missing, or a field is unknown, was renamed or has a bad value.
     """
     raw = read_yaml(find_config(source, "ABLATION", "an ablation, such as deploy/presets/ablation.yaml"))
+    if "arms" not in raw and "model" in raw:
+        raise ConfigError(f"{source!r} is a run, not an ablation; start it with: opdlm train {source}")
     if renamed := old_names(raw):
         raise ConfigError("\n".join(renamed))
     return validated(AblationConfig, raw)
@@ -187,7 +188,7 @@ def _train(arm: Arm) -> None:
 def _write_config(config: RunConfig, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    path.write_text(written(config.model_dump(mode="json")))
     return path
 
 

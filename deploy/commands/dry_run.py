@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
+from common.config.yaml_loader import written
 from common.datasets.errors import PromptError
 from common.datasets.rows import open_rows
 from deploy.model_checks import check_model_folder
@@ -30,7 +30,7 @@ def show(config: RunConfig, console: Console) -> None:
             check_model_folder(field, path)
     placement = plan(config)
     notes = _notes(config, placement)
-    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    resolved = written(config.model_dump(mode="json"))
     console.rule("config")
     console.print(Syntax(resolved, "yaml", background_color="default"))
     console.rule("placement")

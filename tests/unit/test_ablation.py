@@ -96,7 +96,15 @@ def test_bad_arms_are_refused_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match="same folder"):
         arms_of(ablation(tmp_path, arms={"OPDLM": {}, "SFT": {}, "SFT!": {}}))
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"name": "x", "base": "tiny", "armz": {}}))
-    with pytest.raises(ConfigError, match="armz"):
+    with pytest.raises(ConfigError, match=r"armz: unknown field .*; did you mean arms?"):
+        load_ablation(str(tmp_path / "bad.yaml"))
+    with pytest.raises(ConfigError, match="'tiny' is a run, not an ablation; start it with: opdlm train tiny"):
+        load_ablation("tiny")
+    (tmp_path / "bad.yaml").write_text("name: x\nbase: {{ BASE }}\n")
+    with pytest.raises(ConfigError, match=r"line 2: not valid YAML: {{ ... }} is a placeholder"):
+        load_ablation(str(tmp_path / "bad.yaml"))
+    (tmp_path / "bad.yaml").write_text("{name: x, arms: {a: {}}}")
+    with pytest.raises(ConfigError, match=r"base: missing; set base in the config$"):
         load_ablation(str(tmp_path / "bad.yaml"))
 
 

@@ -11,6 +11,7 @@ from common.config.errors import ConfigError
 from common.config.file import REPOSITORY, load_config
 from common.config.paths import expanded
 from common.config.run import RunConfig
+from common.config.yaml_loader import written
 from deploy.ablation.config import AblationConfig
 from deploy.ablation.runs import arms_of, load_ablation
 
@@ -203,3 +204,24 @@ def test_a_config_is_found_in_the_home(tmp_path, monkeypatch):
     (tmp_path / "ablation.yaml").write_text("{name: x, base: ~/run.yaml, seeds: [0], arms: {a: {}}, output_dir: ~/o}")
     (arm,) = arms_of(load_ablation("~/ablation.yaml"))
     assert arm.config.run_dir == tmp_path / "o/x/a-seed0"
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_config_that_a_run_writes_is_read_again_as_it_was(tmp_path, word):
+    keys = {"zero_optimization": {"offload_param": {"nvme_path": word}}, "wall_clock_breakdown": True}
+    made = config(
+        tmp_path, yaml.safe_dump({"wandb": {"project": word}, "learner": {"deepspeed": keys}}, default_style="'")
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(written(made.model_dump(mode="json")), encoding="ascii")
+    assert load_config(str(file)) == made
+    assert yaml.safe_load(file.read_text())["wandb"]["project"] == word  # and by readers of YAML 1.1
+
+
+@pytest.mark.parametrize("number", ["1e-5", "1.0e-5", "0.1", "7", "1e22", "-3", "true", "null"])
+def test_a_number_of_deepspeeds_stays_one(tmp_path, number):
+    made = config(tmp_path, "", "--learner.deepspeed.some_key", number)
+    file = tmp_path / "config.yaml"
+    file.write_text(written(made.model_dump(mode="json")), encoding="ascii")
+    again = load_config(str(file)).learner.deepspeed["some_key"]
+    assert again == made.learner.deepspeed["some_key"] and not isinstance(again, str)
