@@ -38,6 +38,7 @@ from common.student import tokenizer_fingerprint
 from common.trajectory import finish_reason
 from deploy import preflight
 from deploy.cluster import connect
+from deploy.data_fingerprint import of_prompts
 from deploy.errors import StuckError
 from deploy.named_files import check_writable
 from deploy.remote_calls import RemoteCalls
@@ -75,7 +76,10 @@ def respond(
     models = preflight.check_models(config)
     tokenizer, limit, ends = models.student.tokenizer, models.positions, list(models.student.end_tokens)
     once = config.model_copy(update={"data": config.data.model_copy(update={"epochs": 1})})
-    prompts = preflight.read_prompts(once, tokenizer)[0].prompts
+    found = preflight.read_prompts(once, tokenizer)[0]
+    for line in (*found.notes, *(f"{count} prompts dropped: {reason}" for reason, count in found.dropped.items())):
+        note(line)
+    prompts = found.prompts
     longest = max(len(p.ids) for p in prompts)
     if longest + max_new_tokens > limit:
         raise ConfigError(
@@ -84,7 +88,7 @@ def respond(
         )
     _check_batch(config, longest + max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature, top_p, ends)
-    parts = _parts(config, output, {**asdict(sampling), "samples": samples, "prompts": len(prompts)})
+    parts = _parts(config, output, {**asdict(sampling), "samples": samples, "prompts": of_prompts(prompts)})
     chunks = {i: prompts[i * _CHUNK : (i + 1) * _CHUNK] for i in range(-(-len(prompts) // _CHUNK))}
     missing = {i: chunk for i, chunk in chunks.items() if not _part(parts, i).exists()}
     if missing:
@@ -121,7 +125,7 @@ def _check_batch(config: RunConfig, tokens: int) -> None:
 def _parts(config: RunConfig, output: Path, settings: dict[str, Any]) -> Path:
     """The folder of finished chunks; refuses one that other settings made."""
     folder = output.with_name(output.name + ".parts")
-    settings = {**settings, "data": config.data.prompts, "teacher": config.teacher_path, "seed": config.seed}
+    settings = {**settings, "teacher": config.teacher_path, "seed": config.seed}
     file = folder / "settings.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise ConfigError(

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.busy import BusySpans, computes
+from common.chat import asked_with
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
 from common.device import device_for
@@ -318,7 +319,8 @@ class LearnerRank:
         return None
 
     def save(self, out: Path, resume: Path | None = None, block_size: int | None = None) -> None:
-        """Write the student into `out` as a complete Hugging Face folder, which records the block size.
+        """Write the student into `out` as a complete Hugging Face folder, which records the block size and how the
+        student was asked.
 
         Every rank also writes its shards of weights and optimizer into `resume`, where that is given. Both folders must
         be on storage that all ranks share.
@@ -328,6 +330,7 @@ class LearnerRank:
             if self.rank == 0:
                 state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket}
         if self.rank == 0:
+            self.student.config.opdlm = asked_with(self.config.data)
             save_student(self.student, self.conversion, out, block_size, state)
         if resume:
             self.engine.save_checkpoint(str(resume), tag="state")

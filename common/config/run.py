@@ -369,7 +369,7 @@ class EvaluationConfig(Section):
     teacher: bool = Field(True, description="evaluate the greedy autoregressive teacher too")
     answer_format: AnswerFormat = Field(
         "answer_line",
-        description="what counts as a response's answer: the number after 'Answer:', the last \\boxed{}, "
+        description="what counts as a response's answer: what stands after 'Answer:', the last \\boxed{}, "
         "or the last number",
     )
 

@@ -95,7 +95,7 @@ def evaluate(
     answer_format: Annotated[
         AnswerFormat,
         typer.Option(
-            help="what is read as a response's answer: the number after 'Answer:', the last \\boxed{}, or the last "
+            help="what is read as a response's answer: what stands after 'Answer:', the last \\boxed{}, or the last "
             "number"
         ),
     ] = "answer_line",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.chat import asked_with
 from common.config.file import load_config
 from common.student import load_model
 from common.trajectory import from_batch, read_spool
@@ -73,4 +74,5 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     started = load_model(config.model.path, torch.float32, "sdpa")
     assert any(not torch.equal(a, b) for a, b in zip(saved.parameters(), started.parameters(), strict=True))
     assert Path(folder / "checkpoints" / "final" / "tokenizer.json").exists()
+    assert saved.config.opdlm == asked_with(config.data)  # how the student is to be asked
     assert foreign_entries(folder) == []  # so that --overwrite knows all that a run writes
