@@ -30,6 +30,11 @@ def template_options(enable_thinking: bool) -> dict[str, bool]:
     return {"enable_thinking": enable_thinking, "thinking": enable_thinking}
 
 
+def has_thinking_switch(tokenizer: Any) -> bool:
+    """Whether the chat template reads what `template_options` says."""
+    return "thinking" in str(tokenizer.chat_template)
+
+
 class ChatTemplate:
     """A tokenizer's chat template: conversations in, texts and ids out.
 

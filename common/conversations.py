@@ -14,8 +14,10 @@ openly: in a code block or a <think> that is not closed, or with a space, a colo
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +32,7 @@ _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 _LISTS = ("messages", "conversations", "conversation", "prompt")
+_TURNS_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(?:role|from|content|value)"\s*:')
 _OPEN_END = re.compile(r"[ \t:,(\[{]\Z")
 
 
@@ -102,13 +105,14 @@ def conversation_of(place: str, record: dict[str, Any], data: DataConfig) -> Con
 
 def _find(place: str, record: dict[str, Any], data: DataConfig) -> Conversation:
     field = data.question_field
-    value = record.get(field)
+    value = _listed(record.get(field))
     if isinstance(value, str) and value.strip():
         return Conversation((Turn("user", value),), field)
     names = (field,) if field != DataConfig.model_fields["question_field"].default else (field, *_LISTS)
     for name in names:
-        if isinstance(record.get(name), list):
-            return _from_list(place, name, record, data)
+        entries = _listed(record.get(name))
+        if isinstance(entries, list):
+            return _from_list(place, name, entries, record.get("system"), data)
     if len(names) > 1 and isinstance(record.get("instruction"), str) and record["instruction"].strip():
         return _from_instruction(place, record)
     raise PromptError(
@@ -117,10 +121,16 @@ def _find(place: str, record: dict[str, Any], data: DataConfig) -> Conversation:
     )
 
 
-def _from_list(place: str, name: str, record: dict[str, Any], data: DataConfig) -> Conversation:
-    entries = record[name]
+def _listed(value: Any) -> Any:
+    """Turns that are stored as JSON text, as CSV and some Parquet files have them, as a list; other values as is."""
+    if isinstance(value, str) and _TURNS_AS_TEXT.match(value):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _from_list(place: str, name: str, entries: list[Any], system: Any, data: DataConfig) -> Conversation:
     turns = [_turn(f"{place}, turn {i} of {name!r}", entry) for i, entry in enumerate(entries, start=1)]
-    system = record.get("system")
     if isinstance(system, str) and system.strip() and turns and turns[0].role != "system":
         turns.insert(0, Turn("system", system))
     given = len(turns)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.answers import reference_text
-from common.chat import TEMPLATE_ERRORS, ChatTemplate, holds_question
+from common.chat import TEMPLATE_ERRORS, ChatTemplate, has_thinking_switch, holds_question
 from common.config.run import DataConfig
 from common.conversations import Conversation, LeftOut, Turn, conversation_of, template_for, whole_characters
 from common.datasets.errors import PromptError
@@ -119,6 +119,8 @@ def _load(data: DataConfig, tokenizer: Any, seed: int | None, *, with_answers: b
     rows = list(read_rows(source, data, dropped, with_answers))
     total = len(rows) + dropped.total()
     notes = [*source.notes, *_form_notes(rows, data)]
+    if data.enable_thinking and not has_thinking_switch(tokenizer):
+        notes.append("data.enable_thinking changes nothing: the chat template has no switch for it")
     kept: list[tuple[Row, np.ndarray]] = []
     seen: set[bytes] = set()
     for row, ids in zip(rows, tokenised(rows, ChatTemplate(tokenizer, enable_thinking=data.enable_thinking), dropped)):

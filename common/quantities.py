@@ -64,6 +64,7 @@ _NO_UNITS = {
     ),
     *"abcdefijknopqrtuvwxyzBDEGHIMOPQRSUXYZ",  # variables; the other letters are units
 }
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _UNIT = re.compile(r"[^\W\d_][^\s\d,;:!?=+*<>(){}\[\]]*(?:\^\{?\d\}?)?")
 # more numbers, so that the first one is not the answer
 _GOES_ON = re.compile(r"\s*[,;]?\s*(?:and|or|to)?\s*[-$]?\d")
@@ -102,7 +103,11 @@ def quantity(text: str) -> Quantity | None:
         return None
     rest = text[found.end() :]
     unit = _whole_unit(rest.rstrip(" ."))
-    return None if unit is None else Quantity(_value(found), bool(found["percent"]), unit)
+    if unit is None:
+        return None
+    scale, _, what = unit.partition(" ")
+    value = _value(found) * 10 ** _SCALES.get(scale, 0)
+    return Quantity(value, bool(found["percent"]), what if scale in _SCALES else unit)
 
 
 def leading_quantity(text: str) -> str | None:

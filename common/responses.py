@@ -17,6 +17,7 @@ from common.config.objective import MixtureSource, OfflineSource, Source
 from common.config.run import DataConfig
 from common.conversations import LeftOut, check_text, conversation_of
 from common.datasets.errors import PromptError
+from common.datasets.folder import ALL_SPLITS
 from common.datasets.rows import open_rows
 from common.grid import grid_ceil
 from common.prompts import Prompt
@@ -41,7 +42,7 @@ def load_responses(
     wanted = {p.question for p in prompts}
     fingerprint = tokenizer_fingerprint(tokenizer)
     by_question: dict[str, list[np.ndarray]] = {}
-    for place, record in open_rows(data.responses):
+    for place, record in open_rows(data.responses, ALL_SPLITS):
         try:
             question = conversation_of(place, record, data).question
         except LeftOut:  # no prompt, so nobody's response

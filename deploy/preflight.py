@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,7 +161,10 @@ def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Pro
         "subset": config.evaluation.subset,
     }
     data = config.data.model_copy(update=where)
-    problems = read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
+    try:
+        problems = read_problems("evaluation.problems", data, tokenizer, config.evaluation.count)
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"data\.(split|subset)\b", r"evaluation.\1", str(error))) from error
     left_out = [f"{count} problems dropped: {reason}" for reason, count in problems.dropped.items()]
     return replace(prompts, notes=(*prompts.notes, *problems.notes, *left_out)), problems.prompts
 

@@ -107,8 +107,8 @@ def _of_one_split(folder: Path, files: list[Path], wanted: str | None, left_out:
     if wanted is None or wanted not in splits:
         which = f"no split {wanted!r}, only" if wanted else "several splits,"
         raise PromptError(
-            f"folder {str(folder)!r} holds {which} {', '.join(splits) or 'files without one'}; name one as the split, "
-            f"or {ALL_SPLITS!r}"
+            f"folder {str(folder)!r} holds {which} {', '.join(splits) or 'files without one'}; set data.split to one "
+            f"of them, or to {ALL_SPLITS!r}"
         )
     for name, members in by_split.items():
         if name != wanted:

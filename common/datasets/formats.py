@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
@@ -76,7 +77,7 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
     Raises:
         PromptError: the file cannot be read or is not text.
     """
-    lines = _text(file, _content(file)).split("\n")
+    lines = re.split(r"\r\n|\r|\n", _text(file, _content(file)))
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from common.datasets.errors import PromptError
+from common.datasets.folder import ALL_SPLITS
 from common.datasets.formats import format_of
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -52,9 +53,10 @@ def saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, dict[str, A
     try:
         found = datasets.load_from_disk(str(path))
         if isinstance(found, datasets.DatasetDict):
-            found = found[_one_split(str(path), list(found), split)]
-        elif split and split != (found.split or split):
-            raise PromptError(f"{str(path)!r} holds the split {str(found.split)!r} only; name no other")
+            chosen = _one_split(str(path), list(found), split)
+            found = datasets.concatenate_datasets(found.values()) if chosen == ALL_SPLITS else found[chosen]
+        elif split not in (None, ALL_SPLITS) and split != (found.split or split):
+            raise PromptError(f"{str(path)!r} holds the split {str(found.split)!r} only; set data.split to null")
         yield from _rows(str(path), found)
     except PromptError:
         raise
@@ -75,12 +77,11 @@ def library_rows(source: str, split: str | None, subset: str | None) -> Iterator
     try:
         names = datasets.get_dataset_config_names(source)
         if subset is None and len(names) > 1:
-            raise PromptError(f"{source!r} has several subsets, {', '.join(names)}; name one as the subset")
+            raise PromptError(f"{source!r} has several subsets, {', '.join(names)}; set data.subset to one of them")
         builder = datasets.load_dataset_builder(source, subset)
-        chosen = _one_split(
-            source, list(builder.info.splits or datasets.get_dataset_split_names(source, subset)), split
-        )
-        rows = datasets.load_dataset(source, subset, split=chosen)
+        splits = list(builder.info.splits or datasets.get_dataset_split_names(source, subset))
+        sliced = split is not None and "[" in split  # as in train[:1000], which the library reads
+        rows = datasets.load_dataset(source, subset, split=split if sliced else _one_split(source, splits, split))
     except PromptError:
         raise
     except Exception as error:  # the library's own, the hub's and the network's
@@ -99,9 +100,11 @@ def library_rows(source: str, split: str | None, subset: str | None) -> Iterator
 def _one_split(source: str, splits: list[str], wanted: str | None) -> str:
     if wanted is None and len(splits) == 1:
         return splits[0]
-    if wanted is None or (splits and re.split(r"[\[+]", wanted)[0] not in (*splits, "all")):
+    if wanted is None or wanted not in (*splits, ALL_SPLITS):
         which = f"no split {wanted!r}, only" if wanted else "several splits,"
-        raise PromptError(f"{source!r} has {which} {', '.join(splits)}; name one as the split")
+        raise PromptError(
+            f"{source!r} has {which} {', '.join(splits)}; set data.split to one of them, or to {ALL_SPLITS!r}"
+        )
     return wanted
 
 

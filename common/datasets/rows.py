@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.datasets.errors import PromptError
-from common.datasets.folder import select_files
+from common.datasets.folder import ALL_SPLITS, select_files
 from common.datasets.formats import read_file
 from common.datasets.hugging_face import has_subsets, is_hub_id, is_saved, library_rows, saved_rows
 
@@ -41,14 +41,14 @@ def open_rows(source: str, split: str | None = None, subset: str | None = None) 
         if has_subsets(path):
             return Rows(lambda: library_rows(source, split, subset))
         if subset:
-            raise PromptError(f"{source!r} has no subset {subset!r}; give the folder of the rows that are meant")
+            raise PromptError(f"{source!r} has no subsets; set data.subset to null, and give the folder that is meant")
         if is_saved(path):
             return Rows(lambda: saved_rows(path, split))
         selection = select_files(path, split)
         return Rows(lambda: (row for file in selection.files for row in read_file(file)), tuple(selection.notes))
     if path.exists():
-        if split or subset:
-            raise PromptError(f"{source!r} is one file, which has no split or subset; name none")
+        if subset or split not in (None, ALL_SPLITS):
+            raise PromptError(f"{source!r} is one file; set data.split and data.subset to null")
         return Rows(lambda: read_file(path))
     if is_hub_id(source):
         return Rows(lambda: library_rows(source, split, subset))

@@ -12,7 +12,16 @@ from common.config.errors import ConfigError
 from common.config.run import AnswerFormat, DataConfig
 from deploy.argument_checks import a_path, finite
 from deploy.commands.console import console, say
-from deploy.evaluation.asking import Split, Subset, System, Template, Thinking, asked_like_training, with_options_named
+from deploy.evaluation.asking import (
+    Split,
+    Subset,
+    System,
+    Template,
+    Thinking,
+    asked_like_training,
+    check_thinking,
+    with_options_named,
+)
 from deploy.evaluation.decoding_options import (
     DEFAULT_THRESHOLD,
     DtypeName,
@@ -155,6 +164,7 @@ def evaluate(
 
     with model_errors("MODEL", model):
         tokenizer, positions = load_tokenizer(model), load_config(model).max_position_embeddings
+    check_thinking("--thinking", thinking, tokenizer)
     data = DataConfig(
         prompts=problems,
         split=split,

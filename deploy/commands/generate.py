@@ -19,7 +19,16 @@ from common.prompts import Prompt, render
 from deploy.argument_checks import a_path
 from deploy.commands.console import console, say
 from deploy.data_fingerprint import of_prompts
-from deploy.evaluation.asking import Split, Subset, System, Template, Thinking, asked_like_training, with_options_named
+from deploy.evaluation.asking import (
+    Split,
+    Subset,
+    System,
+    Template,
+    Thinking,
+    asked_like_training,
+    check_thinking,
+    with_options_named,
+)
 from deploy.evaluation.decoding_options import (
     DEFAULT_THRESHOLD,
     BlockSize,
@@ -122,6 +131,7 @@ def generate(
 
     with model_errors("MODEL", model):
         tokenizer, model_config = load_tokenizer(model), load_config(model)
+    check_thinking("--thinking", thinking, tokenizer)
     try:
         prompts = render(rows, data, tokenizer, raw=raw)
     except PromptError as error:
@@ -210,7 +220,7 @@ def _rows_of(
             for note in source.notes:
                 say(note)
     except PromptError as error:
-        raise ConfigError(f"--file: {error}") from error
+        raise ConfigError(f"--file: {with_options_named(str(error))}") from error
     if not rows:
         raise ConfigError(f"--file: no prompt in {str(file)!r}; write one prompt a line")
     return rows

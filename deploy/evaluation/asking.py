@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from common.chat import has_thinking_switch
 from common.config.errors import ConfigError
 from common.conversations import DEFAULT_TEMPLATE, QUESTION
 from deploy.model_checks import model_json
@@ -33,6 +34,18 @@ _FIELDS_WITH_OPTION = re.compile(r"\bdata\.(question_field|answer_field|split|su
 def with_options_named(message: str) -> str:
     """A message about the data section of a config, for commands whose options stand for its fields."""
     return _FIELDS_WITH_OPTION.sub(lambda field: "--" + field[1].replace("_", "-"), message)
+
+
+def check_thinking(field: str, thinking: bool | None, tokenizer: Any) -> None:
+    """Refuse to turn thinking on or off where that changes nothing.
+
+    Raises:
+        ConfigError: the chat template has no switch for it.
+    """
+    if thinking is not None and not has_thinking_switch(tokenizer):
+        raise ConfigError(
+            f"{field}: the model's chat template has no switch for thinking (enable_thinking or thinking); leave it out"
+        )
 
 
 def asked_like_training(

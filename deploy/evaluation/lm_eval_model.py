@@ -34,7 +34,7 @@ from common.config.errors import ConfigError
 from common.config.paths import expanded
 from common.end_tokens import response_text
 from common.grid import grid_floor
-from deploy.evaluation.asking import asked_like_training
+from deploy.evaluation.asking import asked_like_training, check_thinking
 from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.model_checks import check_student_folder, model_errors
 
@@ -97,6 +97,7 @@ class BlockDiffusionLM(TemplateLM):
         slots = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else slots
         self.sampler = sampler_of(self.model, self.tokenizer, block_size=self.block_size, slots=slots, seed=seed)
         self.unmasking = unmasking_of(rule, threshold)
+        check_thinking("enable_thinking", enable_thinking, self.tokenizer)
         self.enable_thinking = bool(asked_like_training(pretrained, enable_thinking).get("enable_thinking"))
         self.estimate = Estimate(likelihood, mc_samples, seed)
         self.max_length = int(max_length or self.model.config.max_position_embeddings)

@@ -89,6 +89,7 @@ RIGHT = [
     ("Answer: 12 m^2", "12"),
     (r"Answer: 90^\circ", "90"),
     ("Answer: 1st", "1"),
+    ("Answer: 1.5 million people", "1,500,000"),
     # around it
     ("**Answer:** 15", "15"),
     ("**Answer**: 15.", "15"),
@@ -142,6 +143,7 @@ WRONG = [
     ("Answer: 5 cm", "5 apples"),
     ("Answer: 3:00", "3"),
     ("Answer: 50%", "5"),
+    ("Answer: 1.5 million", "1.5"),
     ("Answer: unknown", "3"),
     ("Answer: ", "3"),
     ("12", "12"),

@@ -1,5 +1,7 @@
 """The forms in which rows come: questions, messages, ShareGPT, Alpaca; templates and system turns around them."""
 
+import json
+
 import pytest
 
 from common.config.run import DataConfig
@@ -28,6 +30,10 @@ def start(text, **more):
         ({"question": "q", "messages": [USER]}, [("user", "q")]),
         ({"question": [USER]}, [("user", "How many?")]),
         ({"prompt": [USER]}, [("user", "How many?")]),
+        ({"messages": json.dumps([USER, FULL])}, [("user", "How many?")]),
+        ({"question": ' [{"role": "user", "content": "How many?"}]'}, [("user", "How many?")]),
+        ({"question": '[{"role": "is no JSON'}, [("user", '[{"role": "is no JSON')]),
+        ({"question": "[1, 2]"}, [("user", "[1, 2]")]),
         (
             {"messages": [{"role": "system", "content": "Be brief."}, USER, FULL, {"role": "user", "content": "Why?"}]},
             [("system", "Be brief."), ("user", "How many?"), ("assistant", "Four apples."), ("user", "Why?")],

@@ -72,9 +72,10 @@ def test_compressed_files_of_several_members_are_read_whole(tmp_path):
 def test_a_byte_order_mark_says_the_encoding_and_is_no_part_of_the_text(tmp_path, encoding, name):
     file = write(tmp_path / name, content(name).decode().encode(encoding))
     assert rows(file) == ROWS
-    assert read_lines(write(tmp_path / "p.txt", " How many?\r\n\nAnd é?\n".encode(encoding))) == [
+    assert read_lines(write(tmp_path / "p.txt", " How many?\r\n\nAnd é?\rNow?\n".encode(encoding))) == [
         (1, "How many?"),
         (3, "And é?"),
+        (4, "Now?"),
     ]
 
 
@@ -178,7 +179,9 @@ def test_a_time_that_python_does_not_have_is_named(tmp_path):
 def test_what_does_not_exist(tmp_path):
     assert "nope.jsonl' does not exist; give a JSON, JSONL" in refusal(tmp_path / "nope.jsonl")
     assert "holds no .json, .jsonl" in refusal(tmp_path)
-    assert "is one file, which has no split" in refusal(write(tmp_path / "a.jsonl", ROWS), split="train")
+    assert "is one file; set data.split and data.subset to null" in refusal(
+        write(tmp_path / "a.jsonl", ROWS), split="train"
+    )
 
 
 def test_a_folder_is_read_in_sorted_order_with_the_folders_in_it(tmp_path):
@@ -231,7 +234,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
 def test_one_of_several_splits_is_to_be_named(tmp_path):
     write(tmp_path / "data" / "train-00000-of-00001.jsonl", ROWS[:2])
     write(tmp_path / "data" / "test-00000-of-00001.jsonl", ROWS[2:])
-    assert "holds several splits, test, train; name one as the split, or 'all'" in refusal(tmp_path)
+    assert "holds several splits, test, train; set data.split to one of them, or to 'all'" in refusal(tmp_path)
     assert "holds no split 'val', only test, train" in refusal(tmp_path, split="val")
     assert rows(tmp_path, split="train") == ROWS[:2]
     assert rows(tmp_path, split="test") == ROWS[2:]
@@ -270,8 +273,9 @@ def test_a_saved_data_set_is_read_and_its_split_named(tmp_path):
     found.save_to_disk(tmp_path / "one")
     assert rows(tmp_path / "one") == ROWS
     datasets.DatasetDict({"train": found, "test": found.select([3])}).save_to_disk(tmp_path / "two")
-    assert "has several splits, train, test; name one as the split" in refusal(tmp_path / "two")
+    assert "has several splits, train, test; set data.split to one of them, or to 'all'" in refusal(tmp_path / "two")
     assert rows(tmp_path / "two", split="test") == ROWS[3:]
+    assert len(rows(tmp_path / "two", split="all")) == len(ROWS) + 1
     assert "has no split 'x', only train, test" in refusal(tmp_path / "two", split="x")
     damaged = next((tmp_path / "one").glob("*.arrow"))
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -290,8 +294,8 @@ def test_the_copy_of_a_hub_data_set_with_subsets(tmp_path, monkeypatch):
     for name in ("main", "other"):
         write(folder / name / "train.jsonl", [{"question": f"{name} train"}])
         write(folder / name / "test.jsonl", [{"question": f"{name} test"}])
-    assert "has several subsets, main, other; name one as the subset" in refusal(folder)
-    assert "has several splits, train, test; name one" in refusal(folder, subset="main")
+    assert "has several subsets, main, other; set data.subset to one of them" in refusal(folder)
+    assert "has several splits, train, test; set data.split" in refusal(folder, subset="main")
     assert rows(folder, subset="other", split="test") == [{"question": "other test"}]
 
 

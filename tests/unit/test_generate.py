@@ -198,6 +198,12 @@ def test_asked_as_the_student_was_trained_unless_told_otherwise(
         assert model.apply_chat_template([{"role": "user", "content": "a"}]).endswith(end + expected)
 
 
+def test_a_switch_that_changes_nothing_is_refused(opdlm, student):
+    for option in ("--thinking", "--no-thinking"):
+        status, _, err = opdlm("generate", student, "a", option)
+        assert (status, "--thinking: the model's chat template has no switch for thinking" in err) == (2, True)
+
+
 def test_thinking_is_one_more_option_of_lm_eval(monkeypatch):
     seen = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv))
@@ -229,7 +235,7 @@ def test_fields_and_splits_of_problems(opdlm, tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.csv").write_text(f"prompt,solution\n{split} 5 + 3?,8\n")
     command = ("eval", ARLM, "--problems", tmp_path, "--autoregressive", "--max-new-tokens", 8)
-    assert "holds several splits, test, train; name one as the split" in opdlm(*command)[2]
+    assert "holds several splits, test, train; set --split to one of them" in opdlm(*command)[2]
     assert "Set --question-field to the field" in opdlm(*command, "--split", "test")[2]
     named = ("--split", "test", "--question-field", "prompt")
     assert "set --answer-field ('answer') to the field" in opdlm(*command, *named)[2]

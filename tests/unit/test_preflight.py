@@ -143,6 +143,8 @@ def test_problems_without_answers(tmp_path):
     prepared = preflight.prepare(config(tmp_path, "--evaluation.problems", str(file)))
     assert [p.question for p in prepared.problems] == ["a"]
     assert "1 problems dropped: no answer (missing, empty, null or NaN)" in prepared.prompts.notes
+    said = refused(config(tmp_path, "--evaluation.problems", str(file), "--evaluation.split", "test"))
+    assert said.endswith("is one file; set evaluation.split and evaluation.subset to null")
     file.write_text('{"question": "b", "answer": null}\n')
     said = refused(config(tmp_path, "--evaluation.problems", str(file)))
     assert said.startswith(f"evaluation.problems: '{file}': none of 1 rows can be used (1 no answer")

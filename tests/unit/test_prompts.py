@@ -142,6 +142,11 @@ def test_what_was_read_how_is_said(tmp_path):
     )
 
 
+def test_thinking_without_a_switch_for_it_is_said(tmp_path):
+    found = load(write(tmp_path / "p.jsonl", ROWS), enable_thinking=True)
+    assert found.notes == ("data.enable_thinking changes nothing: the chat template has no switch for it",)
+
+
 def test_exact_copies_are_counted_and_dropped_on_demand(tmp_path):
     rows = [{"question": q} for q in ("a", "b", "a", "a")]
     found = load(write(tmp_path / "p.jsonl", rows))
