@@ -179,9 +179,9 @@ def test_a_time_that_python_does_not_have_is_named(tmp_path):
 def test_what_does_not_exist(tmp_path):
     assert "nope.jsonl' does not exist; give a JSON, JSONL" in refusal(tmp_path / "nope.jsonl")
     assert "holds no .json, .jsonl" in refusal(tmp_path)
-    assert "is one file; set data.split and data.subset to null" in refusal(
-        write(tmp_path / "a.jsonl", ROWS), split="train"
-    )
+    file = write(tmp_path / "a.jsonl", ROWS)
+    assert "is one file; set data.split and data.subset to null" in refusal(file, split="train")
+    assert "has no subsets; set data.subset to null" in refusal(tmp_path, subset="main")
 
 
 def test_a_folder_is_read_in_sorted_order_with_the_folders_in_it(tmp_path):
@@ -297,6 +297,8 @@ def test_the_copy_of_a_hub_data_set_with_subsets(tmp_path, monkeypatch):
     assert "has several subsets, main, other; set data.subset to one of them" in refusal(folder)
     assert "has several splits, train, test; set data.split" in refusal(folder, subset="main")
     assert rows(folder, subset="other", split="test") == [{"question": "other test"}]
+    assert rows(folder, subset="main", split="train[:1]") == [{"question": "main train"}]
+    assert "has no split 'x', only train, test" in refusal(folder, subset="main", split="x")
 
 
 def test_a_hub_data_set_that_cannot_be_brought_says_what_to_do():
