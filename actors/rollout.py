@@ -28,7 +28,7 @@ from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import load_converted, student_of, tokenizer_fingerprint
+from common.student import load_converted, student_of, token_count, tokenizer_fingerprint
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
 from common.weights.broadcast import BroadcastTransport, connect
 from common.weights.object_store import ObjectStoreTransport
@@ -69,6 +69,7 @@ class RolloutActor:
             block_size=config.block_size,
             mask_token_id=student.config.mask_token_id,
             eos_token_id=self.end_tokens,
+            token_count=token_count(self.tokenizer),
             slots=config.rollout.slots,
             seed=config.seed,
             max_batched_tokens=config.rollout.max_batched_tokens,

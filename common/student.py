@@ -350,7 +350,10 @@ def check_weights(path: str) -> None:
     check_plain(tensors)
     config = load_config(path)
     if config.model_type in SUPPORTED_FAMILIES:  # others may store tensors in another form
-        with torch.device("meta"):
+        with (
+            torch.device("meta"),
+            _third_party("has a config.json of which no model can be built", "correct it"),
+        ):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         check_complete({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors)
 
@@ -425,6 +428,28 @@ def _can_be_saved(generation: GenerationConfig) -> bool:
     except ValueError:
         return False
     return True
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Ids below this one are tokens; a model's further rows are padding, and mean nothing."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def counted_tokens(student: Conversion, teacher_path: str) -> int | None:
+    """Where student and teacher have different numbers of LM head rows: how many of the teacher's count, those of its
+    tokens. Its distribution is over these; to what else a student has a row for it gives no probability. None: all
+    rows of both."""
+    teacher = load_config(teacher_path)
+    if teacher.vocab_size == student.config.vocab_size:
+        return None
+    return min(token_count(load_tokenizer(teacher_path)), int(teacher.vocab_size))
+
+
+def fitted_head(head: Tensor, tokens: int, rows: int) -> Tensor:
+    """A teacher's LM head [V, d] with the `rows` of the student's: those behind its first `tokens` are zeros."""
+    fitted = head.new_zeros(rows, head.shape[1])
+    fitted[:tokens] = head[:tokens]
+    return fitted
 
 
 def first_difference(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:

@@ -18,6 +18,7 @@ from actors import rollout
 from actors.teacher import actor as teacher
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
+from common.student import counted_tokens, student_of
 from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, on_cluster
 from deploy.remote_calls import RemoteCalls
 from deploy.roles import COUNT_FIELDS, ROLES, Role
@@ -175,9 +176,12 @@ def start_pools(
         ]
 
     shape = config.objective.shape
+    tokens = counted_tokens(student_of(config), config.teacher_path) if "teacher" in groups else None
     pools = Pools(
         rollouts=create("rollout", rollout.as_remote(config), config),
-        teachers=create("teacher", teacher.as_remote(config), config.teacher, config.teacher_path, shape=shape),
+        teachers=create(
+            "teacher", teacher.as_remote(config), config.teacher, config.teacher_path, shape=shape, tokens=tokens
+        ),
         ranks=create("learner", rank.as_remote(config), config),
         groups=groups,
     )

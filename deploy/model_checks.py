@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,7 @@ def check_models(config: RunConfig) -> CheckedModels:
     Raises:
         ConfigError: names the field, the path and the remedy.
     """
-    from common.student import checked, first_difference, student_of
+    from common.student import checked, counted_tokens, first_difference, student_of
 
     path, teacher_path = config.model.path, config.teacher_path
     teacher = _check_teacher(config) if teacher_path != path else None
@@ -104,17 +104,32 @@ def check_models(config: RunConfig) -> CheckedModels:
             f"model.path {path!r} and teacher.path {teacher_path!r} have different tokenizers ({different}); token ids "
             "must mean the same to both: choose models of one family"
         )
+    widths = student.config.hidden_size, teacher_config.hidden_size
+    if config.objective.terms.alignment and widths[0] != widths[1]:
+        raise ConfigError(
+            f"objective.terms.alignment: hidden states of width {widths[0]} (model.path {path!r}) cannot be aligned "
+            f"with those of width {widths[1]} (teacher.path {teacher_path!r}); set it to 0, or choose another teacher"
+        )
+    rows = student.config.vocab_size, teacher_config.vocab_size
+    if rows[0] != rows[1]:
+        tokens = counted_tokens(student, teacher_path)
+        note = (
+            f"the LM head of model.path has {rows[0]} rows and that of teacher.path {rows[1]}; the teacher's "
+            f"distribution is over its {tokens} tokens"
+        )
+        student = replace(student, notes=(*student.notes, note))
     return CheckedModels(student, min(positions, teacher_config.max_position_embeddings))
 
 
 def _check_teacher(config: RunConfig) -> tuple[Any, Any]:
     """Config and tokenizer of a teacher that is another model than the student starts from."""
-    from common.student import check_family, check_weights, load_config, load_tokenizer
+    from common.student import check_family, check_tokenizer, check_weights, load_config, load_tokenizer
 
     path = config.teacher_path
     with model_errors("teacher.path", path):
         teacher, tokenizer = load_config(path), load_tokenizer(path)
         check_weights(path)
+        check_tokenizer(tokenizer, teacher.vocab_size)
         if config.target_kind == "hidden":  # the LM head is applied here; other targets come from the engine
             check_family(teacher)
     return teacher, tokenizer

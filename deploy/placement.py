@@ -209,15 +209,25 @@ def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _teacher_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
-    """On a GPU, vLLM's KV cache takes what gpu_memory_utilization leaves, which is not counted here."""
-    width = _BYTES[config.teacher.dtype]
+    """On a GPU, vLLM's KV cache takes what gpu_memory_utilization leaves, which is not counted here.
+
+    Raises:
+        ConfigError: teacher.tensor_parallel does not divide the model's heads, which vLLM deals out.
+    """
+    width, parts = _BYTES[config.teacher.dtype], config.teacher.tensor_parallel
+    if shape.heads % parts:
+        raise ConfigError(
+            f"teacher.tensor_parallel: {parts} does not divide the {shape.heads} attention heads of the teacher, which "
+            "are dealt out to the GPUs; use a divisor"
+        )
     logits = config.teacher.max_batched_tokens * shape.vocab_size * (width + 4)
     own_cache = config.teacher.backend == "vllm" and not config.teacher.resources.gpus
+    on_each = f" on each of {parts} GPUs" if parts > 1 else ""
     return {
-        "weights": shape.parameters * width,
+        f"weights{on_each}": shape.parameters * width // parts,
         "KV cache": config.teacher.kv_cache_mib * 2**20 if own_cache else 0,
-        "logits": logits if config.teacher.target == "topk" else 0,
-        "runtime": _RUNTIME_BYTES,
+        f"logits{on_each}": logits if config.teacher.target == "topk" else 0,
+        f"runtime{on_each}": _RUNTIME_BYTES,
     }
 
 

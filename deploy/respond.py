@@ -34,7 +34,7 @@ from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.end_tokens import response_text
 from common.prompts import Prompt
-from common.student import tokenizer_fingerprint
+from common.student import token_count, tokenizer_fingerprint
 from common.trajectory import finish_reason
 from deploy import preflight
 from deploy.cluster import connect
@@ -95,7 +95,7 @@ def respond(
         fingerprint = tokenizer_fingerprint(tokenizer)
         connect(config)
         try:
-            for index, responses in _generated(config, missing, samples, sampling):
+            for index, responses in _generated(config, missing, samples, sampling, token_count(tokenizer)):
                 table = _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses)
                 _write(table, _part(parts, index))
                 note(f"{sum(_part(parts, i).exists() for i in chunks)} of {len(chunks)} parts")
@@ -149,12 +149,13 @@ def _write(table: pa.Table, file: Path) -> None:
 
 
 def _generated(
-    config: RunConfig, chunks: dict[int, list[Prompt]], samples: int, sampling: Sampling
+    config: RunConfig, chunks: dict[int, list[Prompt]], samples: int, sampling: Sampling, tokens: int
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(index, responses) of each chunk as it is done; every actor works on one at a time."""
     count = min(config.teacher.actors, len(chunks))
     actor_class = as_remote(config)
-    names = {actor_class.remote(config.teacher, config.teacher_path, config.seed): f"teacher-{i}" for i in range(count)}
+    arguments = (config.teacher, config.teacher_path, config.seed, tokens)
+    names = {actor_class.remote(*arguments): f"teacher-{i}" for i in range(count)}
     calls = RemoteCalls(config.pipeline.stage_timeout_s)
     ready = {actor.ready.remote(): name for actor, name in names.items()}
     calls.wait(ready, "loading models", timeout_s=config.pipeline.start_timeout_s)

@@ -60,8 +60,8 @@ class TrainingBatch:
 class BatchBuilder:
     """Packs updates for one rank.
 
-    `teacher_head` [V, d] is needed for the target kind `hidden`; the kind `none` trains on the tokens of x0 as hard
-    labels. `windows` comes from attention_windows of the student.
+    `teacher_head` [V, d] is needed for the target kind `hidden`, and its first `teacher_tokens` rows count (None: all).
+    The kind `none` trains on the tokens of x0 as hard labels. `windows` comes from attention_windows of the student.
     """
 
     meta: TrajectoryMeta
@@ -74,6 +74,7 @@ class BatchBuilder:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     want_entropy: bool = False
     windows: dict[str, int | None] = field(default_factory=lambda: {"full_attention": None})
+    teacher_tokens: int | None = None
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
@@ -186,4 +187,4 @@ class BatchBuilder:
             hidden = bits.view(torch.bfloat16)
         else:
             hidden = torch.from_numpy(rows("hidden", width, np.float32))
-        return HiddenTarget(hidden.to(self.device), self.teacher_head, self.objective.shape)
+        return HiddenTarget(hidden.to(self.device), self.teacher_head, self.objective.shape, self.teacher_tokens)

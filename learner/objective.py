@@ -74,11 +74,15 @@ class TopKTarget(Target):
 
 @dataclass(frozen=True)
 class HiddenTarget(Target):
-    """The teacher's final hidden states [L, d] and its LM head [V, d]: its exact distribution, reshaped by `shape`."""
+    """The teacher's final hidden states [L, d] and its LM head [V, d]: its exact distribution, reshaped by `shape`.
+
+    Where `tokens` is given, only the head's first rows count; all further classes have no probability.
+    """
 
     hidden: Tensor
     head: Tensor
     shape: TeacherTarget = AS_IT_IS
+    tokens: int | None = None
 
     def __getitem__(self, rows: slice) -> HiddenTarget:
         return replace(self, hidden=self.hidden[rows])
@@ -86,6 +90,8 @@ class HiddenTarget(Target):
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """C is V."""
         teacher = full_precision_logits(self.hidden.to(self.head.dtype), self.head)
+        if self.tokens is not None:
+            teacher[:, self.tokens :] = -math.inf
         teacher = reshape(teacher, self.shape) if self.shape.reshapes else teacher.log_softmax(-1)
         return teacher, logits.log_softmax(-1)
 

@@ -28,7 +28,9 @@ from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.student import (
     attention_windows,
+    counted_tokens,
     default_attention,
+    fitted_head,
     head_of_folder,
     hidden_states,
     lm_head_weight,
@@ -169,8 +171,11 @@ class LearnerRank:
         self.student = student
         self.attention = attention
         self.teacher_head: Tensor | None = None
+        self.teacher_tokens = counted_tokens(self.conversion, self.config.teacher_path)
         if self.config.target_kind == "hidden":
             head = head_of_folder(self.config.teacher_path)
+            if self.teacher_tokens is not None:
+                head = fitted_head(head, self.teacher_tokens, self.conversion.config.vocab_size)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
         self.transport: WeightsTransport = ObjectStoreTransport()
         return {
@@ -221,6 +226,7 @@ class LearnerRank:
             attention=self.attention,
             device=self.device,
             teacher_head=self.teacher_head,
+            teacher_tokens=self.teacher_tokens,
             objective=self.config.objective,
             windows=attention_windows(self.conversion.config),
             want_entropy=self.config.curriculum.schedule == "entropy_gated",

@@ -12,7 +12,7 @@ from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.end_tokens import response_text, set_end_tokens
 from common.prompts import Prompt
-from common.student import load_model, load_tokenizer
+from common.student import load_model, load_tokenizer, token_count
 from common.trajectory import Trajectory
 
 
@@ -43,6 +43,7 @@ def sampler_of(
         block_size=block_size or model.config.block_size,
         mask_token_id=model.config.mask_token_id,
         eos_token_id=model.generation_config.eos_token_id,
+        token_count=token_count(tokenizer),
         slots=slots,
         seed=seed,
         tokenizer=tokenizer,

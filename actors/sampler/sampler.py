@@ -90,6 +90,7 @@ class Sampler:
         block_size: int,
         mask_token_id: int,
         eos_token_id: EndTokens,
+        token_count: int | None = None,
         slots: int,
         seed: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -101,6 +102,7 @@ class Sampler:
         self.block_size = block_size
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
+        self.token_count = token_count
         self.slots = slots
         self.seed = seed
         self.stops = StopStrings(tokenizer) if tokenizer else None
@@ -252,7 +254,7 @@ class Sampler:
         wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
         hidden = self._decode(work.ids, work.positions, cache_rows, wanted)
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
-        candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id)
+        candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id, self.token_count)
         return self._unmask(state, decoding.unmasking, slots, work.sampled, candidates, work.waits, self._end_tokens)
 
 

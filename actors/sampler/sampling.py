@@ -39,9 +39,11 @@ class Candidates(NamedTuple):
     entropy: Tensor  # float32 [...], of the raw softmax, nats; zeros where the rule does not need it
 
 
-def sample_tokens(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int) -> Candidates:
+def sample_tokens(
+    logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_id: int, token_count: int | None = None
+) -> Candidates:
     """Sample by inverse CDF with one uniform number a position, or take the argmax at temperature 0; never the mask
-    token.
+    token, and no id from `token_count` on (None: V), for which there is no token.
 
     Truncation is that of common/reshaping.py, after the temperature. On CUDA a Triton kernel answers where nothing is
     truncated and no entropy is needed. At temperature 0 the lowest of equally likely ids is taken.
@@ -52,7 +54,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_
     if logits.is_cuda and not (decoding.truncated or decoding.needs_entropy):
         from actors.sampler.kernels.sampling import sample_tokens_triton  # needs triton
 
-        tokens, confidence = sample_tokens_triton(logits, noise, decoding.temperature, mask_token_id)
+        tokens, confidence = sample_tokens_triton(logits, noise, decoding.temperature, mask_token_id, token_count)
         return Candidates(tokens, confidence, torch.zeros_like(confidence))
     log_z = torch.logsumexp(logits, dim=-1)
     if decoding.needs_entropy:
@@ -63,6 +65,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, decoding: Decoding, mask_token_
 
     choices = logits.clone()
     choices[..., mask_token_id] = -torch.inf
+    choices[..., token_count if token_count is not None else choices.shape[-1] :] = -torch.inf
     if decoding.temperature == 0:
         tokens = choices.argmax(dim=-1)
     else:

@@ -31,19 +31,13 @@ from common.ray_actor import as_ray_actor
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, from_batch, to_batch
 
 
-def build_backend(config: TeacherConfig, model_path: str) -> TeacherBackend:
-    """Load the configured engine; it computes with `config.resources.threads` threads.
-
-    Raises:
-        ValueError: more than one GPU is reserved for one teacher.
+def build_backend(config: TeacherConfig, model_path: str, tokens: int | None = None) -> TeacherBackend:
+    """Load the configured engine, which computes with `config.resources.threads` threads; see TeacherBackend for
+    `tokens`.
     """
-    if config.resources.gpus > 1:
-        raise ValueError(
-            f"teacher.resources.gpus is {config.resources.gpus}, but one teacher uses one GPU; raise teacher.actors"
-        )
     torch.set_num_threads(config.resources.threads)
     backend = VllmBackend if config.backend == "vllm" else TransformersBackend
-    return backend(config, model_path)
+    return backend(config, model_path, tokens)
 
 
 def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape: TeacherTarget = AS_IT_IS) -> None:
@@ -106,7 +100,14 @@ class TeacherActor:
     the next one goes on with what still waits.
     """
 
-    def __init__(self, config: TeacherConfig, model_path: str, index: int = 0, shape: TeacherTarget = AS_IT_IS) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        model_path: str,
+        index: int = 0,
+        shape: TeacherTarget = AS_IT_IS,
+        tokens: int | None = None,
+    ) -> None:
         self.config = config
         self.model_path = model_path
         self.shape = shape
@@ -114,7 +115,7 @@ class TeacherActor:
         start = time.perf_counter()
         # engines keep state per thread (OpenMP, CUDA), so one thread builds and runs this one
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
-        self.backend = self.thread.submit(build_backend, config, model_path).result()
+        self.backend = self.thread.submit(build_backend, config, model_path, tokens).result()
         self.load_seconds = time.perf_counter() - start
         self.waiting: list[_Work] = []
         self.turn = asyncio.Lock()

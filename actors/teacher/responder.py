@@ -13,7 +13,7 @@ import ray
 import torch
 from transformers import GenerationConfig
 
-from actors.teacher.vllm_backend import build_llm, whole_prompts
+from actors.teacher.vllm_backend import build_llm, cut_vocabulary, whole_prompts
 from common.config.run import RunConfig, TeacherConfig
 from common.device import device_for
 from common.ray_actor import as_ray_actor
@@ -45,7 +45,7 @@ class ResponseRequest:
 
 
 class ResponseEngine(ABC):
-    """A loaded causal LM that generates."""
+    """A loaded causal LM that generates ids below `tokens` (None: any of its vocabulary): others mean nothing."""
 
     @abstractmethod
     def respond(self, requests: Sequence[ResponseRequest], sampling: Sampling, seed: int) -> list[np.ndarray]:
@@ -55,10 +55,12 @@ class ResponseEngine(ABC):
 class VllmEngine(ResponseEngine):
     """vLLM with continuous batching; every response has its own seed."""
 
-    def __init__(self, config: TeacherConfig, model_path: str) -> None:
+    def __init__(self, config: TeacherConfig, model_path: str, tokens: int | None = None) -> None:
         # a seeded request whose prompt is read in pieces rewinds its generator; CPU generators cannot do that
         pieces = {} if config.resources.gpus else whole_prompts(config, model_path)
         self.llm = build_llm(config, model_path, skip_tokenizer_init=True, **pieces)
+        if tokens is not None:
+            cut_vocabulary(self.llm, tokens)
 
     def respond(self, requests: Sequence[ResponseRequest], sampling: Sampling, seed: int) -> list[np.ndarray]:
         from vllm import SamplingParams, TokensPrompt
@@ -85,10 +87,12 @@ class TransformersEngine(ResponseEngine):
     A batch is seeded by its first response, so another batch size gives other responses.
     """
 
-    def __init__(self, config: TeacherConfig, model_path: str) -> None:
+    def __init__(self, config: TeacherConfig, model_path: str, tokens: int | None = None) -> None:
         self.device = device_for("teacher", config.resources)
         self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
-        self.model.generation_config = GenerationConfig()  # its own may hold a repetition penalty and the like
+        padding = [] if tokens is None else list(range(tokens, self.model.config.vocab_size))
+        # in place of its own, which may hold a repetition penalty and the like
+        self.model.generation_config = GenerationConfig(suppress_tokens=padding or None)
         self.max_batched_tokens = config.max_batched_tokens
 
     @torch.inference_mode()
@@ -127,11 +131,11 @@ class TransformersEngine(ResponseEngine):
 class ResponderActor:
     """A process of `opdlm respond`: constructed with the model loaded, then `respond` any number of times."""
 
-    def __init__(self, config: TeacherConfig, model_path: str, seed: int) -> None:
+    def __init__(self, config: TeacherConfig, model_path: str, seed: int, tokens: int | None = None) -> None:
         torch.set_num_threads(config.resources.threads)
         self.seed = seed
         engine = VllmEngine if config.backend == "vllm" else TransformersEngine
-        self.engine: ResponseEngine = engine(config, model_path)
+        self.engine: ResponseEngine = engine(config, model_path, tokens)
 
     def ready(self) -> dict[str, Any]:
         return {"role": "responder", "pid": os.getpid(), "node": ray.util.get_node_ip_address()}

@@ -62,11 +62,18 @@ class TeacherBackend(ABC):
     """A loaded teacher with one kind of target. It is constructed, used and closed in one thread."""
 
     def __init__(
-        self, kind: Literal["topk", "hidden"], width: int, hidden_dtype: str, vocab_size: int, max_length: int
+        self,
+        kind: Literal["topk", "hidden"],
+        width: int,
+        hidden_dtype: str,
+        vocab_size: int,
+        max_length: int,
+        tokens: int | None = None,
     ) -> None:
-        """`width` is K or d; `max_length` is the longest prefix that the engine reads, in tokens."""
-        if kind == "topk" and width > vocab_size:
-            raise ValueError(f"teacher.top_k ({width}) is above the vocabulary ({vocab_size}); lower it")
+        """`width` is K or d; `max_length` is the longest prefix that the engine reads, in tokens; top-k targets are of
+        the distribution over the first `tokens` of the vocabulary (None: all)."""
+        if kind == "topk" and width > (tokens or vocab_size):
+            raise ValueError(f"teacher.top_k ({width}) is above the vocabulary ({tokens or vocab_size}); lower it")
         self.kind = kind
         self.width = width
         self.hidden_dtype = hidden_dtype

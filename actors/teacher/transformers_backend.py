@@ -32,10 +32,11 @@ class TransformersBackend(TeacherBackend):
     A longer sequence is read alone. The LM head is applied at the requested positions only.
     """
 
-    def __init__(self, config: TeacherConfig, model_path: str) -> None:
+    def __init__(self, config: TeacherConfig, model_path: str, tokens: int | None = None) -> None:
         self.device = device_for("teacher", config.resources)
         self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
         self.max_batched_tokens = config.max_batched_tokens
+        self.tokens = tokens
         model = self.model.config
         super().__init__(
             kind=config.target,
@@ -43,6 +44,7 @@ class TransformersBackend(TeacherBackend):
             hidden_dtype=config.dtype,
             vocab_size=model.vocab_size,
             max_length=model.max_position_embeddings,
+            tokens=tokens,
         )
 
     @torch.inference_mode()
@@ -72,6 +74,6 @@ class TransformersBackend(TeacherBackend):
         return TopkTargets(ids, logprobs, log_tail_mass(logprobs))
 
     def _topk(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits = linear(hidden, lm_head_weight(self.model)).float()
+        logits = linear(hidden, lm_head_weight(self.model))[:, : self.tokens].float()
         values, ids = logits.topk(self.width, dim=-1)
         return values - logits.logsumexp(dim=-1, keepdim=True), ids

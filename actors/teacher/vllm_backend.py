@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch._dynamo
-from transformers import AutoConfig
 
 from actors.teacher.targets import (
     HiddenTargets,
@@ -28,6 +27,7 @@ from actors.teacher.targets import (
 )
 from common.config.run import TeacherConfig
 from common.device import device_for
+from common.student import load_config
 
 TOKENS_PER_SLOT = 16  # vLLM gets one sequence slot for every 16 tokens of max_batched_tokens
 MOST_SLOTS = 256
@@ -38,8 +38,10 @@ class VllmBackend(TeacherBackend):
     logits [max_batched_tokens, V] in the model's dtype and in float32, which vLLM's own profile leaves out.
     """
 
-    def __init__(self, config: TeacherConfig, model_path: str) -> None:
+    def __init__(self, config: TeacherConfig, model_path: str, tokens: int | None = None) -> None:
         self.llm = build_llm(config, model_path, **_engine_arguments(config))
+        if tokens is not None:
+            cut_vocabulary(self.llm, tokens)
         from vllm import SamplingParams
 
         self.sampling = SamplingParams(
@@ -59,6 +61,7 @@ class VllmBackend(TeacherBackend):
             vocab_size=model.get_vocab_size(),
             # `topk` generates, which needs room for one more token
             max_length=model.max_model_len - is_topk,
+            tokens=tokens,
         )
 
     def close(self) -> None:
@@ -110,15 +113,26 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_mib * 2**20 if on_cpu else None,
         enable_prefix_caching=False,  # requests that need every position never read the cache
-        distributed_executor_backend="uni",
+        tensor_parallel_size=config.tensor_parallel,
+        # several GPUs need a process each; they end with this one
+        distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
         generation_config="vllm",
         **arguments,
     )
 
 
+def cut_vocabulary(llm: Any, tokens: int) -> None:
+    """From now on the engine's logits are those of the first `tokens` ids."""
+
+    def cut(model: Any) -> None:
+        model.logits_processor.org_vocab_size = tokens
+
+    llm.apply_model(cut)
+
+
 def whole_prompts(config: TeacherConfig, model_path: str) -> dict[str, Any]:
     """Arguments that make vLLM read each prompt in one piece, which limits sequences to `max_batched_tokens`."""
-    positions = AutoConfig.from_pretrained(model_path).max_position_embeddings
+    positions = load_config(model_path).max_position_embeddings
     return {"enable_chunked_prefill": False, "max_model_len": min(positions, config.max_batched_tokens)}
 
 

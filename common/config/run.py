@@ -220,6 +220,9 @@ class TeacherConfig(Section):
         description="how long a request waits for others to join its batch",
         json_schema_extra=OPERATION,
     )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="GPUs that hold one vLLM teacher together", json_schema_extra=OPERATION
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="vLLM's share of its GPU's memory", json_schema_extra=OPERATION
     )
@@ -227,6 +230,21 @@ class TeacherConfig(Section):
         256, ge=16, le=2**24, description="vLLM's KV cache on a machine without a GPU", json_schema_extra=OPERATION
     )
     resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
+
+    @model_validator(mode="after")
+    def _has_its_gpus(self) -> TeacherConfig:
+        gpus = self.resources.gpus
+        if self.tensor_parallel > 1 and self.backend != "vllm":
+            raise ValueError(
+                f"tensor_parallel ({self.tensor_parallel}) is vLLM's, but backend is {self.backend!r}; set backend to "
+                "'vllm' or tensor_parallel to 1"
+            )
+        if gpus != self.tensor_parallel and max(gpus, self.tensor_parallel) > 1:
+            raise ValueError(
+                f"resources.gpus ({gpus:g}) is not tensor_parallel ({self.tensor_parallel}): one teacher uses as many "
+                "GPUs as hold it together; set both alike, or raise teacher.actors"
+            )
+        return self
 
 
 class DataConfig(Section):

@@ -12,6 +12,7 @@ from common.student import load_model
 from common.trajectory import from_batch, read_spool
 from deploy.pipeline import run
 from deploy.run_folder import foreign_entries
+from tests.models import tiny_qwen3, tiny_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -76,3 +77,36 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     assert Path(folder / "checkpoints" / "final" / "tokenizer.json").exists()
     assert saved.config.opdlm == asked_with(config.data)  # how the student is to be asked
     assert foreign_entries(folder) == []  # so that --overwrite knows all that a run writes
+
+
+@pytest.mark.parametrize(
+    ("student_rows", "teacher_rows", "mask_token", "target"),
+    [(288, 320, "auto", "hidden"), (320, 288, "auto", "topk"), (262, 288, "new", "hidden"), (262, None, "new", "topk")],
+    ids=["larger-teacher", "smaller-teacher", "added-row-and-a-teacher", "added-row"],
+)
+def test_student_and_teacher_with_different_rows_train_together(
+    tmp_path, student_rows, teacher_rows, mask_token, target
+):
+    """Random models, whose padding rows carry much of the probability: none of it may reach a trajectory or a loss."""
+    tokenizer = tiny_tokenizer() if mask_token == "new" else None
+    student = tiny_qwen3(tmp_path / "student", tokenizer=tokenizer, vocab=student_rows)
+    teacher = tiny_qwen3(tmp_path / "teacher", 1, tokenizer=tokenizer, vocab=teacher_rows) if teacher_rows else student
+    config = load_config("tiny", [
+        "--output_dir", str(tmp_path), "--model.path", student, "--teacher.path", teacher, "--pipeline.spool", "true",
+        "--model.mask_token", mask_token, "--teacher.backend", "transformers", "--teacher.target", target,
+        "--pipeline.max_batches", "2", "--rollout.prompts_per_batch", "8", "--rollout.actors", "1",
+        "--evaluation.problems", "null", "--curriculum.min_tokens", "16", "--curriculum.max_tokens", "16",
+    ])  # fmt: skip
+    run(config)
+    folder = tmp_path / "tiny"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["weights_version"] for m in metrics] == [1, 2]
+    assert all(0 < m["kl"] < 20 for m in metrics)
+    tokens = 263 if mask_token == "auto" else 262  # with and without its mask token
+    for index in range(2):
+        for batch in read_spool(folder / "spool" / f"batch-{index:06d}.arrow"):
+            for t in from_batch(batch)[0]:
+                assert t.response_ids.max() < tokens
+                assert target == "hidden" or t.topk_ids.max() < tokens
+    saved = load_model(str(folder / "checkpoints" / "final"), torch.float32, "sdpa")
+    assert saved.get_output_embeddings().weight.shape[0] == (320 if mask_token == "new" else student_rows)

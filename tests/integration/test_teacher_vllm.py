@@ -62,6 +62,21 @@ def rows() -> list[Any]:
     return [trajectory(i, list(offsets), prompt, n) for i, (prompt, n, offsets) in enumerate(shapes)]
 
 
+def test_the_distribution_over_the_tokens_alone(cluster: None, path: str) -> None:
+    """A teacher with more rows than the student: both backends give the best of the tokens that both know."""
+    config = run_config(path, "topk").teacher
+    requests = [TargetRequest(t.causal_ids, len(t.prompt_ids) + t.target_offsets) for t in rows()[:3]]
+    actor = as_remote(run_config(path, "topk")).remote(config, path, tokens=263)
+    batch = to_batch(rows()[:3], META)
+    found, _ = from_batch(ray.get(actor.annotate.remote(batch), timeout=300))
+    ray.kill(actor)
+    exact = build_backend(config.model_copy(update={"backend": "transformers"}), path, 263).targets(requests)
+    for t, targets in zip(found, exact, strict=True):
+        assert t.topk_ids.max() < 263
+        np.testing.assert_allclose(t.topk_logprobs.reshape(targets.logprobs.shape), targets.logprobs, atol=1e-4)
+        np.testing.assert_allclose(np.exp(t.log_tail_mass), np.exp(targets.log_tail_mass), atol=1e-4)
+
+
 @contextmanager
 def teacher(path: str, target: str) -> Iterator[Any]:
     config = run_config(path, target)

@@ -143,6 +143,26 @@ def test_sampling_kernel_equals_the_plain_function(temperature, vocabulary):
     torch.testing.assert_close(confidence[same], expected_confidence[same])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("known", [40, 4096, 4100, 8999])
+def test_sampling_kernel_takes_no_id_without_a_token(temperature, known):
+    """The largest logits stand behind the last token, in its chunk and in later ones; they count in the confidence."""
+    from actors.sampler.kernels.sampling import sample_tokens_triton
+
+    torch.manual_seed(2)
+    logits = 3 * torch.randn(30, 9000)
+    logits[:, known:] += 9
+    noise, decoding = torch.rand(30).clamp(1e-6, 1 - 1e-6), Decoding(temperature=temperature)
+    tokens, confidence = sample_tokens_triton(logits, noise, temperature, 5, known)
+    expected, expected_confidence, _ = sample_tokens(logits, noise, decoding, 5, known)
+    assert (tokens < known).all() and (expected < known).all()
+    same = tokens == expected
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(confidence[same], expected_confidence[same])
+    raw = logits.log_softmax(-1).gather(1, expected[:, None])[:, 0].exp()
+    torch.testing.assert_close(expected_confidence, raw)
+
+
 def test_sampling_kernel_takes_the_lowest_of_equal_ids():
     """Exact ties within a chunk and across chunks, as the plain function takes them; the mask token never."""
     from actors.sampler.kernels.sampling import CHUNK, sample_tokens_triton

@@ -197,6 +197,10 @@ def another_width(model):
     edit(model / "config.json", intermediate_size=96)
 
 
+def padding_beyond_the_embedding(model):
+    edit(model / "config.json", pad_token_id=288)
+
+
 def strict_config(model):
     edit(model / "config.json", vocab_size="288")
 
@@ -290,6 +294,7 @@ REFUSED = {
     untied_without_head: "lacks 1 of the 25 tensors that its config.json asks for, the first is lm_head.weight",
     a_layer_missing: "the first is model.layers.2.self_attn.q_proj.weight",
     another_width: "has model.layers.0.mlp.gate_proj.weight of shape [128, 64] where its config.json asks for [96, 64]",
+    padding_beyond_the_embedding: "of which no model can be built (Padding_idx must be within num_embeddings)",
     strict_config: "has a config.json that cannot be read (Validation error for field 'vocab_size'",
     newer_tokenizer: "has a tokenizer that cannot be read (data did not match any variant",
     broken_generation_config: "has a generation_config.json that cannot be read",

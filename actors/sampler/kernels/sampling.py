@@ -16,7 +16,7 @@ CHUNK = 4096
 
 
 def sample_tokens_triton(
-    logits: Tensor, noise: Tensor, temperature: float, mask_token_id: int
+    logits: Tensor, noise: Tensor, temperature: float, mask_token_id: int, token_count: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Tokens int64 [...] and confidences float32 [...] of `actors.sampler.sampling.sample_tokens` without truncation.
 
@@ -28,23 +28,24 @@ def sample_tokens_triton(
     positions, chunks = len(flat), triton.cdiv(vocabulary, CHUNK)
     statistics = torch.empty(5, positions, chunks, dtype=torch.float32, device=logits.device)
     inverse = 1.0 / temperature if temperature else 1.0
-    _chunk_statistics[(positions, chunks)](flat, statistics, vocabulary, mask_token_id, inverse, CHUNK=CHUNK)
+    known = vocabulary if token_count is None else token_count
+    _chunk_statistics[(positions, chunks)](flat, statistics, vocabulary, known, mask_token_id, inverse, CHUNK=CHUNK)
     tokens = torch.empty(positions, dtype=torch.int64, device=logits.device)
     confidence = torch.empty(positions, dtype=torch.float32, device=logits.device)
     _choose[(positions,)](
-        flat, statistics, noise.contiguous(), tokens, confidence, vocabulary, mask_token_id, inverse, chunks,
+        flat, statistics, noise.contiguous(), tokens, confidence, vocabulary, known, mask_token_id, inverse, chunks,
         CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), GREEDY=temperature == 0,
     )  # fmt: skip
     return tokens.view(shape), confidence.view(shape)
 
 
 @triton.jit
-def _chunk_statistics(logits, statistics, vocabulary, mask_token_id, inverse, CHUNK: tl.constexpr):
+def _chunk_statistics(logits, statistics, vocabulary, known, mask_token_id, inverse, CHUNK: tl.constexpr):
     p = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1)
     v = c * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(logits + p * vocabulary + v, mask=v < vocabulary, other=float("-inf"))
-    y = tl.where(v == mask_token_id, float("-inf"), x)
+    y = tl.where((v == mask_token_id) | (v >= known), float("-inf"), x)
     raw_highest = tl.max(x, 0)
     highest = tl.max(y, 0)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
@@ -59,7 +60,7 @@ def _chunk_statistics(logits, statistics, vocabulary, mask_token_id, inverse, CH
 
 @triton.jit
 def _choose(
-    logits, statistics, noise, tokens, confidence, vocabulary, mask_token_id, inverse, chunks,
+    logits, statistics, noise, tokens, confidence, vocabulary, known, mask_token_id, inverse, chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
@@ -85,7 +86,7 @@ def _choose(
         rest = target - tl.sum(tl.where(c < chunk, mass, 0.0), 0)
         v = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + p * vocabulary + v, mask=v < vocabulary, other=float("-inf"))
-        weight = tl.where(v == mask_token_id, 0.0, tl.exp((x - best) * inverse))
+        weight = tl.where((v == mask_token_id) | (v >= known), 0.0, tl.exp((x - best) * inverse))
         inside = tl.sum((tl.cumsum(weight, 0) < rest).to(tl.int32), 0)
         last = tl.max(tl.where(weight > 0, tl.arange(0, CHUNK), 0), 0)  # where rounding runs past the sum
         token = chunk * CHUNK + tl.minimum(inside, last)
