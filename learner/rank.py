@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.busy import BusySpans, computes
-from common.chat import asked_with
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
 from common.device import device_for
@@ -336,7 +335,6 @@ class LearnerRank:
             if self.rank == 0:
                 state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket}
         if self.rank == 0:
-            self.student.config.opdlm = asked_with(self.config.data)
             save_student(self.student, self.conversion, out, block_size, state)
         if resume:
             self.engine.save_checkpoint(str(resume), tag="state")
