@@ -42,7 +42,9 @@ def expanded(text: str) -> str:
         raise ValueError(f"{text!r} is no path; give one")
     if _CONTROL.search(text):
         raise ValueError(f"{shown(text)} holds a line break or another control character; give a path without")
-    path = os.path.expanduser(_VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2]) or match[0], text))
+    path = _VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2]) or match[0], text)
+    if os.environ.get("HOME") != "":  # an empty one would make /x of ~/x
+        path = os.path.expanduser(path)
     if len(os.fsencode(path)) > _LONGEST_PATH or any(len(os.fsencode(n)) > _LONGEST_NAME for n in path.split("/")):
         raise ValueError(
             f"{shown(path)} is too long for a path; use at most {_LONGEST_NAME} bytes a name and {_LONGEST_PATH} in all"

@@ -336,7 +336,8 @@ class LearnerConfig(Section):
     )
     deepspeed: dict[str, Any] = Field(
         {},
-        description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer",
+        description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer; those "
+        "that the learner's own fields decide are refused",
     )
     resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
 

@@ -180,6 +180,13 @@ def test_a_path_that_cannot_be_meant_is_refused(tmp_path, path, said):
     assert said in str(error.value) and len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize("path", ["~/x", "~", "$HOME/x", "${HOME}/x"])
+def test_an_empty_home_is_not_the_root(tmp_path, monkeypatch, path):
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(ConfigError, match=r"^output_dir: .*(no home of '~' is known|HOME is not set)"):
+        config(tmp_path, "", f"--output_dir={path}")
+
+
 def test_what_exists_under_a_strange_name_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("$NO_SUCH", "~nobody-here", "{{ x }}"):
