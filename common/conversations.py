@@ -115,8 +115,9 @@ def _find(place: str, record: dict[str, Any], data: DataConfig) -> Conversation:
             return _from_list(place, name, entries, record.get("system"), data)
     if len(names) > 1 and isinstance(record.get("instruction"), str) and record["instruction"].strip():
         return _from_instruction(place, record)
+    found = "" if value is None or isinstance(value, str) else f", but {type(value).__name__}"
     raise PromptError(
-        f"{place}: no text in field {field!r}; the record has {sorted(record)}. "
+        f"{place}: no text in field {field!r}{found}; the record has {sorted(record)}. "
         "Set data.question_field to the field that holds the prompt"
     )
 

@@ -21,6 +21,7 @@ from pyarrow import parquet
 from common.datasets.errors import PromptError
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # what a file begins with, whatever its name
 _BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -28,6 +29,7 @@ _BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_LINE_END = re.compile(r"\r\n|\r|\n")  # not splitlines: text may hold U+2028
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _BATCH_ROWS = 1024
 
@@ -77,7 +79,7 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
     Raises:
         PromptError: the file cannot be read or is not text.
     """
-    lines = re.split(r"\r\n|\r|\n", _text(file, _content(file)))
+    lines = _LINE_END.split(_text(file, _content(file)))
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -86,6 +88,7 @@ def _content(file: Path) -> bytes:
     compression = _COMPRESSIONS.get(file.suffix.lower())
     try:
         data = file.read_bytes()
+        compression = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), compression)
         if compression and not data.startswith(_LFS_POINTER):
             data = pa.CompressedInputStream(pa.BufferReader(data), compression).read()
     except (OSError, pa.ArrowException) as error:
@@ -121,7 +124,20 @@ def _whole_number(digits: str) -> int | str:
     return digits if most and len(digits) > most else int(digits)
 
 
-_JSON = json.JSONDecoder(parse_int=_whole_number)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands twice, one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        double = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise _DoubleKeyError(f"the key {double!r} stands twice")
+    return found
+
+
+class _DoubleKeyError(ValueError):
+    """In one object."""
+
+
+_JSON = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)
 
 
 def _parse_json(place: str, text: str) -> Any:
@@ -130,10 +146,12 @@ def _parse_json(place: str, text: str) -> Any:
         return _JSON.decode(text)
     except RecursionError as error:
         raise PromptError(f"{place}: nested too deep to be read; remove the field that is") from error
+    except _DoubleKeyError as error:
+        raise PromptError(f"{place}: {error}; remove one of them") from error
 
 
 def _read_jsonl(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_text(file, data).split("\n"), start=1):  # not splitlines: text may hold U+2028
+    for number, line in enumerate(_LINE_END.split(_text(file, data)), start=1):
         if line.strip():
             place = f"{file}, line {number}"
             try:
@@ -155,16 +173,22 @@ def _read_json(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(file: Path, data: bytes) -> Iterator[tuple[str, Any]]:
-    """Every field is text as it stands; the delimiter is the one that the header line has."""
+    """Every field is text as it stands; the delimiter is the one that the header line has, or Excel's `sep=;` names."""
     text = _text(file, data)
-    header_line = text.partition("\n")[0]
-    delimiter = next((d for d in ",;\t" if d in header_line), ",")
+    first = text[:6].rstrip("\r\n")
+    named = first[4:] if first.startswith("sep=") and len(first) == 5 else ""
+    header_line = [*_LINE_END.split(text, maxsplit=2), ""][bool(named)]
+    delimiter = named or next((d for d in ",;\t" if d in header_line), ",")
     csv.field_size_limit(2**31 - 1)  # the default refuses fields of more than 128 KiB
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        if named:
+            next(rows)
         header = [name.strip() for name in next(rows, [])]
         if len(set(header)) < len(header) or not all(header):
-            raise PromptError(f"{file}, line 1: the header {header} has an empty or a double name; rename it")
+            raise PromptError(
+                f"{file}, line {rows.line_num}: the header {header} has an empty or a double name; rename it"
+            )
         for row in rows:
             place = f"{file}, line {rows.line_num}"
             if row and len(row) != len(header):

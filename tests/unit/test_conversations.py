@@ -106,7 +106,8 @@ def test_whole_rows_without_a_prompt_are_left_out(record, reason):
             "no text in field 'question'; the record has ['id', 'prompt']. Set data.question_field",
         ),
         ({"question": "  "}, "line 1: no text in field 'question'"),
-        ({"question": 7}, "line 1: no text in field 'question'"),
+        ({"question": 7}, "line 1: no text in field 'question', but int; the record has"),
+        ({"question": b"a"}, "line 1: no text in field 'question', but bytes; the record has"),
         (
             {"messages": ["Hi"]},
             "turn 1 of 'messages': expected an object with 'role' and 'content' or 'from' and 'value'",

@@ -79,6 +79,20 @@ def test_a_byte_order_mark_says_the_encoding_and_is_no_part_of_the_text(tmp_path
     ]
 
 
+def test_compressed_content_is_read_whatever_the_name(tmp_path):
+    assert rows(write(tmp_path / "r.jsonl", gzip.compress(content("r.jsonl")))) == ROWS
+    assert rows(write(tmp_path / "r.csv.gz", zstandard.ZstdCompressor().compress(content("r.csv")))) == ROWS
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_in_every_way(tmp_path, end):
+    text = end.join(json.dumps(row) for row in [*ROWS, {"question": "line\u2028separator"}])
+    assert rows(write(tmp_path / "r.jsonl", text.replace("\\u2028", "\u2028")))[4]["question"] == "line\u2028separator"
+    assert rows(write(tmp_path / "r.csv", f"sep=;{end}question;answer{end}a,b;1{end}")) == [
+        {"question": "a,b", "answer": "1"}
+    ]
+
+
 def test_places_name_file_and_line(tmp_path):
     file = write(tmp_path / "r.jsonl", b'{"question": "a"}\n\n{"question": "b"}\n')
     assert [place for place, _ in open_rows(str(file))] == [f"{file}, line 1", f"{file}, line 3"]
@@ -146,6 +160,17 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("p.json", b"", "p.json' is empty"),
         ("p.csv", b"question\n", "p.csv' is empty"),
         ("p.csv", b"", "p.csv' is empty"),
+        ("p.csv", b"sep=;", "p.csv' is empty"),
+        (
+            "p.jsonl",
+            b'{"question": "a"}\n{"question": "b", "question": "c"}',
+            "line 2: the key 'question' stands twice",
+        ),
+        (
+            "p.json",
+            b'[{"question": "a", "x": {"y": 1, "y": 2}}]',
+            "p.json: the key 'y' stands twice; remove one of them",
+        ),
         ("p.jsonl", b'{"question": "a"}\n{"question": "\xe9"}', "p.jsonl, line 2: not UTF-8 text (byte 0xe9)"),
         ("p.csv", "question\nhow?\n".encode("utf-16-le"), "line 1: holds a NUL character, as UTF-16 without"),
         ("p.csv", b"a,b\n1,2,3\n", "p.csv, line 2: 3 fields, but the header has 2; put fields that hold ','"),
