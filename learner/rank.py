@@ -42,6 +42,7 @@ from common.weights.broadcast import BroadcastTransport, open_store
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
 from learner.batches import BatchBuilder, TrainingBatch
+from learner.compiled_layers import compile_layers
 from learner.deepspeed_config import deepspeed_config
 from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
@@ -158,6 +159,8 @@ class LearnerRank:
         student.train()
         if learner.liger_kernels:
             use_liger_kernels(student)
+        if learner.compile and on_gpu:
+            compile_layers(student)
         if learner.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         module = TrainingModule(student, self.config)

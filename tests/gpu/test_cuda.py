@@ -112,7 +112,7 @@ def test_parity_of_sampler_and_flex_learner(dtype):
     for t in rows:
         select_states(t, ObjectiveConfig(state={"kind": "all_rounds"}), BLOCK, EOS, state_rng(0, t.ordinal, 0))
         t.hidden = np.zeros(len(t.target_offsets) * 128, np.float32)
-    sampled = np.log(np.concatenate([t.confidence for t in rows]))
+    sampled = np.log(np.concatenate([t.confidence[: len(t.response_ids)] for t in rows]))
     model = load_model(ARLM, dtype, "flex_attention").cuda()
     learned, exact = sampled_logprobs(model, rows), sampled_logprobs(model.float(), rows)
     errors = [np.abs(logprobs - exact) for logprobs in (sampled, learned)]
