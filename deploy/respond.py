@@ -15,11 +15,8 @@ interrupted command goes on where it stood. One row per response:
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +24,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from pyarrow import parquet
 
-from actors.teacher.responder import ResponseRequest, Sampling, as_remote
-from common.config.errors import ConfigError
+from actors.teacher.responder import ResponseRequest, Sampling
 from common.config.run import RunConfig
 from common.end_tokens import response_text
 from common.prompts import Prompt
-from common.student import token_count, tokenizer_fingerprint
+from common.student import tokenizer_fingerprint
 from common.trajectory import finish_reason
 from deploy import preflight
 from deploy.cluster import connect
 from deploy.data_fingerprint import of_prompts
-from deploy.errors import StuckError
-from deploy.named_files import check_writable
-from deploy.remote_calls import RemoteCalls
+from deploy.part_files import PartFiles
+from deploy.responders import check_engine, check_room, generated
 
 _CHUNK = 64  # prompts of one call, and of one part
 
@@ -64,13 +58,8 @@ def respond(
         ConfigError: the file exists, or it cannot be made as configured.
         StuckError, WorkerError: a teacher did not answer in time, or failed.
     """
-    if output.suffix != ".parquet":
-        raise ConfigError(f"--output: {str(output)!r} must end in .parquet")
-    check_writable("--output", output.parent)
-    if output.exists():
-        raise ConfigError(f"--output: {str(output)!r} exists; remove it or choose another name")
-    if config.teacher.backend == "vllm" and find_spec("vllm") is None:
-        raise ConfigError("teacher.backend: 'vllm' is not installed; use --teacher.backend transformers")
+    parts = PartFiles(output)
+    check_engine(config)
     preflight.check_model_folder("model.path", config.model.path)
     preflight.check_model_folder("teacher.path", config.teacher_path)
     models = preflight.check_models(config)
@@ -80,30 +69,32 @@ def respond(
     for line in (*found.notes, *(f"{count} prompts dropped: {reason}" for reason, count in found.dropped.items())):
         note(line)
     prompts = found.prompts
-    longest = max(len(p.ids) for p in prompts)
-    if longest + max_new_tokens > limit:
-        raise ConfigError(
-            f"--max-new-tokens: {max_new_tokens} after the longest prompt ({longest} tokens) is more than the model's "
-            f"{limit} positions; lower it to {limit - longest}"
-        )
-    _check_batch(config, longest + max_new_tokens)
+    check_room(config, max(len(p.ids) for p in prompts), max_new_tokens, limit)
     sampling = Sampling(max_new_tokens, temperature, top_p, ends)
-    parts = _parts(config, output, {**asdict(sampling), "samples": samples, "prompts": of_prompts(prompts)})
+    parts.open(
+        {
+            **asdict(sampling),
+            "samples": samples,
+            "prompts": of_prompts(prompts),
+            "teacher": config.teacher_path,
+            "seed": config.seed,
+        }
+    )
     chunks = {i: prompts[i * _CHUNK : (i + 1) * _CHUNK] for i in range(-(-len(prompts) // _CHUNK))}
-    missing = {i: chunk for i, chunk in chunks.items() if not _part(parts, i).exists()}
+    missing = {i: _requests(chunk, samples) for i, chunk in chunks.items() if not parts.has(i)}
     if missing:
         fingerprint = tokenizer_fingerprint(tokenizer)
         connect(config)
         try:
-            for index, responses in _generated(config, missing, samples, sampling, token_count(tokenizer)):
-                table = _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses)
-                _write(table, _part(parts, index))
-                note(f"{sum(_part(parts, i).exists() for i in chunks)} of {len(chunks)} parts")
+            for index, responses in generated(
+                config, missing.items(), min(config.teacher.actors, len(missing)), sampling
+            ):
+                parts.write(index, _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses))
+                note(f"{sum(map(parts.has, chunks))} of {len(chunks)} parts")
         finally:
             ray.shutdown()
-    table = pa.concat_tables([parquet.read_table(_part(parts, i)) for i in chunks])
-    _write(table, output)
-    shutil.rmtree(parts)
+    table = pa.concat_tables([parts.read(i) for i in chunks])
+    parts.finish(table)
     return {
         "responses": len(table),
         "tokens": pc.sum(pc.list_value_length(table["response_ids"])).as_py(),
@@ -111,68 +102,8 @@ def respond(
     }
 
 
-def _check_batch(config: RunConfig, tokens: int) -> None:
-    """Without a GPU vLLM reads prompts whole, so its sequences end at one batch's tokens."""
-    teacher = config.teacher
-    if teacher.backend == "vllm" and not teacher.resources.gpus and tokens > teacher.max_batched_tokens:
-        raise ConfigError(
-            f"teacher.max_batched_tokens: {teacher.max_batched_tokens} is less than the longest prompt with its "
-            f"response ({tokens} tokens), which vLLM reads in one piece on a CPU; use {tokens} or more, or lower "
-            "--max-new-tokens"
-        )
-
-
-def _parts(config: RunConfig, output: Path, settings: dict[str, Any]) -> Path:
-    """The folder of finished chunks; refuses one that other settings made."""
-    folder = output.with_name(output.name + ".parts")
-    settings = {**settings, "teacher": config.teacher_path, "seed": config.seed}
-    file = folder / "settings.json"
-    if file.exists() and json.loads(file.read_text()) != settings:
-        raise ConfigError(
-            f"--output: {str(folder)!r} was left by a command with other settings: {file.read_text().strip()}; repeat "
-            "it with these, or remove the folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings))
-    return folder
-
-
-def _part(folder: Path, index: int) -> Path:
-    return folder / f"part-{index:06d}.parquet"
-
-
-def _write(table: pa.Table, file: Path) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    parquet.write_table(table, partial)
-    partial.rename(file)
-
-
-def _generated(
-    config: RunConfig, chunks: dict[int, list[Prompt]], samples: int, sampling: Sampling, tokens: int
-) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """(index, responses) of each chunk as it is done; every actor works on one at a time."""
-    count = min(config.teacher.actors, len(chunks))
-    actor_class = as_remote(config)
-    arguments = (config.teacher, config.teacher_path, config.seed, tokens)
-    names = {actor_class.remote(*arguments): f"teacher-{i}" for i in range(count)}
-    calls = RemoteCalls(config.pipeline.stage_timeout_s)
-    ready = {actor.ready.remote(): name for actor, name in names.items()}
-    calls.wait(ready, "loading models", timeout_s=config.pipeline.start_timeout_s)
-    idle, waiting = list(names), list(chunks)
-    running: dict[ray.ObjectRef, tuple[Any, int]] = {}
-    while waiting or running:
-        while idle and waiting:
-            actor, index = idle.pop(), waiting.pop(0)
-            requests = [ResponseRequest(p.ordinal, s, p.ids) for p in chunks[index] for s in range(samples)]
-            running[actor.respond.remote(requests, sampling)] = actor, index
-        ready, _ = ray.wait(list(running), num_returns=1, timeout=calls.timeout_s)
-        if not ready:
-            stuck = ", ".join(sorted(names[actor] for actor, _ in running.values()))
-            raise StuckError(f"no responses from {stuck} within {calls.timeout_s:.0f} s")
-        actor, index = running.pop(ready[0])
-        idle.append(actor)
-        yield index, calls.result(ready[0], names[actor], "generating responses")
+def _requests(prompts: list[Prompt], samples: int) -> list[ResponseRequest]:
+    return [ResponseRequest(p.ordinal, s, p.ids) for p in prompts for s in range(samples)]
 
 
 def _table(

@@ -20,7 +20,7 @@ from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
 from common.trajectory import TrajectoryMeta, batch_info, finish_reason, from_batch, to_batch, until_end
-from deploy import preflight
+from deploy import preflight, responders
 from deploy import respond as respond_module
 from learner.objective import ChunkedDivergence, empty_sums
 from tests.models import tiny_qwen3
@@ -275,7 +275,7 @@ def test_the_transformers_engine_pads_without_a_trace_and_is_seeded(tmp_path, te
 
 
 def test_responses_that_vllm_could_not_read_whole_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(respond_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(responders, "find_spec", lambda name: True)
     config = load_config("tiny", ["--teacher.max_batched_tokens", "64", "--data.limit", "4"])
     options = {"samples": 1, "max_new_tokens": 56, "temperature": 1.0, "top_p": 1.0, "note": print}
     with pytest.raises(ConfigError, match=r"teacher\.max_batched_tokens: 64 is less than .* use \d{3} or more"):
