@@ -25,6 +25,7 @@ from deploy.commands import (
     jobs,
     lm_eval,
     make_tiny_arlm,
+    prompts,
     respond,
     train,
 )
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 # in the order of the help
 for command in (
-    train, eval, generate, lm_eval, convert, fields, respond, ablate, dashboard, jobs, make_tiny_arlm,
+    train, eval, generate, lm_eval, convert, fields, prompts, respond, ablate, dashboard, jobs, make_tiny_arlm,
 ):  # fmt: skip
     command.register(app)
 

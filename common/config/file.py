@@ -52,6 +52,11 @@ def merged(source: str, overrides: list[str] | Mapping[str, Any] | None = None) 
     raw = read_yaml(find_config(source))
     if "arms" in raw:
         raise ConfigError(f"{source!r} is an ablation, which is several runs; start it with: opdlm ablate {source}")
+    return overridden(raw, overrides)
+
+
+def overridden(raw: dict[str, Any], overrides: list[str] | Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The sections of a config with the overrides in them; `raw` itself is changed."""
     if isinstance(overrides, Mapping):
         changes = [(place_of(name.split("."))[0], deepcopy(value)) for name, value in overrides.items()]
     else:

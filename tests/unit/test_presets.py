@@ -12,10 +12,11 @@ from deploy.placement import plan
 GENERAL = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"]
 MATH = ["qwen3-4b-math", "qwen3-4b-math-thinking"]
 NAMED = ["paper", "released"]
+REAL = "smollm2-135m"
 
 
 def test_these_presets_are_shipped():
-    assert preset_names() == sorted(["tiny", *GENERAL, *MATH, *NAMED])
+    assert preset_names() == sorted(["tiny", REAL, *GENERAL, *MATH, *NAMED])
 
 
 @pytest.mark.parametrize("name", ["tiny", *GENERAL, *MATH, *NAMED])
@@ -89,6 +90,16 @@ def test_tiny_adds_up_to_a_machine_with_two_cpus():
     placement = plan(load_config("tiny"))
     assert placement.cpus <= 2
     assert {p.threads for p in placement.processes} == {1}
+
+
+def test_the_preset_for_a_real_model_shares_one_gpu_between_its_roles():
+    config = load_config(REAL)
+    placement = plan(config)
+    assert placement.gpus == pytest.approx(1)
+    assert [(p.role, p.index) for p in placement.processes] == [("rollout", 0), ("teacher", 0), ("learner", 0)]
+    assert sum(p.total_bytes for p in placement.processes) < 60 * 2**30
+    assert placement.shape.parameters / 1e6 == pytest.approx(134.5, rel=0.005)
+    assert (config.model.path, config.data.prompts) == ("runs/real/model", "runs/real/prompts.parquet")
 
 
 def test_paper_is_algorithm_1_and_released_is_the_launchers():
