@@ -29,7 +29,7 @@ from actors.teacher.responder import ResponseRequest, Sampling
 from common.config.run import RunConfig
 from common.end_tokens import response_text
 from common.prompts import Prompt
-from common.student import tokenizer_fingerprint
+from common.student import token_count, tokenizer_fingerprint
 from common.trajectory import finish_reason
 from deploy import preflight
 from deploy.cluster import connect
@@ -86,9 +86,8 @@ def respond(
         fingerprint = tokenizer_fingerprint(tokenizer)
         connect(config)
         try:
-            for index, responses in generated(
-                config, missing.items(), min(config.teacher.actors, len(missing)), sampling
-            ):
+            actors = min(config.teacher.actors, len(missing))
+            for index, responses in generated(config, missing.items(), actors, sampling, token_count(tokenizer)):
                 parts.write(index, _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses))
                 note(f"{sum(map(parts.has, chunks))} of {len(chunks)} parts")
         finally:

@@ -46,19 +46,25 @@ def check_room(config: RunConfig, longest_prompt: int, max_new_tokens: int, posi
 
 
 def generated(
-    config: RunConfig, chunks: Iterable[tuple[int, list[ResponseRequest]]], actors: int, sampling: Sampling
+    config: RunConfig,
+    chunks: Iterable[tuple[int, list[ResponseRequest]]],
+    actors: int,
+    sampling: Sampling,
+    token_count: int,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(index, responses) of each chunk as it is done; every actor works on one at a time.
 
     A chunk is taken from `chunks` when an actor is free for it, so that a generator can stop when it has enough.
 
+    Args:
+        token_count: ids below it have a token (common/student.py); no others are sampled.
+
     Raises:
         StuckError, WorkerError: a teacher did not answer in time, or failed.
     """
     actor_class = as_remote(config)
-    names = {
-        actor_class.remote(config.teacher, config.teacher_path, config.seed): f"teacher-{i}" for i in range(actors)
-    }
+    arguments = (config.teacher, config.teacher_path, config.seed, token_count)
+    names = {actor_class.remote(*arguments): f"teacher-{i}" for i in range(actors)}
     calls = RemoteCalls(config.pipeline.stage_timeout_s)
     starting = {actor.ready.remote(): name for actor, name in names.items()}
     calls.wait(starting, "loading models", timeout_s=config.pipeline.start_timeout_s)

@@ -24,7 +24,7 @@ from common.chat import TEMPLATE_ERRORS, ChatTemplate
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.conversations import Conversation, Turn
-from common.student import check_family, end_tokens_of, load_config, load_tokenizer
+from common.student import check_family, end_tokens_of, load_config, load_tokenizer, token_count
 from common.trajectory import finish_reason, without_end
 from deploy.cluster import connect
 from deploy.model_checks import check_model_folder, model_errors
@@ -136,7 +136,8 @@ def write_prompts(
     if (first := next(chunks, None)) is not None:
         connect(config)
         try:
-            for index, turns in generated(config, chain([first], chunks), config.teacher.actors, sampling):
+            known = token_count(tokenizer)
+            for index, turns in generated(config, chain([first], chunks), config.teacher.actors, sampling, known):
                 parts.write(index, _table(tokenizer, turn, turns, min_tokens))
                 look()
                 note(f"{len(written.prompts):,} of {count:,} prompts from {written.samples:,} samples")

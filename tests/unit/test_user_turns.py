@@ -117,8 +117,8 @@ def in_this_process(monkeypatch):
     """The engine without Ray, which tests/integration/test_real_model.py starts; returns the indices of its parts."""
     dealt: list[int] = []
 
-    def generated(config, chunks, actors, sampling):
-        engine = TransformersEngine(config.teacher, config.teacher_path)
+    def generated(config, chunks, actors, sampling, tokens):
+        engine = TransformersEngine(config.teacher, config.teacher_path, tokens)
         for index, requests in chunks:
             dealt.append(index)
             yield index, engine.respond(requests, sampling, config.seed)
