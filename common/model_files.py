@@ -141,9 +141,14 @@ def check_fetched(folder: Path) -> None:
     """
     for file in sorted(folder.iterdir()):
         if file.is_file():
-            with file.open("rb") as stream:
-                if stream.read(len(_LFS)) == _LFS:
-                    raise ModelError(f"has {file.name} as a Git LFS pointer; fetch the file itself with git lfs pull")
+            check_fetched_file(file)
+
+
+def check_fetched_file(file: Path) -> None:
+    """As `check_fetched`, of one file."""
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS)) == _LFS:
+            raise ModelError(f"has {file.name} as a Git LFS pointer; fetch the file itself with git lfs pull")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from transformers import (
 from common.chat import asked_with
 from common.config.run import RunConfig
 from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
+from common.gguf_files import model_folder
 from common.mask_token import set_mask_token
 from common.model_files import ModelError, check_complete, check_plain, head_of, stored_tensors
 
@@ -52,7 +53,7 @@ def load_config(path: str) -> Any:
     with _third_party(
         "has a config.json that cannot be read", "correct it, or install a version of transformers that knows it"
     ):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(model_folder(path), trust_remote_code=False)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -65,7 +66,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         "has a tokenizer that cannot be read",
         "copy it from the model's repository, or install a version of transformers that knows it",
     ):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model_folder(path), trust_remote_code=False)
 
 
 def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -77,7 +78,7 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
     config = load_config(path)
     check_family(config)
     model = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        model_folder(path), config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
     )
     return model.eval()
 
@@ -87,6 +88,8 @@ def _third_party(complaint: str, remedy: str) -> Iterator[None]:
     """What transformers and tokenizers raise about a model's files, of any class, as one sentence."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -344,9 +347,10 @@ def check_weights(path: str) -> None:
     Raises:
         ModelError: names the first tensor that is wrong.
     """
-    if not Path(path).is_dir():
+    folder = Path(model_folder(path))
+    if not folder.is_dir():
         return
-    tensors = stored_tensors(Path(path))
+    tensors = stored_tensors(folder)
     check_plain(tensors)
     config = load_config(path)
     if config.model_type in SUPPORTED_FAMILIES:  # others may store tensors in another form
@@ -392,10 +396,11 @@ def load_generation_config(path: str, config: Any) -> GenerationConfig:
     Raises:
         ModelError: it cannot be read.
     """
-    if Path(path).is_dir() and not (Path(path) / "generation_config.json").is_file():
+    folder = Path(model_folder(path))
+    if folder.is_dir() and not (folder / "generation_config.json").is_file():
         return GenerationConfig.from_model_config(config)
     with _third_party("has a generation_config.json that cannot be read", "correct or remove it"):
-        return GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_pretrained(model_folder(path))
 
 
 def mended(generation: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
@@ -522,7 +527,7 @@ def head_of_folder(path: str) -> Tensor:
     Raises:
         ModelError: neither an LM head nor an embedding is in its files, or they are not whole.
     """
-    folder = Path(path)
+    folder = Path(model_folder(path))
     if not folder.is_dir():
         folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
     tensors = stored_tensors(folder)

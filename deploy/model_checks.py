@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
+from common.gguf_files import model_folder
 from common.model_files import ModelError, check_fetched, check_plain, check_unquantised, read_json, stored_tensors
 
 if TYPE_CHECKING:  # transformers and torch take seconds
@@ -19,12 +20,15 @@ if TYPE_CHECKING:  # transformers and torch take seconds
 def check_model_folder(field: str, path: str) -> None:
     """Refuse a folder that is missing, holds no causal LM, or one whose weights are not whole; a hub id passes.
 
-    Only headers are read, and neither torch nor transformers is loaded.
+    Only headers are read, and neither torch nor transformers is loaded; but a GGUF file is unpacked first.
 
     Raises:
         ConfigError: names the field, the path and the remedy.
     """
-    folder = Path(path)
+    with model_errors(field, path):
+        folder = Path(model_folder(path))
+    if folder.is_file():
+        raise ConfigError(f"{field}: {path!r} is a file; give the folder of a Hugging Face model, or a .gguf file")
     if not folder.is_dir():
         if looks_local(path):
             raise ConfigError(f"{field}: folder {path!r} does not exist; give a Hugging Face model folder or a hub id")
@@ -63,7 +67,8 @@ def model_errors(field: str, path: str) -> Iterator[None]:
 
 def model_json(field: str, path: str) -> dict[str, Any]:
     """The config.json of a model folder."""
-    file = Path(path) / "config.json"
+    with model_errors(field, path):
+        file = Path(model_folder(path)) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{field}: {path!r} has no config.json; give the folder of a Hugging Face causal LM")
     with model_errors(field, path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.config.errors import ConfigError
 from common.config.run import ModelShape, RunConfig
+from common.gguf_files import model_folder
 from learner.deepspeed_config import WHOLE_ELEMENTS
 
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -99,7 +100,7 @@ def model_shape(field: str, path: str, fallback: ModelShape | None) -> ModelShap
     Raises:
         ConfigError: there is neither, or the file lacks a size.
     """
-    file = Path(path) / "config.json"
+    file = Path(model_folder(path)) / "config.json"
     if not file.is_file():
         if fallback is None:
             raise ConfigError(

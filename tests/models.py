@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -123,3 +125,48 @@ def tiny_family(path: Path, family: str, seed: int = 0, **changes: Any) -> str:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+def tiny_gguf(path: Path, model: str, quantised: bool = False) -> Path:
+    """Writes the tiny Qwen3 in the folder `model`, with its tokenizer, as a GGUF file in llama.cpp's terms."""
+    import gguf
+
+    config = AutoConfig.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    known = {number: token for token, number in tokenizer.get_vocab().items()}
+    known[config.vocab_size - 1] = "ĀĀ"  # two zero bytes: there must be one merge, and no text of ours has it
+    special = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([known.get(i, f"[PAD{i}]") for i in range(config.vocab_size)])
+    kinds = gguf.TokenType
+    writer.add_token_types([
+        (kinds.CONTROL if special[i] else kinds.USER_DEFINED) if i in special
+        else kinds.NORMAL if i in known else kinds.UNUSED for i in range(config.vocab_size)
+    ])  # fmt: skip
+    writer.add_token_merges(["Ā Ā"])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    for name, weight in load_file(Path(model) / "model.safetensors").items():
+        array = weight.float().numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0 if quantised and array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        stored = gguf.quants.quantize(array, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -18,6 +18,7 @@ from actors.sampler.stop_strings import StopStrings, reach
 from common.answers import is_correct
 from common.config.run import AnswerFormat
 from common.end_tokens import set_end_tokens
+from common.gguf_files import model_folder
 from common.prompts import Prompt
 from common.seeds import stream_key
 from common.student import load_tokenizer
@@ -30,7 +31,9 @@ def load_autoregressive(
     """A causal LM with its own mask, its end tokens in its generation config; default dtype: float32 on CPU, else
     bfloat16."""
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder(path), dtype=getattr(torch, dtype), trust_remote_code=False
+    )
     tokenizer = load_tokenizer(path)
     set_end_tokens(model, tokenizer)
     return model.to(device).eval(), tokenizer

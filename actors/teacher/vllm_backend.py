@@ -27,6 +27,7 @@ from actors.teacher.targets import (
 )
 from common.config.run import TeacherConfig
 from common.device import device_for
+from common.gguf_files import model_folder
 from common.student import load_config
 
 TOKENS_PER_SLOT = 16  # vLLM gets one sequence slot for every 16 tokens of max_batched_tokens
@@ -105,7 +106,7 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
         torch._dynamo.config.disable = True
     arguments.setdefault("max_model_len", -1)  # the model's own, or as much as the KV cache holds
     return LLM(
-        model_path,
+        model_folder(model_path),
         dtype=config.dtype,
         enforce_eager=on_cpu,
         max_num_batched_tokens=config.max_batched_tokens,

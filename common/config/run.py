@@ -69,7 +69,7 @@ class ModelShape(Section):
 class ModelConfig(Section):
     """The ARLM from which the student starts."""
 
-    path: InputPath = Field(description="folder of a Hugging Face causal LM, or its hub id")
+    path: InputPath = Field(description="folder of a Hugging Face causal LM, its hub id, or a .gguf file")
     mask_token: str = Field(
         "auto",
         min_length=1,

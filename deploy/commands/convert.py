@@ -20,7 +20,10 @@ def register(app: typer.Typer) -> None:
 
 def convert_model(
     model: Annotated[
-        str, typer.Argument(help="folder or hub id of an autoregressive LM", metavar="MODEL", callback=a_path)
+        str,
+        typer.Argument(
+            help="folder or hub id of an autoregressive LM, or a .gguf file", metavar="MODEL", callback=a_path
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", callback=a_path)],
     block_size: Annotated[int, typer.Option(min=1, help="tokens per block")] = 4,

@@ -26,7 +26,7 @@ def show(config: RunConfig, console: Console) -> None:
         ConfigError: a folder that is here is no causal LM, the model's sizes are unknown, or a prompt file is broken.
     """
     for field, path in (("model.path", config.model.path), ("teacher.path", config.teacher_path)):
-        if Path(path).is_dir():
+        if Path(path).exists():
             check_model_folder(field, path)
     placement = plan(config)
     notes = _notes(config, placement)
