@@ -23,9 +23,16 @@ ROLLOUTS, TARGETS = "generating", "computing targets"  # what actors do for a ba
 class RolloutBatch:
     """Streams rollouts from the actors and passes each record batch to a teacher as it arrives.
 
-    Life cycle: constructed (rollouts start at once, or queue behind what the actors still do), `advance` until
-    `done`, then `refs` are the batches for the learner. The prompts are dealt out in turn, so that every actor gets
-    its share whatever the order.
+    Every (ordinal, sample) of `expected` ends up in `infos` exactly once. Life cycle: constructed (rollouts start at
+    once, or queue behind what the actors still do), `advance` with what is ready until `done`, then `refs` are the
+    record batches for the learner:
+
+        batch = RolloutBatch(0, prompts, config.rollout, limit, block_size, unmasking, pools, calls)
+        while not batch.done:
+            batch.advance(ray.wait(batch.waiting)[0])
+        ranks[0].train.remote(batch.refs, ...)
+
+    The prompts are dealt out in turn, so that every actor gets its share whatever the order.
     """
 
     def __init__(
