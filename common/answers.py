@@ -144,9 +144,9 @@ def _value_of_line(line: str) -> str:
         return next(part for part in math.groups() if part is not None)
     cleaned = plain(line)
     number = leading_quantity(cleaned)
-    if number is None and "=" in cleaned:
-        last = cleaned.rpartition("=")[2].strip()
-        return leading_quantity(last) or last
+    before, equals, last = cleaned.rpartition("=")
+    if number is None and equals and not _PROSE.search(before):
+        return leading_quantity(last.strip()) or last.strip()
     line = line.strip(" *_`\"'").rstrip(".").rstrip(" *_`\"'")
     unmatched = line.endswith("}") and line.count("}") > line.count("{")  # of {"answer": "C"}
     return number or (line[:-1].rstrip(" *_`\"'") if unmatched else line)

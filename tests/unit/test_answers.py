@@ -139,6 +139,7 @@ WRONG = [
     ("Answer: 1, 2 and 3", "1"),
     ("Answer: 10 - 3", "10"),
     ("Answer: 2^10", "2"),
+    ("Answer: 11;s. Then 10-1=9", "9"),
     ("Answer: 5x", "5"),
     ("Answer: 5 cm", "5 apples"),
     ("Answer: 3:00", "3"),
