@@ -85,7 +85,7 @@ def _found(tokenizer: Any, generation_config: Any) -> tuple[_Ends, tuple[str, st
     listed = generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list | tuple) else [listed])]
     exist = set(tokenizer.get_vocab().values())
-    known = tuple(dict.fromkeys(int(number) for number in ids if number in exist))
+    known = tuple(dict.fromkeys(int(number) for number in ids if isinstance(number, int) and number in exist))
     behind = _behind_an_answer(tokenizer)
     return _Ends(_turn_end(tokenizer, behind, set(known)) if behind else (), known), behind
 

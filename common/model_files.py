@@ -20,6 +20,16 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _OTHER_FORMATS = ("*.bin", "*.pth", "*.pt", "*.msgpack", "*.h5", "*.npz")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _LFS = b"version https://git-lfs"
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 _HEADS = ("lm_head.weight", "model.embed_tokens.weight")  # tied models may store one of them only
 _DEQUANTISE = {
     "bitsandbytes": "dequantise it with model.dequantize() and save_pretrained",
@@ -52,7 +62,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     index = folder / _INDEX
     if index.is_file():
-        return _sharded(folder, read_json(index).get("weight_map") or {})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"has no weight_map of names in {_INDEX}; download the model again")
+        return _sharded(folder, weight_map)
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / _SINGLE).is_file():
         raise ModelError(_without_weights(folder, files))
@@ -111,19 +124,19 @@ def _tensors(file: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"has {file.name} cut short or damaged ({size:,} bytes); download it again")
     begin = 8 + length
     try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-    except ValueError as error:
-        raise ModelError(f"has {file.name} damaged (its header is no JSON); download it again") from error
-    tensors = {
-        name: StoredTensor(
-            file,
-            begin + entry["data_offsets"][0],
-            begin + entry["data_offsets"][1],
-            entry["dtype"],
-            tuple(entry["shape"]),
-        )
-        for name, entry in entries.items()
-    }
+        tensors = {
+            name: StoredTensor(
+                file,
+                begin + entry["data_offsets"][0],
+                begin + entry["data_offsets"][1],
+                str(entry["dtype"]),
+                tuple(entry["shape"]),
+            )
+            for name, entry in json.loads(header).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"has {file.name} damaged (its header cannot be read); download it again") from error
     declared = max((tensor.end for tensor in tensors.values()), default=begin)
     if declared != size:
         raise ModelError(
@@ -134,12 +147,14 @@ def _tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def check_fetched(folder: Path) -> None:
-    """Refuse what Git leaves in place of large files.
+    """Refuse what stands in the place of large files that were not fetched.
 
     Raises:
-        ModelError: a file is a Git LFS pointer.
+        ModelError: a file is a Git LFS pointer, or a link to nothing (a cache that was partly deleted).
     """
     for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.exists():
+            raise ModelError(f"has {file.name} as a link to a file that is not there; download the model again")
         if file.is_file():
             check_fetched_file(file)
 
@@ -177,6 +192,41 @@ def check_unquantised(config: dict[str, Any]) -> None:
         method = str(quantisation.get("quant_method", "unknown"))
         remedy = _DEQUANTISE.get(method, "give the model that it was quantised from")
         raise ModelError(f"is quantised ({method}), and training needs plain weights; {remedy}")
+
+
+def check_sizes(config: dict[str, Any]) -> None:
+    """Refuse a config.json (`config`) in which a size is no positive integer.
+
+    Raises:
+        ModelError: names the first.
+    """
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ModelError(f"has {name} {value!r} in config.json where a positive integer belongs; correct it")
+
+
+def check_rope(config: dict[str, Any]) -> None:
+    """Refuse a config.json (`config`) that names two bases of the rotary embedding: transformers 4 and 5, and other
+    engines, would take different ones.
+
+    Raises:
+        ModelError: names both.
+    """
+    parameters = config.get("rope_parameters")
+    old, new = config.get("rope_theta"), parameters.get("rope_theta") if isinstance(parameters, dict) else None
+    if old is not None and new is not None and old != new:
+        raise ModelError(
+            f"has rope_theta {old} and rope_parameters.rope_theta {new} in config.json, and not every engine takes the "
+            "same one; remove the wrong one"
+        )
+
+
+def strays(folder: Path) -> list[str]:
+    """Names of .safetensors files beside `model.safetensors` that no index leaves out: vLLM reads them too."""
+    if (folder / _INDEX).is_file():
+        return []
+    return sorted(file.name for file in folder.glob("*.safetensors") if file.name != _SINGLE)
 
 
 def check_plain(tensors: dict[str, StoredTensor]) -> None:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.gguf_files import model_folder
-from common.model_files import ModelError, check_fetched, check_plain, check_unquantised, read_json, stored_tensors
+from common.model_files import (
+    ModelError,
+    check_fetched,
+    check_plain,
+    check_rope,
+    check_sizes,
+    check_unquantised,
+    read_json,
+    stored_tensors,
+    strays,
+)
 
 if TYPE_CHECKING:  # transformers and torch take seconds
     from common.student import Conversion
@@ -44,6 +54,8 @@ def check_model_folder(field: str, path: str) -> None:
         )
     with model_errors(field, path):
         check_unquantised(config)
+        check_sizes(config)
+        check_rope(config)
         check_plain(stored_tensors(folder))
 
 
@@ -97,6 +109,7 @@ def check_models(config: RunConfig) -> CheckedModels:
     from common.student import checked, counted_tokens, first_difference, student_of
 
     path, teacher_path = config.model.path, config.teacher_path
+    _check_strays(config)
     teacher = _check_teacher(config) if teacher_path != path else None
     with model_errors("model.path", path):
         student = checked(path, student_of(config))
@@ -124,6 +137,16 @@ def check_models(config: RunConfig) -> CheckedModels:
         )
         student = replace(student, notes=(*student.notes, note))
     return CheckedModels(student, min(positions, teacher_config.max_position_embeddings))
+
+
+def _check_strays(config: RunConfig) -> None:
+    """vLLM reads every weights file of a folder without an index."""
+    folder = Path(model_folder(config.teacher_path))
+    if config.target_kind != "none" and config.teacher.backend == "vllm" and folder.is_dir() and strays(folder):
+        raise ConfigError(
+            f"teacher.path: {config.teacher_path!r} holds {strays(folder)[0]} beside its weights, and vLLM would read "
+            "it too; remove it, or use --teacher.backend transformers"
+        )
 
 
 def _check_teacher(config: RunConfig) -> tuple[Any, Any]:

@@ -122,7 +122,7 @@ def model_shape(field: str, path: str, fallback: ModelShape | None) -> ModelShap
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
-        tied_embeddings=raw.get("tie_word_embeddings", False),
+        tied_embeddings=raw.get("tie_word_embeddings", str(raw.get("model_type")).startswith("gemma")),
     )
 
 

@@ -201,10 +201,6 @@ def padding_beyond_the_embedding(model):
     edit(model / "config.json", pad_token_id=288)
 
 
-def strict_config(model):
-    edit(model / "config.json", vocab_size="288")
-
-
 def newer_tokenizer(model):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["type"] = "BPEv9"
@@ -267,6 +263,32 @@ def without_end_token(model):
     edit(model / "generation_config.json", eos_token_id=None)
 
 
+def size(name, value):
+    def change(model):
+        edit(model / "config.json", **{name: value})
+
+    return change
+
+
+def two_rope_bases(model):
+    edit(model / "config.json", rope_theta=5e5)
+
+
+def broken_link(model):
+    (model / WEIGHTS).rename(model.parent / "blob")
+    (model / WEIGHTS).symlink_to(model.parent / "blob")
+    (model.parent / "blob").unlink()
+
+
+def weight_map_of_numbers(model):
+    edit(model / INDEX, weight_map=dict.fromkeys(shard(model), 1))
+
+
+def header_of_another_kind(model):
+    header = json.dumps({"model.norm.weight": {"dtype": "F32"}}).encode()
+    (model / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 REFUSED = {
     stale_shard: f"has model.embed_tokens.weight in {WEIGHTS} and in model-00001-of-00001.safetensors",
     stale_index: f"has {WEIGHTS} beside {INDEX}, which names other files, and not every engine reads the same ones; "
@@ -294,8 +316,17 @@ REFUSED = {
     untied_without_head: "lacks 1 of the 25 tensors that its config.json asks for, the first is lm_head.weight",
     a_layer_missing: "the first is model.layers.2.self_attn.q_proj.weight",
     another_width: "has model.layers.0.mlp.gate_proj.weight of shape [128, 64] where its config.json asks for [96, 64]",
+    size("vocab_size", "288"): "has vocab_size '288' in config.json where a positive integer belongs; correct it",
+    size("num_hidden_layers", 0): "has num_hidden_layers 0 in config.json",
+    size("num_attention_heads", -2): "has num_attention_heads -2 in config.json",
+    size("hidden_size", [64]): "has hidden_size [64] in config.json",
+    size("num_attention_heads", 3): "has model.layers.0.self_attn.q_proj.weight of shape [64, 64] where",
+    size("rms_norm_eps", "small"): "has a config.json that cannot be read (Validation error for field 'rms_norm_eps'",
+    two_rope_bases: "has rope_theta 500000.0 and rope_parameters.rope_theta 1000000.0 in config.json, and not every",
+    broken_link: f"has {WEIGHTS} as a link to a file that is not there; download the model again",
+    weight_map_of_numbers: f"has no weight_map of names in {INDEX}",
+    header_of_another_kind: f"has {WEIGHTS} damaged (its header cannot be read)",
     padding_beyond_the_embedding: "of which no model can be built (Padding_idx must be within num_embeddings)",
-    strict_config: "has a config.json that cannot be read (Validation error for field 'vocab_size'",
     newer_tokenizer: "has a tokenizer that cannot be read (data did not match any variant",
     broken_generation_config: "has a generation_config.json that cannot be read",
     impossible_generation_config: "has a generation_config.json that cannot be read",
@@ -347,6 +378,11 @@ def same_model(path: Path, reference: str) -> None:
     assert torch.equal(head_of_folder(str(path)), head)
 
 
+def another_file(model):
+    """With other tensors; transformers does not read it."""
+    save_file({"opt.step": torch.zeros(1)}, model / "optimizer.safetensors")
+
+
 def shards(model):
     shard(model, 3)
 
@@ -394,7 +430,7 @@ def code_beside_a_known_family(model):
 
 @pytest.mark.parametrize(
     "change",
-    [shards, shards_beside_stale_ones, index_of_one_file, bin_beside, tied_with_the_same_head,
+    [shards, another_file, shards_beside_stale_ones, index_of_one_file, bin_beside, tied_with_the_same_head,
      tied_under_the_name_of_the_head, dtype_by_both_names, old_dtype_name, old_rope, code_beside_a_known_family],
     ids=lambda change: change.__name__,
 )  # fmt: skip
@@ -508,3 +544,13 @@ def test_a_checkpoint_records_how_it_is_asked(tmp_path, good):
     assert asked_like_training(str(tmp_path / "student"), None)["enable_thinking"] is True
     assert asked_like_training(str(tmp_path / "student"), False)["system"] == "Be kind."
     assert load_tokenizer(str(tmp_path / "student")).chat_template == BOS_TEMPLATE
+
+
+def test_another_weights_file_beside_is_refused_for_vllm(model):
+    another_file(model)
+    with pytest.raises(
+        ConfigError, match=r"holds optimizer.safetensors beside its weights, and vLLM would read it too"
+    ):
+        check(model, "--teacher.backend", "vllm")
+    shards(model)
+    check(model, "--teacher.backend", "vllm")  # an index says which files count
