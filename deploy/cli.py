@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands, so that `--help` and `--dry-ru
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
@@ -56,6 +57,9 @@ def main() -> None:
     written. A failed run ends with status 1 and its cause, a stopped one with 128 + the signal. Any other error is a
     fault of this program and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show must not end a command
+            stream.reconfigure(errors="backslashreplace")
     # progress bars of single files say nothing here; a user's own setting wins
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

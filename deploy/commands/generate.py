@@ -112,7 +112,8 @@ def generate(
         check_output("--output", output, ".jsonl")
     if file and output and output.exists() and output.samefile(file):
         raise ConfigError(f"--output: {str(output)!r} is the file of the prompts; choose another")
-    source = "--file" if file else "PROMPT"
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("PROMPT: it is empty; give a question")
     rows = _rows_of(file, question_field, split, subset) if file else [("PROMPT", {question_field: prompt})]
     records = [as_record(place, record) for place, record in rows]
     from deploy.model_checks import check_student_folder, model_errors
@@ -135,7 +136,7 @@ def generate(
     try:
         prompts = render(rows, data, tokenizer, raw=raw)
     except PromptError as error:
-        raise ConfigError(f"{source}: {with_options_named(str(error))}") from error
+        raise ConfigError(("--file: " if file else "") + with_options_named(str(error))) from error
     block_size = block_size or int(model_config.block_size)
     limit = response_limit(
         max_new_tokens,

@@ -2,7 +2,9 @@
 
 import datetime
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,6 +111,22 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_decoded(
     assert (status, out, asked) == (2, "", [])
     assert said in err
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_prompt_on_the_command_line(opdlm, student):
+    assert opdlm("generate", student, " ")[2] == "error: PROMPT: it is empty; give a question\n"
+    assert opdlm("generate", student, "caf\udce9")[2].startswith("error: PROMPT: the text holds half a character")
+
+
+def test_a_terminal_that_cannot_show_a_character_loses_no_response(student, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("é?\n🙂?\n")
+    command = [sys.executable, "-m", "deploy", "generate", str(student), "--file", str(file), *map(str, SHORT)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("per step") == 2
+    assert "\\U0001f642?" in done.stdout
 
 
 def test_the_limit_is_the_models_positions(opdlm, student):
