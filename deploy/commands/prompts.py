@@ -17,8 +17,8 @@ from deploy.commands.console import console, say
 from deploy.evaluation.decoding_options import Temperature
 
 _FIELDS = ("teacher", "seed", "ray", "pipeline")  # what the command reads of a config
-# tokens of one batch of transformers' generate, padding counted
-_GPU_TOKENS, _CPU_TOKENS = 2**18, 2**14
+_CPU_TOKENS, _MOST_TOKENS = 2**14, 2**20  # of one batch of transformers' generate, padding counted
+_CACHE_SHARE = 4  # the KV cache of a batch is one part in so many of a GPU's memory; each step copies it once
 
 
 def register(app: typer.Typer) -> None:
@@ -83,13 +83,31 @@ def _config(model: str, output: str, overrides: list[str]) -> RunConfig:
             )
     import torch
 
-    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
     teacher: dict[str, Any] = {
         "backend": "transformers",
         "actors": max(1, gpus),
         "dtype": "bfloat16" if gpus else "float32",
-        "max_batched_tokens": _GPU_TOKENS if gpus else _CPU_TOKENS,
+        "max_batched_tokens": _gpu_tokens(model) if gpus else _CPU_TOKENS,
         "resources": {"gpus": 1, "threads": 2} if gpus else {"threads": cores},
     }
     raw = {"model": {"path": model}, "data": {"prompts": output}, "teacher": teacher}
     return validated(RunConfig, overridden(raw, overrides))
+
+
+def _gpu_tokens(model: str) -> int:
+    """Tokens whose KV cache in bfloat16 takes its share of a GPU: a step of many sequences takes as long as one of a
+    few."""
+    import torch
+
+    from common.student import load_config
+    from deploy.model_checks import check_model_folder, model_errors
+
+    check_model_folder("MODEL", model)
+    with model_errors("MODEL", model):
+        config = load_config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * 2 * config.num_hidden_layers * heads * width
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(_CPU_TOKENS, min(_MOST_TOKENS, memory // _CACHE_SHARE // token_bytes))
