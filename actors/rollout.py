@@ -202,7 +202,7 @@ class RolloutActor:
 
     def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> Evaluation:
         """Greedy autoregressive decoding of the same problems by the frozen ARLM."""
-        model, tokenizer = load_autoregressive(self.config.teacher_path, str(self.sampler.device))
+        model, tokenizer = load_autoregressive(self.config.teacher_path, str(self.sampler.device), ends=self.end_tokens)
         answer_format = self.config.evaluation.answer_format
         return evaluate_autoregressive(model, tokenizer, problems, max_new_tokens, answer_format=answer_format)
 

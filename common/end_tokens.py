@@ -50,17 +50,17 @@ def known_end_tokens(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     return _found(tokenizer, generation_config)[0].all
 
 
-def set_end_tokens(model: Any, tokenizer: Any) -> None:
+def set_end_tokens(model: Any, tokenizer: Any, ends: Sequence[int] | None = None) -> None:
     """Give a loaded model a generation config with all its end tokens and nothing else: what else its own says (a
     repetition penalty, a temperature) is no part of the model's distribution.
 
-    They are those that its config records, if it is a student, else those of `end_token_ids`.
+    They are `ends`, else those that its config records, if it is a student, else those of `end_token_ids`.
 
     Raises:
         ModelError: see `end_token_ids`.
     """
-    recorded = getattr(model.config, "end_token_ids", None) or end_token_ids(tokenizer, model.generation_config)
-    model.generation_config = GenerationConfig(eos_token_id=list(recorded), pad_token_id=recorded[0])
+    ends = ends or getattr(model.config, "end_token_ids", None) or end_token_ids(tokenizer, model.generation_config)
+    model.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=ends[0])
 
 
 def response_text(tokenizer: Any, response_ids: np.ndarray, end_tokens: EndTokens) -> str:

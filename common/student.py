@@ -32,7 +32,7 @@ from common.chat import asked_with
 from common.config.run import RunConfig
 from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
 from common.gguf_files import model_folder
-from common.mask_token import set_mask_token
+from common.mask_token import AUTO, NEW, set_mask_token
 from common.model_files import ModelError, check_complete, check_plain, head_of, stored_tensors
 
 # families whose attention takes prebuilt masks, one for each kind of layer
@@ -189,6 +189,8 @@ def convert(
         teacher = load_tokenizer(teacher_path)
         ends += known_end_tokens(teacher, load_generation_config(teacher_path, load_config(teacher_path)))
     kept = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}
+    if mask_token == NEW and getattr(config, "mask_token_id", None) is not None:
+        mask_token = AUTO  # it has its new one already
     mask = set_mask_token(tokenizer, mask_token, config.vocab_size, kept)
     config.vocab_size = mask.rows
     config.mask_token_id = mask.id

@@ -26,16 +26,16 @@ from common.trajectory import finish_reason, until_end, without_end
 
 
 def load_autoregressive(
-    path: str, device: str, dtype: str | None = None
+    path: str, device: str, dtype: str | None = None, ends: Sequence[int] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM with its own mask, its end tokens in its generation config; default dtype: float32 on CPU, else
-    bfloat16."""
+    """A causal LM with its own mask, its end tokens (or `ends`) in its generation config; default dtype: float32 on
+    CPU, else bfloat16."""
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     model = AutoModelForCausalLM.from_pretrained(
         model_folder(path), dtype=getattr(torch, dtype), trust_remote_code=False
     )
     tokenizer = load_tokenizer(path)
-    set_end_tokens(model, tokenizer)
+    set_end_tokens(model, tokenizer, ends)
     return model.to(device).eval(), tokenizer
 
 

@@ -200,7 +200,7 @@ def evaluate(
                 rows.append(row)
                 status.update(f"{len(rows)} of {total} settings")
             if teacher:
-                rows.append(sweep.teacher_row("--teacher", teacher))
+                rows.append(sweep.teacher_row("--teacher", teacher, model_json("MODEL", model).get("end_token_ids")))
     _show(rows)
     report = sweep.report(problems, rows) | {"asked": asked_with(data), "left_out": found.dropped}
     _write(report, rows, output, plot, f"{model} on {Path(problems).stem}")

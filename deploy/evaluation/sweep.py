@@ -145,12 +145,12 @@ class Sweep:
     ) -> Evaluation:
         return evaluate_shard(sampler, tokenizer, problems, decoding, self.max_new_tokens, self.answer_format)
 
-    def teacher_row(self, field: str, path: str) -> Row:
-        """The same problems, limit and temperature with one token a forward."""
+    def teacher_row(self, field: str, path: str, ends: list[int] | None = None) -> Row:
+        """The same problems, limit and temperature with one token a forward; `ends` in place of its own end tokens."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: PreTrainedModel
         with model_errors(field, path):
-            model, tokenizer = load_autoregressive(path, device, self.dtype)
+            model, tokenizer = load_autoregressive(path, device, self.dtype, ends)
         runs = [
             evaluate_autoregressive(
                 model,

@@ -140,6 +140,19 @@ def test_a_rollout_actor_ends_at_those_of_the_run(model, tmp_path):
     assert RolloutActor(RunConfig(**settings, teacher={"path": str(teacher)}), 0).sampler.eos_token_id == (END,)
 
 
+def test_the_teacher_is_evaluated_with_those_of_the_run(model, tmp_path):
+    """Also where its own files name none of them, which would be refused without model.end_tokens."""
+    path = Path(shutil.copytree(model, tmp_path / "model"))
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    settings = {"data": {"prompts": "unused"}, "rollout": {"dtype": "float32"}}
+    named = {"path": str(path), "end_tokens": ["<turn>", "<|im_end|>"]}
+    found = RolloutActor(RunConfig(**settings, model=named), 0).evaluate_teacher(PROMPTS, 40)
+    expected = RolloutActor(RunConfig(**settings, model={"path": model}), 0).evaluate_teacher(PROMPTS, 40)
+    assert found.counts.tolist() == expected.counts.tolist()
+    with pytest.raises(ModelError, match="writes no end token"):
+        RolloutActor(RunConfig(**settings, model={"path": str(path)}), 0)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_teacher_responses_end_at_any(model, temperature):
     engine = TransformersEngine(TeacherConfig(dtype="float32"), model)

@@ -120,6 +120,13 @@ def test_a_student_with_added_rows_decodes_and_is_read_by_transformers(full, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.vocab_size == 320
 
 
+def test_a_student_keeps_the_row_that_was_added(full, tmp_path):
+    """A run goes on from its checkpoint with the same config."""
+    convert_folder(full, tmp_path / "student", 4, "new", torch.float32)
+    again = convert(str(tmp_path / "student"), 4, "new")
+    assert (again.config.mask_token_id, again.config.vocab_size, again.tokenizer.mask_token) == (PLAIN, 320, "<|mask|>")
+
+
 def test_rollouts_and_learner_start_from_the_same_rows(full):
     conversion = convert(full, 4, "new")
     a, b = (load_converted(full, conversion, torch.float32, "sdpa") for _ in range(2))
