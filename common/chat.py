@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from common.config.run import DataConfig
-from common.conversations import Conversation
+from common.conversations import Conversation, Turn
 from common.datasets.errors import PromptError
 
 # fields of the data section that say how a student was asked: kept in its config.json under the key `opdlm`
@@ -123,15 +123,15 @@ class ChatTemplate:
         )
 
 
-def holds_question(tokenizer: Any, conversation: Conversation, prompt: str) -> bool:
-    """Whether a decoded prompt contains the words of its turns, up to what the tokenizer normalises.
+def missing_turn(tokenizer: Any, conversation: Conversation, prompt: str) -> Turn | None:
+    """The first turn whose words a decoded prompt does not contain, up to what the tokenizer normalises.
 
     Compared without white space, case and compatibility forms; where that fails, with what the tokenizer makes of the
     words alone, of which at least half must be left.
     """
     squeezed = ""
     for turn in conversation.turns:
-        if turn.role == "assistant" and not conversation.starts_response:
+        if turn.role == "assistant" and turn is not conversation.turns[-1]:
             continue  # templates may leave out what was thought in earlier turns
         if turn.text.strip() in prompt:
             continue
@@ -142,8 +142,8 @@ def holds_question(tokenizer: Any, conversation: Conversation, prompt: str) -> b
         kept = _squeezed(tokenizer.decode(tokenizer(turn.text, add_special_tokens=False)["input_ids"]))
         known = kept.replace(_squeezed(tokenizer.unk_token or ""), "") if tokenizer.unk_token else kept
         if kept not in squeezed or 2 * len(known) < len(words):
-            return False
-    return True
+            return turn
+    return None
 
 
 def _squeezed(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.answers import reference_text
-from common.chat import TEMPLATE_ERRORS, ChatTemplate, has_thinking_switch, holds_question
+from common.chat import TEMPLATE_ERRORS, ChatTemplate, has_thinking_switch, missing_turn
 from common.config.run import DataConfig
 from common.conversations import Conversation, LeftOut, Turn, conversation_of, template_for, whole_characters
 from common.datasets.errors import PromptError
@@ -232,7 +232,7 @@ def tokenised(rows: list[Row], chat: ChatTemplate, dropped: Counter[str]) -> lis
             "wants (data.system adds a system turn)"
         )
     dropped.update(refusals)
-    failed: list[tuple[Row, str]] = []
+    failed: list[tuple[Row, Turn, str]] = []
     result: list[np.ndarray | None] = []
     for first in range(0, len(rows), _CHUNK):
         part = [text for text in texts[first : first + _CHUNK] if text is not None]
@@ -243,17 +243,19 @@ def tokenised(rows: list[Row], chat: ChatTemplate, dropped: Counter[str]) -> lis
                 continue
             ids = next(found)
             decoded = chat.tokenizer.decode(ids)
-            if len(ids) <= chat.empty_length(row.conversation) or not holds_question(
-                chat.tokenizer, row.conversation, decoded
-            ):
-                failed.append((row, decoded))
+            missing = missing_turn(chat.tokenizer, row.conversation, decoded)
+            if missing is None and len(ids) <= chat.empty_length(row.conversation):
+                missing = row.conversation.turns[-1]
+            if missing:
+                failed.append((row, missing, decoded))
             result.append(ids)
     if failed:
-        row, decoded = failed[0]
+        row, turn, decoded = failed[0]
         raise PromptError(
             f"{len(failed)} of {len(rows)} prompts ({len(failed) / len(rows):.1%}) do not hold their question: "
-            f"{row.place}, {_short(row.question)}, becomes {_short(decoded)}; the tokenizer's files are incomplete or "
-            "its chat template does not fit: bring tokenizer.json and the chat template from the model's source again"
+            f"{row.place}, the {turn.role}'s words {_short(turn.text)} are not in {_short(decoded)}; the tokenizer's "
+            "files are incomplete or its chat template does not fit: bring tokenizer.json and the chat template from "
+            "the model's source again"
         )
     return result
 

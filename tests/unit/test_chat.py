@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common.chat import ChatTemplate, asked_with, holds_question
+from common.chat import ChatTemplate, asked_with, missing_turn
 from common.config.run import DataConfig
 from common.conversations import Conversation, Turn
 from common.datasets.errors import PromptError
@@ -125,15 +125,15 @@ def test_prompts_that_do_not_hold_their_question_are_refused(tmp_path):
     with pytest.raises(PromptError) as error:
         load(tmp_path, empty_tokenizer(), *rows)
     assert (
-        f"2 of 2 prompts (100.0%) do not hold their question: {tmp_path}/p.jsonl, line 1, 'How many?', becomes"
-        in str(error.value)
+        f"2 of 2 prompts (100.0%) do not hold their question: {tmp_path}/p.jsonl, line 1, the user's words 'How many?' "
+        "are not in" in str(error.value)
     )
     assert "bring tokenizer.json and the chat template from the model's source again" in str(error.value)
     # a template that ignores the system turn
     ignoring = templated("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(PromptError, match="do not hold their question"):
+    with pytest.raises(PromptError, match=r"the system's words 'Be brief\.' are not in 'How many"):
         load(tmp_path, ignoring, *rows, system="Be brief.")
-    # cut by the tokenizer
+    # a template that cuts
     cutting = templated("{% for m in messages %}{{ m.content[:20] }}{% endfor %}")
     with pytest.raises(PromptError, match=r"1 of 2 prompts \(50\.0%\) do not hold"):
         load(tmp_path, cutting, rows[0], '{"question": "%s"}' % ("long " * 10))
@@ -152,9 +152,17 @@ def word_tokenizer(**parts):
 )
 def test_what_a_tokenizer_normalises_is_held(text, held):
     tokenizer = word_tokenizer()
-    assert (
-        holds_question(tokenizer, conversation(("user", text)), tokenizer.decode(tokenizer(text)["input_ids"])) is held
-    )
+    asked = conversation(("user", text))
+    missing = missing_turn(tokenizer, asked, tokenizer.decode(tokenizer(text)["input_ids"]))
+    assert missing == (None if held else asked.turns[0])
+
+
+def test_what_was_thought_in_an_earlier_turn_may_be_left_out():
+    asked = conversation(("user", "a?"), ("assistant", "<think>hm</think>b"), ("user", "c?"))
+    assert missing_turn(TOKENIZER, asked, "a? b c?") is None
+    assert missing_turn(TOKENIZER, asked, "b c?") == asked.turns[0]
+    start = conversation(("user", "a?"), ("assistant", "It is"))
+    assert missing_turn(TOKENIZER, start, "a?") == start.turns[1]
 
 
 def test_a_prompt_with_the_mask_token_is_dropped(tmp_path):
