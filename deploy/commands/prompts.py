@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +82,7 @@ def _config(model: str, output: str, overrides: list[str]) -> RunConfig:
             )
     import torch
 
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    gpus, cores = torch.cuda.device_count(), torch.get_num_threads()  # cores that this process may use
     teacher: dict[str, Any] = {
         "backend": "transformers",
         "actors": max(1, gpus),
