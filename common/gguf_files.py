@@ -9,8 +9,8 @@ Left out: an engine that computes on the packed blocks. Training changes the wei
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
@@ -55,7 +55,11 @@ def model_folder(path: str) -> str:
     key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = Path(HF_HOME) / "opdlm" / f"{file.stem}-{key}"
     if not (folder / "config.json").is_file():
-        _unpack(file, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of a run start together, and one is enough
+            if not (folder / "config.json").is_file():
+                _unpack(file, folder)
     return str(folder)
 
 
@@ -80,9 +84,9 @@ def _unpack(file: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch.mkdir()
     try:
         reader = GGUFReader(file)
         largest = max(reader.tensors, key=lambda tensor: tensor.n_elements)
@@ -106,10 +110,8 @@ def _unpack(file: Path, folder: Path) -> None:
             )
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(file.parent, **arguments).save_pretrained(scratch)
-        os.replace(scratch, folder)
+        scratch.rename(folder)
     except Exception as error:  # the reader, NumPy and transformers raise errors of any class about a damaged file
-        if (folder / "config.json").is_file():
-            return  # another process was faster
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of a file or disk: its own words say more
         raise ModelError(

@@ -1,11 +1,14 @@
 """A GGUF file is a model path: unpacked once, with its tokenizer and chat template."""
 
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from common import gguf_files
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.gguf_files import model_folder
@@ -73,11 +76,19 @@ def test_it_is_unpacked_once_and_again_when_it_has_changed(file, tmp_path):
     (first / "mark").write_text("")
     assert Path(model_folder(str(copy))) == first and (first / "mark").exists()
     copy.write_bytes(file.read_bytes())
-    import os
-
     os.utime(copy, (1, 1))
     assert Path(model_folder(str(copy))) != first
-    assert [p.name for p in first.parent.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in first.parent.iterdir() if p.name.endswith(".partial")] == []
+
+
+def test_processes_that_start_together_unpack_it_once(file, tmp_path, monkeypatch):
+    copy = Path(shutil.copy(file, tmp_path / "shared.gguf"))
+    unpacked = []
+    unpack = gguf_files._unpack
+    monkeypatch.setattr(gguf_files, "_unpack", lambda *places: (unpacked.append(places), unpack(*places)))
+    with ThreadPoolExecutor(3) as pool:
+        folders = set(pool.map(lambda _: model_folder(str(copy)), range(3)))
+    assert len(folders) == len(unpacked) == 1
 
 
 def test_quantised_weights_are_unpacked(folder, cache, tmp_path):
