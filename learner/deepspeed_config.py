@@ -27,6 +27,8 @@ def deepspeed_config(config: LearnerConfig, on_gpu: bool) -> dict[str, Any]:
             "stage": 3,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
+            # DeepSpeed's own linear layer asks for the number of each weight, so that every layer would compile anew
+            "memory_efficient_linear": not (config.compile and on_gpu),
             "reduce_bucket_size": 50_000_000,
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": WHOLE_ELEMENTS,  # largest single parameter

@@ -25,3 +25,12 @@ def test_users_keys_win_and_leave_the_others():
 )
 def test_torchs_fused_kernel_is_for_torchs_adam_on_gpus(on_gpu, params, fused):
     assert made(on_gpu, optimizer={"params": params})["optimizer"]["params"].get("fused") == fused
+
+
+def test_compiled_layers_use_the_plain_linear_layer():
+    def plain(on_gpu: bool, **learner: bool) -> bool:
+        zero = deepspeed_config(LearnerConfig(**learner), on_gpu)["zero_optimization"]
+        return not zero["memory_efficient_linear"]
+
+    assert plain(True, compile=True)
+    assert not plain(True) and not plain(False, compile=True)
