@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from actors.teacher.targets import (
     HiddenTargets,
@@ -34,7 +35,7 @@ class TransformersBackend(TeacherBackend):
 
     def __init__(self, config: TeacherConfig, model_path: str, tokens: int | None = None) -> None:
         self.device = device_for("teacher", config.resources)
-        self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
+        self.model = self._load(config, model_path)
         self.max_batched_tokens = config.max_batched_tokens
         self.tokens = tokens
         model = self.model.config
@@ -46,6 +47,9 @@ class TransformersBackend(TeacherBackend):
             max_length=model.max_position_embeddings,
             tokens=tokens,
         )
+
+    def _load(self, config: TeacherConfig, model_path: str) -> PreTrainedModel:
+        return load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
 
     @torch.inference_mode()
     def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.teacher.targets import TargetRequest, Targets, TeacherBackend
+from actors.teacher.targets import TargetRequest, Targets
 from actors.teacher.transformers_backend import TransformersBackend
 from common.config.run import Resources, TeacherConfig
 from common.padded_batches import padded_batches
@@ -101,12 +101,11 @@ class LoadedBackend(TransformersBackend):
     """Around a model that is in memory already."""
 
     def __init__(self, model: Any, config: TeacherConfig) -> None:
-        self.model = model
-        self.device = str(model.device)
-        self.max_batched_tokens = config.max_batched_tokens
-        TeacherBackend.__init__(
-            self, "topk", config.top_k, config.dtype, model.config.vocab_size, model.config.max_position_embeddings
-        )
+        self._loaded = model
+        super().__init__(config, "")
+
+    def _load(self, config: TeacherConfig, model_path: str) -> Any:
+        return self._loaded
 
     @torch.inference_mode()
     def whole(self, requests: Sequence[TargetRequest], every_position: bool) -> list[Targets]:
