@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,14 @@ def template_options(enable_thinking: bool) -> dict[str, bool]:
 def has_thinking_switch(tokenizer: Any) -> bool:
     """Whether the chat template reads what `template_options` says."""
     return "thinking" in str(tokenizer.chat_template)
+
+
+def as_messages(turns: Iterable[Turn], as_parts: bool) -> list[dict[str, Any]]:
+    """The turns as chat templates take them: content as text, or as a list of parts."""
+    return [
+        {"role": turn.role, "content": [{"type": "text", "text": turn.text}] if as_parts else turn.text}
+        for turn in turns
+    ]
 
 
 class ChatTemplate:
@@ -107,14 +115,10 @@ class ChatTemplate:
         )
 
     def _rendered(self, conversation: Conversation, parts: bool) -> str:
-        messages = [
-            {"role": turn.role, "content": [{"type": "text", "text": turn.text}] if parts else turn.text}
-            for turn in conversation.turns
-        ]
         start = conversation.starts_response
         return str(
             self.tokenizer.apply_chat_template(
-                messages,
+                as_messages(conversation.turns, parts),
                 tokenize=False,
                 add_generation_prompt=not start,
                 continue_final_message=start,

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from transformers import GenerationConfig
 
-from common.chat import TEMPLATE_ERRORS
+from common.chat import TEMPLATE_ERRORS, as_messages
+from common.conversations import Turn
 from common.model_files import ModelError
 from common.trajectory import EndTokens, without_end
 
@@ -152,7 +153,5 @@ def _tried(tokenizer: Any, turns: list[tuple[str, str]], as_parts: bool) -> str:
 
 def _rendered(tokenizer: Any, turns: list[tuple[str, str]], as_parts: bool) -> str:
     """The conversation of (role, text), as texts or as lists of parts."""
-    messages = [
-        {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text} for role, text in turns
-    ]
+    messages = as_messages([Turn(role, text) for role, text in turns], as_parts)
     return str(tokenizer.apply_chat_template(messages, tokenize=False))
