@@ -21,6 +21,7 @@ from actors.sampler.sampling import Decoding
 from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
+from common.conversion import load_converted, student_of
 from common.device import device_for
 from common.grid import grid_ceil
 from common.prompts import Prompt
@@ -28,8 +29,8 @@ from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import load_converted, student_of, token_count, tokenizer_fingerprint
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
+from common.vocabulary import token_count, tokenizer_fingerprint
 from common.weights.broadcast import BroadcastTransport, connect
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport

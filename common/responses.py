@@ -22,8 +22,8 @@ from common.datasets.rows import open_rows
 from common.grid import grid_ceil
 from common.prompts import Prompt
 from common.seeds import source_rng
-from common.student import tokenizer_fingerprint
 from common.trajectory import NO_ROUND, OFFLINE, EndTokens, Trajectory, finish_reason, until_end
+from common.vocabulary import tokenizer_fingerprint
 
 
 def load_responses(

@@ -18,7 +18,7 @@ from actors import rollout
 from actors.teacher import actor as teacher
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
-from common.student import counted_tokens, student_of
+from common.conversion import counted_tokens, student_of
 from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, on_cluster
 from deploy.remote_calls import RemoteCalls
 from deploy.roles import COUNT_FIELDS, ROLES, Role

@@ -24,7 +24,7 @@ from common.model_files import (
 )
 
 if TYPE_CHECKING:  # transformers and torch take seconds
-    from common.student import Conversion
+    from common.conversion import Conversion
 
 
 def check_model_folder(field: str, path: str) -> None:
@@ -106,7 +106,8 @@ def check_models(config: RunConfig) -> CheckedModels:
     Raises:
         ConfigError: names the field, the path and the remedy.
     """
-    from common.student import checked, counted_tokens, first_difference, student_of
+    from common.conversion import checked, counted_tokens, student_of
+    from common.vocabulary import first_difference
 
     path, teacher_path = config.model.path, config.teacher_path
     _check_strays(config)
@@ -151,7 +152,9 @@ def _check_strays(config: RunConfig) -> None:
 
 def _check_teacher(config: RunConfig) -> tuple[Any, Any]:
     """Config and tokenizer of a teacher that is another model than the student starts from."""
-    from common.student import check_family, check_tokenizer, check_weights, load_config, load_tokenizer
+    from common.conversion import check_weights
+    from common.student import check_family, load_config, load_tokenizer
+    from common.vocabulary import check_tokenizer
 
     path = config.teacher_path
     with model_errors("teacher.path", path):

@@ -27,7 +27,7 @@ from deploy.placement import Placement, check_memory, check_resources, object_st
 from deploy.run_folder import check_run_dir
 
 if TYPE_CHECKING:  # transformers and torch take seconds
-    from common.student import Conversion
+    from common.conversion import Conversion
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from actors.teacher.responder import ResponseRequest, Sampling
 from common.config.run import RunConfig
 from common.end_tokens import response_text
 from common.prompts import Prompt
-from common.student import token_count, tokenizer_fingerprint
 from common.trajectory import finish_reason
+from common.vocabulary import token_count, tokenizer_fingerprint
 from deploy import preflight
 from deploy.cluster import connect
 from deploy.data_fingerprint import of_prompts

@@ -57,7 +57,7 @@ def generated(
     A chunk is taken from `chunks` when an actor is free for it, so that a generator can stop when it has enough.
 
     Args:
-        token_count: ids below it have a token (common/student.py); no others are sampled.
+        token_count: ids below it have a token (common/vocabulary.py); no others are sampled.
 
     Raises:
         StuckError, WorkerError: a teacher did not answer in time, or failed.

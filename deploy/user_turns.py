@@ -24,8 +24,10 @@ from common.chat import TEMPLATE_ERRORS, ChatTemplate
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.conversations import Conversation, Turn
-from common.student import check_family, end_tokens_of, load_config, load_tokenizer, token_count
+from common.conversion import end_tokens_of
+from common.student import check_family, load_config, load_tokenizer
 from common.trajectory import finish_reason, without_end
+from common.vocabulary import token_count
 from deploy.cluster import connect
 from deploy.model_checks import check_model_folder, model_errors
 from deploy.near_duplicates import NearDuplicates

@@ -23,19 +23,16 @@ from transformers.integrations import HfDeepSpeedConfig
 from common.busy import BusySpans, computes
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
+from common.conversion import counted_tokens, load_converted, save_student, student_of
 from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.student import (
     attention_windows,
-    counted_tokens,
     default_attention,
     fitted_head,
     head_of_folder,
     hidden_states,
     lm_head_weight,
-    load_converted,
-    save_student,
-    student_of,
 )
 from common.trajectory import Trajectory, write_spool
 from common.weights.broadcast import BroadcastTransport, open_store

@@ -6,8 +6,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from common.config.run import RunConfig
-from common.student import tokenizer_fingerprint
 from common.trajectory import Trajectory, TrajectoryMeta, from_batch
+from common.vocabulary import tokenizer_fingerprint
 
 
 class RecordReader:

@@ -12,8 +12,9 @@ from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.end_tokens import response_text, set_end_tokens
 from common.prompts import Prompt
-from common.student import load_model, load_tokenizer, token_count
+from common.student import load_model, load_tokenizer
 from common.trajectory import Trajectory
+from common.vocabulary import token_count
 
 
 def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -53,7 +53,7 @@ def convert_model(
     check_writable("OUT", out)
     import torch
 
-    from common.student import convert_folder
+    from common.conversion import convert_folder
 
     with model_errors("MODEL", model), writing("OUT", out):
         conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype), end_token, chat_template)

@@ -7,17 +7,12 @@ import torch
 
 from common.config.objective import ObjectiveConfig
 from common.config.run import DynamicUnmasking, RunConfig
+from common.conversion import convert, load_converted
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import (
-    convert,
-    hidden_states,
-    load_converted,
-    load_model,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from common.student import hidden_states, load_model, load_tokenizer
 from common.trajectory import TrajectoryMeta, read_spool, to_batch
+from common.vocabulary import tokenizer_fingerprint
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import load_weights
 from learner import rank

@@ -18,13 +18,14 @@ from actors.sampler.sampling import Decoding
 from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
 from common.config.objective import ObjectiveConfig
 from common.config.run import DynamicUnmasking, RunConfig, TeacherConfig
+from common.conversion import convert, convert_folder
 from common.end_tokens import end_token_ids, response_text
 from common.model_files import ModelError
 from common.prompts import Prompt
 from common.responses import load_responses
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import convert, convert_folder, load_model, load_tokenizer
+from common.student import load_model, load_tokenizer
 from tests.models import tiny_qwen3, tiny_tokenizer
 
 PAD, START, END = 256, 257, 258  # of the tiny tokenizer

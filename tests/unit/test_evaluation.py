@@ -8,8 +8,8 @@ from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.responses import Response
 from actors.sampler.sampling import Decoding
 from common.config.run import StaticUnmasking
+from common.conversion import convert_folder
 from common.prompts import Prompt
-from common.student import convert_folder
 from tests.models import tiny_qwen3
 
 

@@ -9,9 +9,10 @@ from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.config.objective import ObjectiveConfig
 from common.config.run import DynamicUnmasking
+from common.conversion import convert_folder
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import attention_windows, convert_folder, hidden_states, load_model, load_tokenizer
+from common.student import attention_windows, hidden_states, load_model, load_tokenizer
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, empty_sums
 from tests.models import FAMILIES, tiny_family

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from actors.sampler.sampler import Sampler
 from common.config.file import REPOSITORY
-from common.student import convert_folder
+from common.conversion import convert_folder
 from deploy import cli
 from deploy.evaluation import lm_eval_model
 from tests.models import tiny_qwen3

@@ -10,9 +10,11 @@ from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from common.config.run import DynamicUnmasking
+from common.conversion import convert, convert_folder, load_converted
 from common.mask_token import set_mask_token
 from common.model_files import ModelError
-from common.student import convert, convert_folder, first_difference, load_converted, load_model, load_tokenizer
+from common.student import load_model, load_tokenizer
+from common.vocabulary import first_difference
 from tests.models import tiny_qwen3, tiny_tokenizer
 
 PLAIN = 262  # tokens of the tiny tokenizer without a mask token

@@ -12,16 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from common.config.errors import ConfigError
 from common.config.file import load_config
+from common.conversion import convert_folder, load_generation_config, mended, save_student
 from common.prompts import prompt_ids
-from common.student import (
-    convert_folder,
-    head_of_folder,
-    load_generation_config,
-    load_model,
-    load_tokenizer,
-    mended,
-    save_student,
-)
+from common.student import head_of_folder, load_model, load_tokenizer
 from deploy.commands.convert import convert_model as convert
 from deploy.evaluation.asking import asked_like_training
 from deploy.model_checks import check_model_folder, check_models
@@ -475,7 +468,7 @@ def test_a_failed_conversion_leaves_nothing(model, tmp_path, monkeypatch):
         (out / WEIGHTS).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("common.student.save_student", save)
+    monkeypatch.setattr("common.conversion.save_student", save)
     with pytest.raises(OSError, match="No space left"):
         convert_folder(str(model), tmp_path / "student", 4, "<|mask|>", torch.float32)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -6,9 +6,10 @@ import pytest
 
 from actors.rollout import RolloutActor
 from common.config.run import RunConfig, StaticUnmasking
+from common.conversion import convert
 from common.prompts import Prompt
-from common.student import convert, tokenizer_fingerprint
 from common.trajectory import TrajectoryMeta, from_batch, to_batch
+from common.vocabulary import tokenizer_fingerprint
 from learner.records import RecordReader
 from tests.models import tiny_qwen3
 from tests.unit.test_trajectory import make

@@ -18,8 +18,9 @@ from common.prompts import Prompt, PromptError
 from common.responses import load_responses, offline_share, offline_trajectory, with_responses
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import hidden_states, load_model, load_tokenizer, tokenizer_fingerprint
+from common.student import hidden_states, load_model, load_tokenizer
 from common.trajectory import TrajectoryMeta, batch_info, finish_reason, from_batch, to_batch, until_end
+from common.vocabulary import tokenizer_fingerprint
 from deploy import preflight, responders
 from deploy import respond as respond_module
 from learner.objective import ChunkedDivergence, empty_sums

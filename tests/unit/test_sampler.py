@@ -18,7 +18,8 @@ from common.config.run import (
     SequentialUnmasking,
     StaticUnmasking,
 )
-from common.student import convert_folder, load_model
+from common.conversion import convert_folder
+from common.student import load_model
 from tests.models import tiny_qwen3
 from tests.reference import reference_rollout
 

@@ -19,7 +19,8 @@ from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.objective import ForwardKL, ReverseKL, TeacherTarget
 from common.config.run import DynamicUnmasking, RunConfig, TeacherConfig
-from common.student import convert, counted_tokens, fitted_head, head_of_folder, load_model
+from common.conversion import convert, counted_tokens
+from common.student import fitted_head, head_of_folder, load_model
 from deploy.model_checks import check_models
 from deploy.placement import plan
 from learner.objective import HiddenTarget, divergence

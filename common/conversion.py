@@ -1,0 +1,314 @@
+"""Conversion: what makes a student of an ARLM, and what a checkpoint of one holds.
+
+No weight changes. The student gets a mask token, for which a row may be added (common/mask_token.py), and its end
+tokens (common/end_tokens.py); its config records both, with `block_size` and how it is asked, so that a checkpoint says
+how to decode it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.chat import asked_with
+from common.config.run import RunConfig
+from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
+from common.gguf_files import model_folder
+from common.mask_token import AUTO, NEW, set_mask_token
+from common.model_files import ModelError, check_complete, check_plain, stored_tensors
+from common.student import SUPPORTED_FAMILIES, check_family, load_config, load_model, load_tokenizer, third_party
+from common.vocabulary import check_tokenizer, token_count
+
+_RECORDED = ("mask_token_id", "block_size", "end_token_ids", "opdlm")  # what makes a student of a model's config
+# of a generation config: what has no meaning without do_sample, and what a checkpoint keeps in any case
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+Gathered = Callable[[nn.Parameter], AbstractContextManager[Any]]  # makes a partitioned parameter whole
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What makes a student of an ARLM: its config with `mask_token_id`, `block_size` and `end_token_ids`, its tokenizer
+    with the mask token, and what somebody should know about them."""
+
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    notes: tuple[str, ...] = ()
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The one that ends a turn first."""
+        return tuple(self.config.end_token_ids)
+
+
+def convert(
+    path: str,
+    block_size: int,
+    mask_token: str = "auto",
+    *,
+    end_tokens: Sequence[str] | None = None,
+    chat_template: str | None = None,
+    teacher_path: str | None = None,
+) -> Conversion:
+    """The student that starts from the ARLM at `path`.
+
+    Args:
+        mask_token: as common/mask_token.py says.
+        end_tokens: in place of those that the model's files name (common/end_tokens.py).
+        chat_template: in place of the tokenizer's.
+        teacher_path: another model that the student learns from; what ends its responses ends the student's.
+
+    Raises:
+        ModelError: the model cannot be a student, or it has no room for a mask token, or no end token.
+    """
+    config = load_config(path)
+    check_family(config)
+    tokenizer = load_tokenizer(path)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    check_tokenizer(tokenizer, config.vocab_size)
+    check_chat_template(tokenizer)
+    ends = list(end_tokens_of(path, config, tokenizer, end_tokens))
+    if teacher_path and not end_tokens:
+        teacher = load_tokenizer(teacher_path)
+        ends += known_end_tokens(teacher, load_generation_config(teacher_path, load_config(teacher_path)))
+    kept = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}
+    if mask_token == NEW and getattr(config, "mask_token_id", None) is not None:
+        mask_token = AUTO  # it has its new one already
+    mask = set_mask_token(tokenizer, mask_token, config.vocab_size, kept)
+    config.vocab_size = mask.rows
+    config.mask_token_id = mask.id
+    config.block_size = block_size
+    config.end_token_ids = list(dict.fromkeys(ends))
+    notes = [mask.note] if mask.note else []
+    if tokenizer.chat_template is None:
+        notes.append("the tokenizer has no chat template: prompts are the user's text alone, unless one is given")
+    return Conversion(config, tokenizer, tuple(notes))
+
+
+def student_of(config: RunConfig) -> Conversion:
+    """The student of a run; its config records under `opdlm` how it is asked (common/chat.py)."""
+    model = config.model
+    conversion = convert(
+        model.path,
+        config.block_size,
+        model.mask_token,
+        end_tokens=model.end_tokens,
+        chat_template=config.data.chat_template,
+        teacher_path=config.teacher_path if config.teacher_path != model.path else None,
+    )
+    conversion.config.opdlm = asked_with(config.data)
+    return conversion
+
+
+def end_tokens_of(
+    path: str, config: Any, tokenizer: PreTrainedTokenizerBase, named: Sequence[str] | None = None
+) -> tuple[int, ...]:
+    """Those that are named, else those that a student's config records, else what `end_token_ids` finds.
+
+    Raises:
+        ModelError: see `end_token_ids`.
+    """
+    recorded = getattr(config, "end_token_ids", None)
+    if recorded and not named:
+        return tuple(recorded)
+    return end_token_ids(tokenizer, load_generation_config(path, config), named)
+
+
+def load_converted(
+    path: str, conversion: Conversion, dtype: torch.dtype, attention: str, gathered: Gathered = nullcontext
+) -> PreTrainedModel:
+    """The ARLM at `path` with as many rows as its conversion asks for; see `add_rows`."""
+    model = load_model(path, dtype, attention)
+    if conversion.config.vocab_size > model.config.vocab_size:
+        add_rows(model, conversion.config.vocab_size, gathered)
+    return model
+
+
+def add_rows(model: PreTrainedModel, rows: int, gathered: Gathered = nullcontext) -> None:
+    """Let embedding and LM head grow to `rows`; each new row is the mean of the old ones, on every rank the same.
+
+    They are whole afterwards. (transformers' own resize draws random rows, and fills them on one rank only.)
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    for part in (embedding,) if tied else (embedding, head):
+        with gathered(part.weight):
+            old = part.weight.detach().clone()
+        mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
+        part.weight = nn.Parameter(torch.cat([old, mean.expand(rows - len(old), -1)]), part.weight.requires_grad)
+    if tied:
+        head.weight = embedding.weight
+    embedding.num_embeddings = head.out_features = model.config.vocab_size = rows
+
+
+def counted_tokens(student: Conversion, teacher_path: str) -> int | None:
+    """Where student and teacher have different numbers of LM head rows: how many of the teacher's count, those of its
+    tokens. Its distribution is over these; to what else a student has a row for it gives no probability. None: all
+    rows of both."""
+    teacher = load_config(teacher_path)
+    if teacher.vocab_size == student.config.vocab_size:
+        return None
+    return min(token_count(load_tokenizer(teacher_path)), int(teacher.vocab_size))
+
+
+def checked(path: str, conversion: Conversion) -> Conversion:
+    """The conversion of the ARLM at `path`, after all that can be checked without loading the weights.
+
+    Raises:
+        ModelError: the model cannot be loaded, or could not be saved again.
+    """
+    check_weights(path)
+    notes = check_saving(path, conversion)
+    return replace(conversion, notes=(*conversion.notes, *notes))
+
+
+def convert_folder(
+    path: str,
+    out: Path,
+    block_size: int,
+    mask_token: str,
+    dtype: torch.dtype,
+    end_tokens: Sequence[str] | None = None,
+    chat_template: str | None = None,
+) -> Conversion:
+    """Write the converted, untrained student as a complete Hugging Face folder, or nothing.
+
+    Raises:
+        ModelError: the model cannot be a student.
+    """
+    conversion = convert(path, block_size, mask_token, end_tokens=end_tokens, chat_template=chat_template)
+    conversion = checked(path, conversion)
+    model = load_converted(path, conversion, dtype, "sdpa")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_student(model, conversion, partial)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return conversion
+
+
+def save_student(
+    model: PreTrainedModel,
+    conversion: Conversion,
+    out: Path,
+    block_size: int | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Config, tokenizer and safetensors in `out`; `block_size` replaces the conversion's own, and `state_dict` the
+    model's where it is sharded."""
+    for name in _RECORDED:
+        if hasattr(conversion.config, name):
+            setattr(model.config, name, getattr(conversion.config, name))
+    model.config.block_size = block_size or conversion.config.block_size
+    drop_generation_parameters(model.config)
+    model.generation_config, _ = mended(model.generation_config)
+    model.generation_config.eos_token_id = list(conversion.end_tokens)
+    model.save_pretrained(out, state_dict=state_dict)
+    conversion.tokenizer.save_pretrained(out)
+
+
+def check_weights(path: str) -> None:
+    """Refuse a local model whose weights are not all there, or not plain floats; a hub id passes.
+
+    Raises:
+        ModelError: names the first tensor that is wrong.
+    """
+    folder = Path(model_folder(path))
+    if not folder.is_dir():
+        return
+    tensors = stored_tensors(folder)
+    check_plain(tensors)
+    config = load_config(path)
+    if config.model_type in SUPPORTED_FAMILIES:  # others may store tensors in another form
+        with (
+            torch.device("meta"),
+            third_party("has a config.json of which no model can be built", "correct it"),
+        ):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        check_complete({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors)
+
+
+def check_saving(path: str, conversion: Conversion) -> list[str]:
+    """Write what a checkpoint holds beside its weights to a scratch folder, and read it again.
+
+    Returns:
+        What is changed in checkpoints, so that they can be saved.
+
+    Raises:
+        ModelError: transformers refuses to save it, or reads something else than was saved.
+    """
+    config, tokenizer = conversion.config, conversion.tokenizer
+    generation, notes = mended(load_generation_config(path, config))
+    generation.eos_token_id = list(conversion.end_tokens)
+    dropped = drop_generation_parameters(config)
+    if dropped:
+        notes.append(f"config.json holds settings of generation; checkpoints leave out {', '.join(dropped)}")
+    with TemporaryDirectory() as scratch:
+        with third_party("could not be saved in a checkpoint", "save the model again with this transformers"):
+            for part in (config, generation, tokenizer):
+                part.save_pretrained(scratch)
+        again = load_tokenizer(scratch)
+    if again.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            "has a tokenizer that is another after saving and loading it; save it again with this version of "
+            "transformers"
+        )
+    return notes
+
+
+def load_generation_config(path: str, config: Any) -> GenerationConfig:
+    """What generation_config.json says; where it is missing, what transformers takes from config.json.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    folder = Path(model_folder(path))
+    if folder.is_dir() and not (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(config)
+    with third_party("has a generation_config.json that cannot be read", "correct or remove it"):
+        return GenerationConfig.from_pretrained(model_folder(path))
+
+
+def mended(generation: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+    """A generation config that can be saved, and what had to be left out: transformers loads ones that it will not
+    save."""
+    if _can_be_saved(generation):
+        return generation, []
+    kept = GenerationConfig(
+        **{k: v for k, v in generation.to_dict().items() if generation.do_sample or k not in _SAMPLING}
+    )
+    if not _can_be_saved(kept):
+        kept = GenerationConfig(**{name: getattr(generation, name) for name in _TOKENS})
+    before, after = generation.to_diff_dict(), kept.to_diff_dict()
+    left_out = ", ".join(sorted(f"{name} {value}" for name, value in before.items() if after.get(name) != value))
+    return kept, [f"generation_config.json cannot be saved as it is; checkpoints leave out {left_out}"]
+
+
+def drop_generation_parameters(config: Any) -> list[str]:
+    """Take out of a model's config what belongs into a generation config, with which transformers would not save it;
+    returns their names."""
+    names = sorted(config._get_generation_parameters())
+    for name in names:
+        delattr(config, name)
+    return names
+
+
+def _can_be_saved(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
