@@ -183,7 +183,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("p.parquet", damaged_parquet(compression="none", write_page_checksum=True), "not valid Parquet"),
         ("p.parquet", latin1_parquet(), "p.parquet, row 2: the value in column 'question' cannot be read ('utf-8'"),
         ("p.jsonl.gz", b"plain", "p.jsonl.gz' cannot be read as gzip"),
-        ("p.jsonl.gz", gzip.compress(b"x" * 100)[:20], "p.jsonl.gz' cannot be read as gzip (Truncated"),
+        ("p.jsonl.gz", gzip.compress(b"x" * 100, mtime=0)[:20], "p.jsonl.gz' cannot be read as gzip (Truncated"),
         ("p.jsonl.zst", b"plain", "p.jsonl.zst' cannot be read as zstd"),
         ("p.jsonl", LFS, "p.jsonl' is a pointer of Git LFS, not the file itself; bring it with git lfs pull"),
         ("p.parquet", LFS, "is a pointer of Git LFS"),
