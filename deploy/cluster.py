@@ -17,9 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import rollout
 from actors.teacher import actor as teacher
 from common.config.errors import ConfigError
-from common.config.run import RunConfig
+from common.config.run import RayConfig, RunConfig
 from common.conversion import counted_tokens, student_of
-from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, on_cluster
+from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, ray_exists
 from deploy.remote_calls import RemoteCalls
 from deploy.roles import COUNT_FIELDS, ROLES, Role
 from learner import rank
@@ -61,8 +61,8 @@ class Pools:
         return {actor: f"{role}-{i}" for role, actors in named.items() for i, actor in enumerate(actors)}
 
 
-def connect(config: RunConfig, object_store_mib: int | None = None) -> None:
-    """Connect to `ray.address`, or to the cluster whose job this process is; else start Ray on this machine, with an
+def connect(settings: RayConfig, object_store_mib: int | None = None) -> None:
+    """Connect to `address`, or to the cluster whose job this process is; else start Ray on this machine, with an
     object store of so many MiB.
 
     Raises:
@@ -70,13 +70,13 @@ def connect(config: RunConfig, object_store_mib: int | None = None) -> None:
     """
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
     runtime = {"env_vars": environment}
-    if on_cluster(config):
-        address = config.ray.address or os.environ["RAY_ADDRESS"]
+    if ray_exists(settings):
+        address = settings.address or os.environ["RAY_ADDRESS"]
         try:
             host, _, port = address.rpartition(":")
             if port.isdecimal():  # Ray itself would try for a minute
                 socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-            ray.init(address=config.ray.address, runtime_env=runtime, log_to_driver=False, logging_level="warning")
+            ray.init(address=settings.address, runtime_env=runtime, log_to_driver=False, logging_level="warning")
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"ray.address: no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); is "
@@ -88,8 +88,8 @@ def connect(config: RunConfig, object_store_mib: int | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.init(
         address="local",  # never a head that happens to run on this machine
-        num_cpus=config.ray.num_cpus,
-        object_store_memory=(config.ray.object_store_mib or object_store_mib or LEAST_STORE_MIB) * 2**20,
+        num_cpus=settings.num_cpus,
+        object_store_memory=(settings.object_store_mib or object_store_mib or LEAST_STORE_MIB) * 2**20,
         include_dashboard=False,
         runtime_env=runtime,
         log_to_driver=False,

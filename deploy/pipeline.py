@@ -72,7 +72,7 @@ def run(
         clear_run_dir(config)
     with RunLock(config.run_dir) as lock:
         write_resolved_config(config)
-        connect(config, prepared.object_store_mib)
+        connect(config.ray, prepared.object_store_mib)
         try:
             return Pipeline(prepared, lock).run()
         finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.errors import ConfigError
-from common.config.run import ModelShape, RunConfig
+from common.config.run import ModelShape, RayConfig, RunConfig
 from common.gguf_files import model_folder
 from learner.deepspeed_config import WHOLE_ELEMENTS
 
@@ -63,8 +63,13 @@ class Placement:
 
 
 def on_cluster(config: RunConfig) -> bool:
-    """Whether the run uses a Ray that exists already; `ray job submit` sets RAY_ADDRESS for its driver."""
-    return config.ray.address is not None or "RAY_ADDRESS" in os.environ
+    """Whether the run uses a Ray that exists already."""
+    return ray_exists(config.ray)
+
+
+def ray_exists(settings: RayConfig) -> bool:
+    """Whether a Ray that exists already is used; `ray job submit` sets RAY_ADDRESS for its driver."""
+    return settings.address is not None or "RAY_ADDRESS" in os.environ
 
 
 def plan(config: RunConfig) -> Placement:

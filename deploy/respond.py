@@ -84,7 +84,7 @@ def respond(
     missing = {i: _requests(chunk, samples) for i, chunk in chunks.items() if not parts.has(i)}
     if missing:
         fingerprint = tokenizer_fingerprint(tokenizer)
-        connect(config)
+        connect(config.ray)
         try:
             actors = min(config.teacher.actors, len(missing))
             for index, responses in generated(config, missing.items(), actors, sampling, token_count(tokenizer)):

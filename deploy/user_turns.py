@@ -137,7 +137,7 @@ def write_prompts(
     look()
     chunks = missing()
     if (first := next(chunks, None)) is not None:
-        connect(config)
+        connect(config.ray)
         try:
             known = token_count(tokenizer)
             for index, turns in generated(config, chain([first], chunks), config.teacher.actors, sampling, known):

@@ -1,15 +1,17 @@
-"""`opdlm eval`: exact match and decoding speed of a student, swept over decoding settings."""
+"""`opdlm eval`: scores and decoding speed of a student on suites, swept over decoding settings, beside its original."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from common.config.errors import ConfigError
-from common.config.run import AnswerFormat, DataConfig
+from common.config.run import AnswerFormat
 from deploy.argument_checks import a_path, finite
 from deploy.commands.console import console, say
 from deploy.evaluation.asking import (
@@ -32,7 +34,13 @@ from deploy.evaluation.decoding_options import (
 )
 from deploy.named_files import check_output, writing
 
-DEFAULT_MAX_TOKENS = 512
+if TYPE_CHECKING:  # torch takes seconds
+    from actors.evaluation.worker import ModelSpec
+    from deploy.evaluation.problems import SuiteProblems
+    from deploy.evaluation.results import Row, Scored
+    from deploy.evaluation.sweep import Progress, Setting, Sweep
+
+PROBLEMS_SUFFIX = ".problems.jsonl"
 
 
 def register(app: typer.Typer) -> None:
@@ -41,25 +49,41 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Student,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=SOURCE]",
+            help="what to evaluate on, repeatable: gsm8k, math500, ifeval, humaneval, mbpp, arc, mmlu, from a file or "
+            "the hub; or any name with a file of questions and answers",
+        ),
+    ] = None,
+    suite_data: Annotated[
+        Path | None,
+        typer.Option(help="folder that holds the suites' files, such as gsm8k_test.jsonl", callback=a_path),
+    ] = None,
     problems: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="JSON, JSONL, CSV or Parquet with a question and an answer a row, a folder of them, or the hub id of "
             "a data set",
             callback=a_path,
         ),
-    ],
+    ] = None,
     split: Split = None,
     subset: Subset = None,
     question_field: Annotated[str, typer.Option(help="field of a row that holds the question")] = "question",
     answer_field: Annotated[str, typer.Option(help="field of a row that holds the answer")] = "answer",
+    shots: Annotated[int, typer.Option(min=0, help="worked examples before each problem of a suite")] = 0,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="run the programs that the model writes, for humaneval and mbpp")
+    ] = False,
     rule: Annotated[
         list[RuleName] | None,
         typer.Option(
             metavar="RULE",
             help="which masked tokens a step reveals, repeatable: static (the most confident), sequential (the "
-            "leftmost), dynamic (all above the threshold; the default) or entropy_bound (the most certain, up to a "
-            "total entropy)",
+            "leftmost), dynamic (all above the threshold) or entropy_bound (the most certain, up to a "
+            "total entropy); default: static and dynamic",
         ),
     ] = None,
     threshold: Annotated[
@@ -86,124 +110,228 @@ def evaluate(
     block_size: Annotated[
         list[int] | None, typer.Option(min=1, help="tokens per block, repeatable; default: the model's own")
     ] = None,
-    teacher: Annotated[
+    original: Annotated[
         str | None,
-        typer.Option(help="folder of the autoregressive teacher, which is evaluated too", callback=a_path),
+        typer.Option(
+            "--original",
+            "--teacher",
+            help="folder of the autoregressive model that the student was made from, which is evaluated too; default: "
+            "the one that the run's config names; none: leave it out",
+            callback=a_path,
+        ),
     ] = None,
     temperature: Temperature = 0.0,
     seeds: Annotated[
         int, typer.Option(min=1, help="runs per setting, each with its own seed, if the temperature is above 0")
     ] = 1,
-    count: Annotated[int, typer.Option(min=1, help="evaluate the first N problems")] = 200,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1, help="responses per problem in each run, for avg@k and pass@k; needs a temperature above 0"
+        ),
+    ] = 1,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="evaluate the first N problems of each suite; default: all")
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"response length limit, tokens; default: {DEFAULT_MAX_TOKENS}, or less where the positions end"
+            min=1, help="response length limit, tokens; default: each suite's own, or less where the positions end"
         ),
     ] = None,
     answer_format: Annotated[
-        AnswerFormat,
+        AnswerFormat | None,
         typer.Option(
-            help="what is read as a response's answer: what stands after 'Answer:', the last \\boxed{}, or the last "
-            "number"
+            help="what is read as a response's answer: what stands after 'Answer:' (default with --problems), the last "
+            "\\boxed{}, or the last number; default: each suite's own"
         ),
-    ] = "answer_line",
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="write the results to this .json file, and the plot to a .png of the same name", callback=a_path
+            help="write the results to this .json file, every response to .problems.jsonl and the plot to .png of the "
+            "same name; an interrupted command goes on where it stood",
+            callback=a_path,
         ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="write the plot of accuracy against tokens per step to this .png file", callback=a_path),
+        typer.Option(help="write the plot of scores against tokens per step to this .png file", callback=a_path),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time")] = 64,
+    slots: Annotated[int, typer.Option(min=1, help="sequences decoded at the same time, in one process")] = 64,
     dtype: DtypeName = "float32",
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="deal the problems out to so many processes, on the CPUs of a Ray cluster")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="deal the problems out to so many GPUs of a Ray cluster")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="of the Ray cluster (host:port or auto); default: one started here")
+    ] = None,
     thinking: Thinking = None,
     system: System = None,
     template: Template = None,
     autoregressive: Annotated[
-        bool, typer.Option("--autoregressive", help="evaluate MODEL as an autoregressive LM, such as the teacher")
+        bool, typer.Option("--autoregressive", help="evaluate MODEL as an autoregressive LM, such as an original")
     ] = False,
 ) -> None:
-    """Measure accuracy and tokens per step on problems with a checkable answer, for one or more decoding settings.
+    """Scores, tokens per step and speed of a student on benchmarks, beside those of its autoregressive original.
 
-    Options marked as repeatable may be given several times. Then all combinations are evaluated: each rule, with each
-    value of its own parameter, at each block size.
+    Options marked as repeatable may be given several times. Then all combinations are evaluated: each suite under each
+    rule, with each value of its own parameter, at each block size.
 
     [bold]Examples[/bold]
 
-        opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl --rule static
+        opdlm eval runs/mine/checkpoints/final --suite gsm8k --suite ifeval --dtype bfloat16 --output eval.json
+
+        opdlm eval runs/mine/checkpoints/final --suite humaneval=humaneval.jsonl --run-code --gpus 8 --samples 10
+        --temperature 0.8 --threshold 0.8 --threshold 0.9
 
         opdlm eval runs/tiny/checkpoints/final --problems deploy/data/word_problems_heldout.jsonl
-        --rule static --rule dynamic --threshold 0.8 --threshold 0.9 --block-size 4 --block-size 8
-        --teacher deploy/models/tiny-arlm --max-new-tokens 72 --output eval.json
+        --block-size 4 --block-size 8 --max-new-tokens 72 --output eval.json
     """
+    from deploy.evaluation.suite_options import SuiteOptions
+
     student_only = {
         "--rule": rule,
         "--threshold": threshold,
         "--tokens-per-step": tokens_per_step,
         "--bound": bound,
         "--block-size": block_size,
-        "--teacher": teacher,
+        "--original": original,
     }
-    rules = [str(r) for r in rule or [RuleName.dynamic]]
+    rules = [str(r) for r in rule or [RuleName.static, RuleName.dynamic]]
     _check_options(rules, student_only, autoregressive, output, plot)
+    _check_processes(actors, gpus, address)
+    if samples > 1 and not temperature:
+        raise ConfigError(f"--samples: {samples} greedy responses would be the same; set a --temperature above 0")
+    asked_for = SuiteOptions(
+        suite or [], suite_data, problems, split, subset, question_field, answer_field, answer_format, template, shots,
+        count, run_code,
+    )  # fmt: skip
+    asked_for.check()
+    from deploy.evaluation.original import original_of
     from deploy.model_checks import check_model_folder, check_student_folder, model_errors, model_json
-    from deploy.preflight import read_problems
 
     if autoregressive:
         check_model_folder("MODEL", model)
+        beside, found = None, ""
     else:
         check_student_folder("MODEL", model)
-    if teacher:
-        check_model_folder("--teacher", teacher)
-    from common.chat import asked_with
+        beside, found = original_of(model, original)
+    if beside:
+        check_model_folder("--original", beside)
+    if found:
+        say(found)
+    from common.grid import grid_floor
     from common.student import load_config, load_tokenizer
 
     with model_errors("MODEL", model):
         tokenizer, positions = load_tokenizer(model), load_config(model).max_position_embeddings
     check_thinking("--thinking", thinking, tokenizer)
-    data = DataConfig(
-        prompts=problems,
-        split=split,
-        subset=subset,
-        question_field=question_field,
-        answer_field=answer_field,
-        **asked_like_training(model, thinking, system, template),
-    )
-    try:
-        found = read_problems("--problems", data, tokenizer, count)
-    except ConfigError as error:
-        raise ConfigError(with_options_named(str(error))) from error
-    for note in (*found.notes, *(f"{number} problems left out: {reason}" for reason, number in found.dropped.items())):
-        say(f"--problems: {with_options_named(note)}")
-    held_out = found.prompts
     sizes = block_size or ([int(model_json("MODEL", model)["block_size"])] if not autoregressive else [1])
-    longest = max(len(problem.ids) for problem in held_out)
-    limit = response_limit(
-        max_new_tokens, DEFAULT_MAX_TOKENS, longest=longest, positions=positions, block_size=max(sizes)
+    asked = asked_like_training(model, thinking, system, template)
+    suites = asked_for.load(tokenizer, asked, grid_floor(positions, max(sizes)))
+    longest = max(len(problem.ids) for each in suites for problem in each.problems)
+    if max_new_tokens:
+        response_limit(max_new_tokens, max_new_tokens, longest=longest, positions=positions, block_size=max(sizes))
+
+    from actors.evaluation.worker import ModelSpec
+    from deploy.evaluation.results import report
+    from deploy.evaluation.sweep import Setting, Sweep, settings_of
+    from deploy.versions import installed_versions
+
+    sweep = Sweep(suites, grid_floor(positions, max(sizes)), max_new_tokens, temperature, seeds, samples, slots, dtype)
+    for each in suites:
+        _say_what_is_special(each, sweep.limit(each), sweep.positions)
+    student_settings = settings_of(
+        rules, threshold or [DEFAULT_THRESHOLD], tokens_per_step or [1], bound or [0.1], sizes
+    )
+    models: list[tuple[str, ModelSpec, list[Setting]]] = []
+    if not autoregressive:
+        models.append(("MODEL", ModelSpec("student", model, dtype, slots), student_settings))
+    if autoregressive or beside:
+        option, path = ("MODEL", model) if autoregressive else ("--original", beside)
+        ends = None if autoregressive else model_json("MODEL", model).get("end_token_ids")
+        models.append((option, ModelSpec("original", str(path), dtype, slots, ends and tuple(ends)), [Setting()]))
+    rows, scored, device = _results(sweep, models, output, actors, gpus, address)
+    _show(rows)
+    facts = {
+        "asked": asked,
+        "device": device,
+        "processes": actors or gpus or 1,
+        "versions": installed_versions(),
+    }
+    _write(
+        report(sweep, rows, facts), rows, scored, output, plot, f"{model} on {', '.join(s.suite.name for s in suites)}"
     )
 
-    from deploy.evaluation.sweep import Row, Sweep, settings_of
 
-    settings = settings_of(rules, threshold or [DEFAULT_THRESHOLD], tokens_per_step or [1], bound or [0.1], sizes)
-    sweep = Sweep(held_out, limit, temperature, seeds, slots, dtype, answer_format)
-    rows: list[Row] = []
-    total = 1 if autoregressive else len(settings) + bool(teacher)
-    with console.status("loading the model") as status:
-        if autoregressive:
-            rows.append(sweep.teacher_row("MODEL", model))
-        else:
-            for row in sweep.student_rows("MODEL", model, settings):
-                rows.append(row)
-                status.update(f"{len(rows)} of {total} settings")
-            if teacher:
-                rows.append(sweep.teacher_row("--teacher", teacher, model_json("MODEL", model).get("end_token_ids")))
-    _show(rows)
-    report = sweep.report(problems, rows) | {"asked": asked_with(data), "left_out": found.dropped}
-    _write(report, rows, output, plot, f"{model} on {Path(problems).stem}")
+def _results(
+    sweep: Sweep,
+    models: list[tuple[str, ModelSpec, list[Setting]]],
+    output: Path | None,
+    actors: int | None,
+    gpus: int | None,
+    address: str | None,
+) -> tuple[list[Row], list[Scored], str]:
+    """Rows and scored responses, suite by suite with the original first, and the device."""
+    from deploy.evaluation.parts import Parts
+    from deploy.evaluation.results import Scored, rows_of
+    from deploy.evaluation.sweep import SweptModel
+    from deploy.evaluation.workers import RayWorkers, ThisProcess, Workers
+
+    parts = Parts(output)
+    workers: Workers = ThisProcess()
+    if actors or gpus:
+        workers = RayWorkers(actors or gpus or 1, on_gpus=bool(gpus), address=address)
+    runs = []
+    with _progress() as progress:
+        with workers:
+            for option, spec, settings in models:
+                swept = SweptModel(option, spec, sweep, workers, parts, progress)
+                for suite in sweep.suites:
+                    runs += [(suite, spec, setting, swept.run(suite, setting)) for setting in settings]
+        order = {suite.suite.name: place for place, suite in enumerate(sweep.suites)}
+        runs.sort(key=lambda run: (order[run[0].suite.name], run[1].kind != "original"))
+        scored = [Scored.of(*run, progress) for run in runs]
+    return rows_of(scored), scored, workers.device
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for what is being done; on no terminal a line when something new begins. Both go to standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from deploy.evaluation.sweep import Progress
+
+    errors = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=errors, transient=True, disable=not errors.is_terminal) as bars:
+        task = bars.add_task("loading the model", total=None)
+
+        def begin(what: str, steps: int) -> None:
+            bars.reset(task, description=what, total=steps)
+            if not errors.is_terminal:
+                errors.print(f"{what}: {steps} responses", highlight=False)
+
+        yield Progress(begin, lambda steps: bars.advance(task, steps))
+
+
+def _say_what_is_special(suite: SuiteProblems, limit: int, positions: int) -> None:
+    """How a suite's source was read, what is left out, and what cannot be done here."""
+    from deploy.evaluation.code_execution import sandbox_notes
+
+    name = suite.suite.name
+    for note in (*suite.notes, *(f"{number} left out: {reason}" for reason, number in suite.left_out.items())):
+        say(f"{name}: {with_options_named(note)}")
+    if less := suite.less_room(limit, positions):
+        say(f"{name}: {less} of {len(suite.problems)} prompts leave less than {limit} tokens for the response")
+    for note in sandbox_notes() if suite.suite.scorer == "code" else ():
+        say(f"{name}: {note}")
 
 
 def _check_options(
@@ -221,24 +349,55 @@ def _check_options(
             check_output(name, path, suffix)
 
 
-def _show(rows: list[Any]) -> None:
-    """A list of metrics for a single run, else the table."""
-    from deploy.evaluation.sweep_report import table
+def _check_processes(actors: int | None, gpus: int | None, address: str | None) -> None:
+    if actors and gpus:
+        raise ConfigError("--actors: are processes on CPUs; leave it out with --gpus")
+    if address and not actors and not gpus:
+        raise ConfigError("--address: say how many processes to use there, with --gpus or --actors")
+    if gpus and not address:
+        import torch
 
-    if len(rows) == 1 and len(rows[0].runs) == 1:
-        for name, value in rows[0].mean.items():
-            console.print(f"{name:>32}  {value:.4g}", highlight=False)
+        if torch.cuda.device_count() < gpus:
+            raise ConfigError(
+                f"--gpus: {gpus} are asked for, and torch finds {torch.cuda.device_count()} on this machine; use "
+                "fewer, or give the --address of a Ray cluster"
+            )
+
+
+def _show(rows: list[Row]) -> None:
+    """A list of metrics for a single run, else a table for each suite."""
+    from deploy.evaluation.sweep_report import tables
+
+    if len(rows) == 1 and len(rows[0].metrics[rows[0].score].seeds) == 1:
+        for name in rows[0].metrics:
+            console.print(f"{name:>32}  {rows[0].mean(name):.4g}", highlight=False)
+        for name, number in {"problems": rows[0].problems, "seconds": rows[0].seconds, **rows[0].facts}.items():
+            console.print(f"{name:>32}  {number:.4g}", highlight=False)
     else:
-        console.print(table(rows, console.width))
+        for table in tables(rows, console.width):
+            console.print(table)
 
 
-def _write(report: dict[str, Any], rows: list[Any], output: Path | None, plot: Path | None, title: str) -> None:
+def _write(
+    report: dict[str, Any],
+    rows: list[Row],
+    scored: list[Scored],
+    output: Path | None,
+    plot: Path | None,
+    title: str,
+) -> None:
     from deploy.evaluation import sweep_report
+    from deploy.evaluation.parts import Parts
+    from deploy.evaluation.response_file import as_json
 
     if output:
+        every = output.with_suffix(PROBLEMS_SUFFIX)
         with writing("--output", output):
+            with every.open("w", encoding="utf-8") as file:
+                file.writelines(as_json(record) + "\n" for each in scored for record in each.records())
             output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        say(f"results: {output}")
+        Parts(output).remove()
+        say(f"results: {output}, every response: {every}")
     if image := plot or (output.with_suffix(".png") if output else None):
         with writing("--plot", image):
             sweep_report.plot(rows, image, title)

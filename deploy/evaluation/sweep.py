@@ -1,40 +1,34 @@
-"""Evaluation of one student under many decoding settings, with its autoregressive (AR) teacher beside it.
+"""What a sweep runs: suites, models and settings; and the responses of each, made or found on the disk.
 
-A metric comes with mean and standard deviation. With temperature > 0 each setting is decoded once per seed, and the
-deviation is that over seeds (n - 1 in the denominator). Greedy decoding gives the same tokens for every seed, so it
-is decoded once, and the deviation is over the choice of problems: 1,000 bootstrap resamples. The same holds for a
-single seed.
+With temperature > 0 each setting is decoded once per seed. Greedy decoding gives the same tokens for every seed, so it
+is decoded once.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from actors.evaluation.autoregressive import evaluate_autoregressive, load_autoregressive
-from actors.evaluation.evaluation import Evaluation, evaluate_shard
-from actors.evaluation.generation import load_student, sampler_of
-from actors.sampler.sampler import Sampler
-from actors.sampler.sampling import Decoding
+from actors.evaluation.responses import Response
+from actors.evaluation.worker import Answered, Chunk, ModelSpec
+from actors.sampler.request import Request
 from common.config.errors import ConfigError
 from common.config.run import (
-    AnswerFormat,
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
     StaticUnmasking,
     Unmasking,
 )
-from common.prompts import Prompt
+from deploy.data_fingerprint import of_files
+from deploy.evaluation.parts import Parts
+from deploy.evaluation.problems import SuiteProblems
+from deploy.evaluation.workers import Workers
 from deploy.model_checks import model_errors
-from deploy.versions import installed_versions
 
-FORMAT_VERSION = 1
+_CHUNK = 64  # requests of one part
 
 
 @dataclass(frozen=True)
@@ -91,115 +85,121 @@ def _static(tokens_per_step: int, block_size: int) -> StaticUnmasking:
     return StaticUnmasking(steps_per_block=block_size // tokens_per_step)
 
 
-@dataclass
-class Row:
-    """Metrics of one setting; `std` lacks those without a deviation (speed of a single run)."""
+@dataclass(frozen=True)
+class Progress:
+    """What is told while it works: `begin` says what and of how many steps, `advance` that some are done."""
 
-    model: Literal["student", "teacher"]
-    path: str
-    decoding: str
-    block_size: int | None
-    unmasking: dict[str, Any] | None
-    spread: Literal["seeds", "problems"]
-    mean: dict[str, float]
-    std: dict[str, float]
-    runs: list[dict[str, float]]
+    begin: Callable[[str, int], None] = lambda *_: None
+    advance: Callable[[int], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All responses of one setting to one suite with one seed, in the order of the requests; `seconds` of decoding are
+    added up over processes."""
+
+    responses: list[Response]
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all settings have in common."""
+    """What all runs have in common. `positions`: tokens of a prompt with its response; `max_new_tokens` None: each
+    suite's own limit."""
 
-    problems: list[Prompt]
-    max_new_tokens: int
+    suites: list[SuiteProblems]
+    positions: int
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     seeds: int = 1
+    samples: int = 1
     slots: int = 64
     dtype: str = "float32"
-    answer_format: AnswerFormat = "answer_line"
 
     @property
     def run_seeds(self) -> range:
         """Greedy decoding does not depend on the seed, so it runs once."""
         return range(self.seeds if self.temperature > 0 else 1)
 
-    def student_rows(self, field: str, path: str, settings: list[Setting]) -> Iterator[Row]:
-        """One row per setting as it is done; the model, which the option `field` names, is loaded once."""
-        with model_errors(field, path):
-            model, tokenizer = load_student(path, self.dtype)
-        sampler = sampler_of(model, tokenizer, block_size=None, slots=self.slots)
-        for setting in settings:
-            assert setting.unmasking and setting.block_size
-            sampler.set_block_size(setting.block_size)
-            decoding = Decoding(setting.unmasking, self.temperature)
-            if sampler.on_cuda:  # capture the graphs before anything is timed
-                self._decode(sampler, tokenizer, self.problems[: self.slots], decoding)
-            runs = []
-            for seed in self.run_seeds:
-                sampler.seed = seed
-                runs.append(self._decode(sampler, tokenizer, self.problems, decoding))
-            yield row_of("student", path, setting, runs)
+    def limit(self, suite: SuiteProblems) -> int:
+        return self.max_new_tokens or suite.suite.max_new_tokens
 
-    def _decode(
-        self, sampler: Sampler, tokenizer: PreTrainedTokenizerBase, problems: list[Prompt], decoding: Decoding
-    ) -> Evaluation:
-        return evaluate_shard(sampler, tokenizer, problems, decoding, self.max_new_tokens, self.answer_format)
-
-    def teacher_row(self, field: str, path: str, ends: list[int] | None = None) -> Row:
-        """The same problems, limit and temperature with one token a forward; `ends` in place of its own end tokens."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: PreTrainedModel
-        with model_errors(field, path):
-            model, tokenizer = load_autoregressive(path, device, self.dtype, ends)
-        runs = [
-            evaluate_autoregressive(
-                model,
-                tokenizer,
-                self.problems,
-                self.max_new_tokens,
-                temperature=self.temperature,
-                seed=seed,
-                batch_size=self.slots,
-                answer_format=self.answer_format,
-            )
-            for seed in self.run_seeds
+    def requests(self, suite: SuiteProblems) -> list[Request]:
+        """`samples` for each problem; a response ends at the limit, or where the model's positions do."""
+        return [
+            Request(p.ordinal, sample, p.ids, min(self.limit(suite), self.positions - len(p.ids)), stop=suite.stop)
+            for p in suite.problems
+            for sample in range(self.samples)
         ]
-        return row_of("teacher", path, Setting(), runs)
 
-    def report(self, problems_path: str, rows: list[Row]) -> dict[str, Any]:
-        """The content of the results' JSON file."""
+
+class SweptModel:
+    """One model of a sweep. It is loaded into the workers when the first of its responses is missing on the disk.
+
+    Life cycle: constructed, then `run` for each suite and setting; another model may be loaded only after that.
+    """
+
+    def __init__(
+        self, field: str, spec: ModelSpec, sweep: Sweep, workers: Workers, parts: Parts, progress: Progress
+    ) -> None:
+        """`field`: the option that names the model."""
+        self.field = field
+        self.spec = spec
+        self.sweep = sweep
+        self.workers = workers
+        self.parts = parts
+        self.progress = progress
+        self._content = of_files(Path(spec.path)) if Path(spec.path).is_dir() else spec.path
+        self._loaded = False
+
+    def run(self, suite: SuiteProblems, setting: Setting) -> list[Run]:
+        """One run for each seed.
+
+        Raises:
+            ConfigError: the model cannot be loaded.
+            StuckError, WorkerError: a process did not answer in time, or failed.
+        """
+        return [self._run(suite, setting, seed) for seed in self.sweep.run_seeds]
+
+    def _run(self, suite: SuiteProblems, setting: Setting, seed: int) -> Run:
+        requests = self.sweep.requests(suite)
+        starts = range(0, len(requests), _CHUNK)
+        chunks = [Chunk(i, tuple(requests[first : first + _CHUNK])) for i, first in enumerate(starts)]
+        name = f"{suite.suite.name} {setting.decoding} block {setting.block_size} seed {seed}".replace(" ", "-")
+        identity = self._identity(setting, seed)
+        self.progress.begin(f"{suite.suite.name}, {setting.decoding}", len(requests))
+        done: dict[int, Answered] = {}
+        for chunk in chunks:
+            if answered := self.parts.load(name, chunk, identity):
+                done[chunk.index] = answered
+                self.progress.advance(len(chunk.requests))
+        if missing := [chunk for chunk in chunks if chunk.index not in done]:
+            self._load()
+            for answered in self.workers.respond(
+                missing, setting.unmasking, setting.block_size, self.sweep.temperature, seed
+            ):
+                self.parts.save(name, chunks[answered.index], identity, answered)
+                done[answered.index] = answered
+                self.progress.advance(len(answered.responses))
+        ordered = [done[chunk.index] for chunk in chunks]
+        return Run([r for answered in ordered for r in answered.responses], sum(a.seconds for a in ordered))
+
+    def _load(self) -> None:
+        if not self._loaded:
+            with model_errors(self.field, self.spec.path):
+                self.workers.load(self.spec)
+            self._loaded = True
+
+    def _identity(self, setting: Setting, seed: int) -> dict[str, Any]:
+        """What the responses depend on, besides the requests."""
         return {
-            "format_version": FORMAT_VERSION,
-            "problems": {"path": problems_path, "count": len(self.problems)},
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "seeds": list(self.run_seeds),
-            "answer_format": self.answer_format,
-            "dtype": self.dtype,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "threads": torch.get_num_threads(),
-            "versions": installed_versions(),
-            "rows": [asdict(row) for row in rows],
+            "model": self._content,
+            "kind": self.spec.kind,
+            "unmasking": setting.unmasking.model_dump() if setting.unmasking else None,
+            "block_size": setting.block_size,
+            "temperature": self.sweep.temperature,
+            "seed": seed,
+            "dtype": self.spec.dtype,
+            "ends": self.spec.ends,
+            "batch": self.spec.slots if self.spec.kind == "original" else None,  # decides its padding
         }
-
-
-def row_of(model: Literal["student", "teacher"], path: str, setting: Setting, runs: list[Evaluation]) -> Row:
-    """Mean and standard deviation over the runs of one setting, or over problems where there is one run."""
-    metrics = [run.metrics() for run in runs]
-    mean = {name: statistics.fmean(f[name] for f in metrics) for name in metrics[0]}
-    if len(runs) > 1:
-        varying = [name for name in mean if name != "problems"]
-        std = {name: statistics.stdev(f[name] for f in metrics) for name in varying}
-    else:
-        std = runs[0].spread_over_problems()
-    return Row(
-        model=model,
-        path=path,
-        decoding=setting.decoding,
-        block_size=setting.block_size,
-        unmasking=setting.unmasking.model_dump() if setting.unmasking else None,
-        spread="seeds" if len(runs) > 1 else "problems",
-        mean=mean,
-        std=std,
-        runs=metrics,
-    )

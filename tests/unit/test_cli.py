@@ -241,9 +241,11 @@ def test_convert_then_generate_then_eval(opdlm, tmp_path):
         assert status == 2
         assert f"--max-new-tokens: {said} the longest prompt" in err and "512 positions at block size 8" in err
 
-    status, out, _ = opdlm("eval", student, "--problems", HELDOUT, "--count", 2, "--max-new-tokens", 8)
-    assert status == 0
-    assert "exact_match" in out
+    few = ("--problems", HELDOUT, "--count", 2, "--max-new-tokens", 8)
+    status, out, err = opdlm("eval", student, *few)
+    assert (status, "static 1" in out and "dynamic 0.9" in out) == (0, True)
+    assert "word_problems_heldout, dynamic 0.9: 2 responses" in err
+    assert "exact_match" in opdlm("eval", student, *few, "--rule", "static")[1]
 
 
 def test_generate_reads_and_writes_records_and_shows_steps(opdlm, tmp_path):

@@ -243,10 +243,10 @@ def test_references_in_every_form_are_right_where_they_are(opdlm, tmp_path, answ
     command = ("eval", ARLM, "--problems", file, "--autoregressive", "--max-new-tokens", 72, "--output", out)
     status, said, _ = opdlm(*command)
     assert status == 0
-    assert "--problems: 1 problems left out: no answer (missing, empty, null or NaN)" in said
+    assert "p: 1 left out: no answer (missing, empty, null or NaN)" in said
     report = json.loads(out.read_text())
-    assert report["rows"][0]["mean"]["exact_match"] == 1
-    assert report["left_out"] == {"no answer (missing, empty, null or NaN)": 1}
+    assert report["rows"][0]["metrics"]["exact_match"]["mean"] == 1
+    assert report["suites"][0]["left_out"] == {"no answer (missing, empty, null or NaN)": 1}
 
 
 def test_fields_and_splits_of_problems(opdlm, tmp_path):

@@ -118,7 +118,7 @@ def test_ray_started_here_has_the_store_that_is_asked_for_or_needed(monkeypatch,
     started: dict[str, object] = {}
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "init", lambda **options: started.update(options))
-    cluster.connect(load_config("tiny", asked), 700)
+    cluster.connect(load_config("tiny", asked).ray, 700)
     assert started["object_store_memory"] == given * 2**20
 
 
