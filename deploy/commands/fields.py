@@ -28,7 +28,8 @@ def fields() -> None:
 def field_table() -> Table:
     """One row per field: dotted name, type, default, meaning."""
     table = Table(box=None, padding=(0, 1))
-    for column in ("field", "type", "default", "meaning"):
+    table.add_column("field", no_wrap=True)  # a name that is cut in two cannot be searched for
+    for column in ("type", "default", "meaning"):
         table.add_column(column, overflow="fold")
     for row in rows(RunConfig, ""):
         table.add_row(*row)
