@@ -7,13 +7,20 @@ import ray
 
 from common.config.errors import ConfigError
 from common.config.file import load_config
-from deploy.cluster import reserve
+from deploy import cluster
+from deploy.placement import plan
+from deploy.remote_calls import RemoteCalls
+from deploy.roles import ROLES
 
 pytestmark = pytest.mark.integration
 
 
 def config(*overrides: str):
     return load_config("tiny", ["--ray.placement_timeout_s", "1.5", *overrides])
+
+
+def reserve(settings):
+    return cluster.reserve(settings, plan(settings), RemoteCalls(1.0), ROLES)
 
 
 @pytest.mark.usefixtures("ray_local")
