@@ -68,7 +68,7 @@ def _metrics(folder: str, size: str, device: str, rows: int, *plan: int) -> dict
     }
     if device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        flops = useful_flops(rank.model_config, row["tokens"], row["masked"])
+        flops = useful_flops(rank.conversion.config, row["tokens"], row["masked"])
         row["mfu"] = flops / seconds / matmul_rate()
     return row
 
@@ -108,8 +108,8 @@ def _ready(
     )
     rank = LearnerRank(config, 0)
     rank.start("127.0.0.1", rank.address()[1])
-    width = rank.model_config.hidden_size
-    meta = TrajectoryMeta(BLOCK, rank.model_config.mask_token_id, "benchmark", "hidden", width)
+    width = rank.conversion.config.hidden_size
+    meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "benchmark", "hidden", width)
     trajectories = random_trajectories(width, rows, prompt, response, cuda)
     builder = BatchBuilder(meta, "row_mean", "bucket", max_tokens, rank.attention, rank.device, rank.teacher_head)
     return rank, lambda: rank._update(trajectories, builder, 0)
