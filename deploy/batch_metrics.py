@@ -15,6 +15,7 @@ from deploy.monitoring.occupancy import Window
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch
 from deploy.run_cost import RunCost
+from learner.phase_clock import PHASES
 
 
 class BatchMetrics:
@@ -99,6 +100,7 @@ class BatchMetrics:
             "seconds/rollout": rollout_seconds,
             "seconds/teacher": teacher_seconds,
             "seconds/learner": learner["seconds"],
+            **{f"learner/{phase}_s": learner[f"{phase}_s"] for phase in PHASES},
             "seconds/publish": published["seconds"],
             "seconds/weights_pause": max(pauses),
             "seconds/batch": seconds,

@@ -44,6 +44,7 @@ from learner.deepspeed_config import deepspeed_config
 from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
 from learner.packing import MicroBatch
+from learner.phase_clock import PHASES, PhaseClock
 from learner.publish import gathered_buckets
 from learner.records import RecordReader
 from learner.rollout_samples import rollout_sample
@@ -125,6 +126,7 @@ class LearnerRank:
         learner = self.config.learner
         on_gpu = device_for("learner", learner.resources) == "cuda"
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        self.clock = PhaseClock(self.device)
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK="0",
@@ -212,6 +214,7 @@ class LearnerRank:
             FloatingPointError: non-finite logits at trained positions; no update is made with them.
         """
         start = time.perf_counter()
+        self.clock.mark("read")
         record_batches = ray.get(list(refs))
         trajectories, meta = self.reader.read(record_batches)
         if spool and self.rank == 0:
@@ -240,6 +243,7 @@ class LearnerRank:
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
             metrics = self._update(trajectories[u * rows : (u + 1) * rows], builder, wanted)
             totals.update(metrics)
+        phases = self.clock.take()
         seconds = time.perf_counter() - start
         self.spans.add(time.perf_counter() - read)
         positions = max(totals["positions"], 1.0)
@@ -254,6 +258,7 @@ class LearnerRank:
             "trained_positions": totals["positions"],
             "packed_tokens": totals["packed_tokens"],
             "seconds": seconds,
+            **{f"{phase}_s": phases[phase] for phase in PHASES},
         }
 
     def stats(self) -> dict[str, Any]:
@@ -269,23 +274,29 @@ class LearnerRank:
 
     def _update(self, trajectories: list[Trajectory], builder: BatchBuilder, wanted: int) -> dict[str, float]:
         """One optimizer step over all ranks; keeps `wanted` of this rank's trajectories as samples."""
-        world = self.config.learner.ranks
+        world, mark = self.config.learner.ranks, self.clock.mark
+        mark("pack")
         batches, positions = builder.update(trajectories, self.rank, world)
         sums = empty_sums(self.device)
         sums.per_position = [] if wanted else None
         tokens = 0
         for i, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            mark("copy")
             tensors = builder.tensors(batch, trajectories)
+            mark("forward")
             loss = self.engine(tensors, sums)
+            mark("backward")
             self.engine.backward(loss * world)  # DeepSpeed averages over ranks, the coefficients already normalise
             tokens += tensors.tokens
+        mark("sums")
         scalars = sums.scalars() | {"packed_tokens": torch.tensor(tokens, dtype=torch.float64, device=self.device)}
         values = torch.stack(list(scalars.values()))
         torch.distributed.all_reduce(values)
         totals = dict(zip(scalars, values.tolist(), strict=True))
         if totals["bad"]:
             raise FloatingPointError(f"{int(totals['bad'])} trained positions had non-finite logits or divergence")
+        mark("optimizer")
         if batches:
             self.engine.step()
         if sums.per_position:

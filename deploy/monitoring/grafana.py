@@ -69,9 +69,9 @@ def main() -> None:
 
 
 def _kind(name: str) -> str:
-    """What a metric measures, without the stage: `seconds` of `seconds/rollout`."""
+    """What a metric measures, without the stage: `seconds` of `seconds/rollout`; `learner` of its phases' seconds."""
     first, _, rest = name.partition("/")
-    return name if not rest else rest if first in _ROLES else first
+    return name if not rest else rest if first in _ROLES and not rest.endswith("_s") else first
 
 
 def _of_run(metric: str, by: str = "run") -> str:
@@ -113,7 +113,7 @@ def _family(title: str, members: list[str]) -> Panel:
 def _member(name: str, members: list[str]) -> str:
     """What tells a metric from the others of its panel."""
     first, _, rest = name.partition("/")
-    return "" if len(members) == 1 else first if first in _ROLES else rest
+    return "" if len(members) == 1 else rest if _kind(name) == first else first
 
 
 def _series(title: str, unit: str, description: str, queries: dict[str, str]) -> Panel:

@@ -61,6 +61,14 @@ METRICS: dict[str, MetricSpec] = {
     "seconds/rollout": MetricSpec("s", "busy seconds of the busiest rollout actor"),
     "seconds/teacher": MetricSpec("s", "busy seconds of the busiest teacher"),
     "seconds/learner": MetricSpec("s", "training seconds"),
+    # parts of seconds/learner on rank 0, see learner/phase_clock.py
+    "learner/read_s": MetricSpec("s", "record batches read from the object store"),
+    "learner/pack_s": MetricSpec("s", "updates packed into micro-batches"),
+    "learner/copy_s": MetricSpec("s", "micro-batches, masks and targets made on the device"),
+    "learner/forward_s": MetricSpec("s", "forwards with the loss"),
+    "learner/backward_s": MetricSpec("s", "backwards"),
+    "learner/optimizer_s": MetricSpec("s", "gradient norm, optimiser step, new weights"),
+    "learner/sums_s": MetricSpec("s", "loss sums added over ranks and read"),
     "seconds/publish": MetricSpec("s", "gathering, shipping and, at staleness 0, loading the weights"),
     "seconds/weights_pause": MetricSpec(
         "s", "longest that a rollout actor stood still for new weights since its last rollouts"

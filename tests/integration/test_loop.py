@@ -12,6 +12,7 @@ from common.student import load_model
 from common.trajectory import from_batch, read_spool
 from deploy.pipeline import run
 from deploy.run_folder import foreign_entries
+from learner.phase_clock import PHASES
 from tests.models import tiny_qwen3, tiny_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -102,6 +103,9 @@ def test_student_and_teacher_with_different_rows_train_together(
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["weights_version"] for m in metrics] == [1, 2]
     assert all(0 < m["kl"] < 20 for m in metrics)
+    for m in metrics:
+        assert sum(m[f"learner/{phase}_s"] for phase in PHASES) == pytest.approx(m["seconds/learner"], rel=0.05)
+        assert min(m["learner/forward_s"], m["learner/backward_s"], m["learner/optimizer_s"]) > 0
     tokens = 263 if mask_token == "auto" else 262  # with and without its mask token
     for index in range(2):
         for batch in read_spool(folder / "spool" / f"batch-{index:06d}.arrow"):
