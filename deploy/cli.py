@@ -28,6 +28,7 @@ from deploy.commands import (
     make_tiny_arlm,
     prompts,
     respond,
+    score,
     train,
 )
 from deploy.errors import RunError, Stopped
@@ -45,7 +46,7 @@ app = typer.Typer(
 )
 # in the order of the help
 for command in (
-    train, eval, generate, lm_eval, convert, fields, prompts, respond, ablate, dashboard, jobs, make_tiny_arlm,
+    train, eval, score, generate, lm_eval, convert, fields, prompts, respond, ablate, dashboard, jobs, make_tiny_arlm,
 ):  # fmt: skip
     command.register(app)
 

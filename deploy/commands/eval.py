@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds
     from deploy.evaluation.problems import SuiteProblems
     from deploy.evaluation.results import Row, Scored
     from deploy.evaluation.sweep import Progress, Setting, Sweep
+    from deploy.evaluation.unscored import Unscored
 
 PROBLEMS_SUFFIX = ".problems.jsonl"
 
@@ -77,6 +79,13 @@ def evaluate(
     run_code: Annotated[
         bool, typer.Option("--run-code", help="run the programs that the model writes, for humaneval and mbpp")
     ] = False,
+    score: Annotated[
+        bool,
+        typer.Option(
+            help="--no-score: keep the responses in OUTPUT.unscored.json.gz, for `opdlm score` on a machine that has "
+            "what scoring needs"
+        ),
+    ] = True,
     rule: Annotated[
         list[RuleName] | None,
         typer.Option(
@@ -210,7 +219,9 @@ def evaluate(
         suite or [], suite_data, problems, split, subset, question_field, answer_field, answer_format, template, shots,
         count, run_code,
     )  # fmt: skip
-    asked_for.check()
+    asked_for.check(score)
+    if not score and not output:
+        raise ConfigError("--no-score: has nowhere to keep the responses; give an --output")
     from deploy.evaluation.original import original_of
     from deploy.model_checks import check_model_folder, check_student_folder, model_errors, model_json
 
@@ -255,31 +266,51 @@ def evaluate(
         option, path = ("MODEL", model) if autoregressive else ("--original", beside)
         ends = None if autoregressive else model_json("MODEL", model).get("end_token_ids")
         models.append((option, ModelSpec("original", str(path), dtype, slots, ends and tuple(ends)), [Setting()]))
-    rows, scored, device = _results(sweep, models, output, actors, gpus, address)
-    _show(rows)
+    unscored, device = _responses(sweep, models, output, actors, gpus, address)
     facts = {
         "asked": asked,
         "device": device,
         "processes": actors or gpus or 1,
         "versions": installed_versions(),
     }
-    _write(
-        report(sweep, rows, facts), rows, scored, output, plot, f"{model} on {', '.join(s.suite.name for s in suites)}"
-    )
+    if score or not output:
+        score_and_write(report(sweep, facts), unscored, output, plot)
+        return
+    from deploy.evaluation import unscored as unscored_file
+    from deploy.evaluation.parts import Parts
+
+    kept = output.with_name(output.stem + unscored_file.SUFFIX)
+    with writing("--output", kept):
+        unscored_file.save(kept, report(sweep, facts), unscored)
+    Parts(output).remove()
+    say(f"responses: {kept}; to score them, here or elsewhere: opdlm score {kept}")
 
 
-def _results(
+def score_and_write(report: dict[str, Any], unscored: list[Unscored], output: Path | None, plot: Path | None) -> None:
+    """Scores, tables on the console, and the files of the results; `report` is that of the sweep, without rows."""
+    from deploy.evaluation.results import Scored, rows_of
+
+    with _progress() as progress:
+        scored = [Scored.of(each.suite, each.spec, each.setting, each.runs, progress) for each in unscored]
+    rows = rows_of(scored)
+    _show(rows)
+    paths = dict.fromkeys(row.path for row in rows if row.model == "student" or len(rows) == 1)
+    suites = dict.fromkeys(row.suite for row in rows)
+    _write(report, rows, scored, output, plot, f"{', '.join(paths)} on {', '.join(suites)}")
+
+
+def _responses(
     sweep: Sweep,
     models: list[tuple[str, ModelSpec, list[Setting]]],
     output: Path | None,
     actors: int | None,
     gpus: int | None,
     address: str | None,
-) -> tuple[list[Row], list[Scored], str]:
-    """Rows and scored responses, suite by suite with the original first, and the device."""
+) -> tuple[list[Unscored], str]:
+    """The responses, suite by suite with the original first, and the device."""
     from deploy.evaluation.parts import Parts
-    from deploy.evaluation.results import Scored, rows_of
     from deploy.evaluation.sweep import SweptModel
+    from deploy.evaluation.unscored import Unscored
     from deploy.evaluation.workers import RayWorkers, ThisProcess, Workers
 
     parts = Parts(output)
@@ -287,16 +318,13 @@ def _results(
     if actors or gpus:
         workers = RayWorkers(actors or gpus or 1, on_gpus=bool(gpus), address=address)
     runs = []
-    with _progress() as progress:
-        with workers:
-            for option, spec, settings in models:
-                swept = SweptModel(option, spec, sweep, workers, parts, progress)
-                for suite in sweep.suites:
-                    runs += [(suite, spec, setting, swept.run(suite, setting)) for setting in settings]
-        order = {suite.suite.name: place for place, suite in enumerate(sweep.suites)}
-        runs.sort(key=lambda run: (order[run[0].suite.name], run[1].kind != "original"))
-        scored = [Scored.of(*run, progress) for run in runs]
-    return rows_of(scored), scored, workers.device
+    with _progress() as progress, workers:
+        for option, spec, settings in models:
+            swept = SweptModel(option, spec, sweep, workers, parts, progress)
+            for suite in sweep.suites:
+                runs += [Unscored(suite, spec, setting, swept.run(suite, setting)) for setting in settings]
+    order = {suite.suite.name: place for place, suite in enumerate(sweep.suites)}
+    return sorted(runs, key=lambda run: (order[run.suite.suite.name], run.spec.kind != "original")), workers.device
 
 
 @contextmanager
@@ -390,6 +418,7 @@ def _write(
     from deploy.evaluation.parts import Parts
     from deploy.evaluation.response_file import as_json
 
+    report = {**report, "rows": [asdict(row) for row in rows]}
     if output:
         every = output.with_suffix(PROBLEMS_SUFFIX)
         with writing("--output", output):

@@ -25,10 +25,18 @@ _PACKAGES = ("lm_eval", "langdetect", "immutabledict", "nltk")
 _lacks_data: dict[str, bool] = {}  # by instruction
 
 
+def missing_packages() -> list[str]:
+    """Those of the checkers that are not installed."""
+    return [name for name in _PACKAGES if find_spec(name) is None]
+
+
 def check_installed() -> None:
     """Raises ConfigError where the checkers' packages are missing."""
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ConfigError(f"--suite ifeval: {', '.join(missing)} not installed; install opdlm[eval]")
+    if missing := missing_packages():
+        raise ConfigError(
+            f"--suite ifeval: {', '.join(missing)} not installed; install opdlm[eval], or keep the "
+            "responses with --no-score and score them elsewhere"
+        )
 
 
 def followed(record: Record, response: str) -> tuple[list[bool | None], list[bool | None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -192,8 +192,8 @@ def _of(score: str) -> str:
     return f"{score}/of"
 
 
-def report(sweep: Sweep, rows: Sequence[Row], facts: dict[str, Any]) -> dict[str, Any]:
-    """The content of the results' JSON file; `facts` are further fields."""
+def report(sweep: Sweep, facts: dict[str, Any]) -> dict[str, Any]:
+    """The content of the results' JSON file without its rows; `facts` are further fields."""
     return {
         "format_version": FORMAT_VERSION,
         "suites": [
@@ -218,5 +218,4 @@ def report(sweep: Sweep, rows: Sequence[Row], facts: dict[str, Any]) -> dict[str
         "slots": sweep.slots,
         "dtype": sweep.dtype,
         **facts,
-        "rows": [asdict(row) for row in rows],
     }

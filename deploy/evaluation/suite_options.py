@@ -12,7 +12,7 @@ from common.config.paths import expanded
 from common.config.run import AnswerFormat, DataConfig
 from deploy.evaluation.asking import with_options_named
 from deploy.evaluation.problems import SuiteProblems, load_problems, plain_problems, source_of
-from deploy.evaluation.suites import SUITES, plain_suite
+from deploy.evaluation.suites import SUITES, Suite, plain_suite
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,11 @@ class SuiteOptions:
     count: int | None
     run_code: bool
 
-    def check(self) -> None:
-        """What can be known before a file is read.
+    def check(self, score: bool = True) -> None:
+        """What can be known before a file is read; `score`: the responses are scored here.
 
         Raises:
-            ConfigError: nothing is to be evaluated, a suite is unknown, twice or without its packages, or code would
-                have to be run without having been asked for.
+            ConfigError: nothing is to be evaluated, a suite is unknown, twice, or cannot be scored here.
         """
         if not self.suites and self.problems is None:
             raise ConfigError(f"--suite: give one of {', '.join(SUITES)}, NAME=FILE, or --problems FILE")
@@ -50,16 +49,8 @@ class SuiteOptions:
                 )
             if names.count(name) > 1:
                 raise ConfigError(f"--suite: {name!r} is given twice; leave one out")
-            suite = SUITES.get(name)
-            if suite and suite.scorer == "instructions":
-                from deploy.evaluation.ifeval import check_installed
-
-                check_installed()
-            if suite and suite.scorer == "code" and not self.run_code:
-                raise ConfigError(
-                    f"--suite {name}: runs the programs that the model writes on this machine; say --run-code if that "
-                    "is what you want (docs/evaluation.md says how they are kept in)"
-                )
+            if score and name in SUITES:
+                check_scorer(SUITES[name], self.run_code)
         for option, given in (("--split", self.split), ("--subset", self.subset)):
             if given and not self._has_plain():
                 raise ConfigError(f"{option}: is for --problems; a suite's own are known")
@@ -116,3 +107,17 @@ class SuiteOptions:
 
     def _has_plain(self) -> bool:
         return self.problems is not None or any(name not in SUITES for name, _ in self._named())
+
+
+def check_scorer(suite: Suite, run_code: bool) -> None:
+    """Raises ConfigError where the packages of the scorer are missing, or it would run code without having been asked
+    to."""
+    if suite.scorer == "instructions":
+        from deploy.evaluation.ifeval import check_installed
+
+        check_installed()
+    if suite.scorer == "code" and not run_code:
+        raise ConfigError(
+            f"--suite {suite.name}: runs the programs that the model writes on this machine; say --run-code if that is "
+            "what you want (docs/evaluation.md says how they are kept in)"
+        )

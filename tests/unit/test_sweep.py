@@ -1,7 +1,9 @@
 """Sweeps: what is run, what its rows say, how they are shown, and how an interrupted one goes on."""
 
+import gzip
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -304,6 +306,53 @@ def test_an_interrupted_command_goes_on_where_it_stood(tmp_path, opdlm, monkeypa
     seen.clear()
     opdlm(*command, "--rule", "static", "--max-new-tokens", 9)
     assert len(seen) == 2 * 5
+
+
+def test_responses_are_scored_elsewhere_as_they_would_have_been_here(tmp_path, opdlm, monkeypatch):
+    student, ifeval = tmp_path / "student", tmp_path / "ifeval.jsonl"
+    opdlm("convert", tiny_qwen3(tmp_path / "arlm"), student)
+    rows = [("yes", "punctuation:no_comma", {}), ("no", "change_case:english_lowercase", {})] * 2
+    ifeval.write_text(
+        "".join(
+            json.dumps({"key": i, "prompt": f"Say {word}.", "instruction_id_list": [name], "kwargs": [options]}) + "\n"
+            for i, (word, name, options) in enumerate(rows)
+        )
+    )
+    command = (
+        "eval", student, "--suite", f"ifeval={ifeval}", "--problems", HELDOUT, "--original", ARLM, "--count", 3,
+        "--max-new-tokens", 8, "--temperature", 1, "--seeds", 2,
+    )  # fmt: skip
+    here, there = tmp_path / "here.json", tmp_path / "there.json"
+    opdlm(*command, "--output", here)
+    with monkeypatch.context() as context:
+        context.setattr("deploy.evaluation.ifeval._PACKAGES", ("no_such_package",))
+        out = opdlm(*command, "--output", there, "--no-score")
+    assert not there.exists() and not (tmp_path / "there.json.parts").exists()
+    assert "opdlm score" in out
+    shutil.rmtree(student)  # neither the models nor the suites are needed
+    ifeval.unlink()
+    opdlm("score", tmp_path / "there.unscored.json.gz")
+    reports = [json.loads(file.read_text()) for file in (here, there)]
+    for report in reports:
+        for row in report["rows"]:
+            row["seconds"] = row["metrics"]["tokens_per_second"] = None
+    assert reports[0] == reports[1]
+    assert [r["suite"] for r in reports[1]["rows"]] == ["ifeval"] * 3 + ["word_problems_heldout"] * 3
+    assert (tmp_path / "here.problems.jsonl").read_text() == (tmp_path / "there.problems.jsonl").read_text()
+    assert (tmp_path / "there.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_no_file_of_responses_is_refused(tmp_path):
+    from deploy.commands.score import score
+
+    for name, content, said in (
+        ("results.json", b"{}", r"is no \.unscored\.json\.gz file"),
+        ("a.unscored.json.gz", b"{}", "is no file of responses"),
+        ("b.unscored.json.gz", gzip.compress(b'{"format_version": 9}'), "has format version 9, not 1"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=said):
+            score(tmp_path / name)
 
 
 def test_the_original_is_the_one_of_the_runs_config(tmp_path, opdlm):
