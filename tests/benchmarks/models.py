@@ -6,7 +6,7 @@ import math
 from functools import cache
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deploy.demo.tiny_arlm import build_tokenizer
 
@@ -15,21 +15,27 @@ SIZES = {
              "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 263},
     "mid": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 10, "num_attention_heads": 8,
             "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 151936},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152},
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
     "4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
+_LLAMAS = ("135m",)  # SmolLM2's shape; all others are Qwen3
 
 
 def random_model(size: str, device: str, **changes: int) -> PreTrainedModel:
-    """A Qwen3 of one of SIZES, with changed entries; bfloat16 on CUDA, float32 on CPU."""
+    """A Qwen3 or Llama of one of SIZES, with changed entries; bfloat16 on CUDA, float32 on CPU."""
     torch.manual_seed(0)
-    config = Qwen3Config(**{**SIZES[size], **changes}, tie_word_embeddings=True, max_position_embeddings=8192)
+    family = "llama" if size in _LLAMAS else "qwen3"
+    shape = {**SIZES[size], **changes, "tie_word_embeddings": True, "max_position_embeddings": 8192}
+    config = AutoConfig.for_model(family, **shape)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        model = Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa", dtype=dtype)
-    return model.eval()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    made: PreTrainedModel = model.eval()
+    return made
 
 
 def save_random_model(size: str, device: str, folder: str) -> None:

@@ -75,13 +75,13 @@ def _sweeps(rows: list[dict[str, Any]]) -> str:
         later = ", ".join(f"{p['x']:,}: {p['cost'] / first['cost']:.2f}" for p in points[1:])
         of = "the whole loop" if "batch" in part else part
         lines.append([sweep, of, f"{first['x']:,}", f"{first['cost']:.3g} {unit}", later])
-    return _table(lines, right=())
+    return table(lines, right=())
 
 
 def _constants(rates: Rates, assumed: Assumed) -> str:
     teacher = "measured" if rates.teacher_measured else "not measured; taken as the learner's"
     publish = "measured" if rates.publish else "not measured; the target for 4B in a second"
-    return _table(
+    return table(
         [
             ["constant", "value", "source"],
             [
@@ -117,7 +117,7 @@ def _recipe(config: RunConfig, estimates: list[tuple[str, Estimate]]) -> str:
         rates = [f"{e.tokens_per_second[stage]:,.0f}" for stage in _STAGES[:3]]
         stages = [f"{e.seconds[stage]:.1f}" for stage in _STAGES]
         lines.append([name, used, *stages, f"{in_turn:.1f}", f"{overlapped:.1f}", *rates, f"{hours:.1f}"])
-    return _table(lines, right=range(2, len(lines[0])))
+    return table(lines, right=range(2, len(lines[0])))
 
 
 def _scaled(config: RunConfig, estimates: list[tuple[int, int, Estimate]]) -> str:
@@ -133,7 +133,7 @@ def _scaled(config: RunConfig, estimates: list[tuple[int, int, Estimate]]) -> st
         line = [f"{gpus}", f"{prompts:,}", f"{rows:,}", used, f"{e.seconds['rollout']:.1f}"]
         line += [f"{e.seconds['learner']:.1f}", f"{overlapped:.1f}", f"{rate:,.0f}"]
         lines.append([*line, f"{rate / s.used:,.0f}", f"{hours:.2f}", f"{PROMPTS / rows:,.0f}"])
-    return _table(lines, right=(0, 1, 2, *range(4, len(lines[0]))))
+    return table(lines, right=(0, 1, 2, *range(4, len(lines[0]))))
 
 
 def _bytes(estimates: list[tuple[str, Estimate]]) -> str:
@@ -141,7 +141,7 @@ def _bytes(estimates: list[tuple[str, Estimate]]) -> str:
     for name, e in estimates:
         columns = [e.network["weights"], e.network["trajectories"], e.network["ZeRO-3"], e.object_store]
         lines.append([name, *(f"{value / 1e9:,.2f}" for value in columns)])
-    return _table(lines, right=(1, 2, 3, 4))
+    return table(lines, right=(1, 2, 3, 4))
 
 
 def _limits(config: RunConfig, unchanged: list[Estimate], rates: Rates, assumed: Assumed) -> str:
@@ -158,10 +158,10 @@ def _limits(config: RunConfig, unchanged: list[Estimate], rates: Rates, assumed:
         ["learner with a rank for every row of an update", f"{alone.seconds['learner']:.1f} s"],
         ["one version of the weights", f"{weights / 1e9:.1f} GB"],
     ]
-    return _table(rows, right=(1,))
+    return table(rows, right=(1,))
 
 
-def _table(rows: list[list[str]], right: Any) -> str:
+def table(rows: list[list[str]], right: Any) -> str:
     ruler = ["---:" if i in right else "---" for i in range(len(rows[0]))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ruler, *rows[1:]])
 
