@@ -8,8 +8,8 @@ the same.
 In `common`, the config knows nothing of the rest, and the readers of data sets nothing of prompts. In `actors`,
 kernels know nothing of the sampler but its cache, the sampler and the teacher do not know each other, and the rollout
 actor uses all. In `deploy`, what watches a run (monitoring, and the page that reads what monitoring writes) is below
-the loop; evaluation, ablations and the demo are above it, as they use its checks or run it; then the commands; the
-command line registers these.
+the loop; evaluation and ablations are above it, as they use its checks or run it; then the demo, which reports on
+evaluations; then the commands; the command line registers these.
 """
 
 import ast
@@ -38,7 +38,8 @@ ROOMS = {
         ("deploy.monitoring",),
         ("deploy.dashboard",),
         ("deploy",),
-        ("deploy.ablation", "deploy.demo", "deploy.evaluation"),
+        ("deploy.ablation", "deploy.evaluation"),
+        ("deploy.demo",),
         ("deploy.commands",),
         ("deploy.cli",),
         ("deploy.__main__",),
