@@ -15,7 +15,7 @@ import torch
 from common.config.run import RunConfig
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
-from tests.benchmarks.learner_step import BLOCK, random_trajectories, useful_flops
+from tests.benchmarks.learner_step import BLOCK, random_trajectories, uneven_rows, useful_flops
 from tests.benchmarks.models import matmul_rate, save_random_model
 from tests.benchmarks.operators import Operator, hottest
 
@@ -23,8 +23,13 @@ _REPEATS = 3
 
 
 def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> Iterator[dict[str, Any]]:
-    """One row, of updates of `rows` trajectories; on CUDA with Liger's kernels and activations kept."""
+    """Updates of `rows` trajectories, then of uneven ones; on CUDA with all activations kept and Liger's kernels, and
+    the uneven ones also with compiled layers."""
     yield _in_a_process(_metrics, size, device, rows, prompt, response, max_tokens)
+    uneven = (*uneven_rows(device, rows, prompt, response), max_tokens)
+    for compiled in (False, True) if device == "cuda" else (False,):
+        row = _in_a_process(_metrics, size, device, *uneven, True, compiled)
+        yield row | {"lengths": "uneven", "compiled": compiled}
 
 
 def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
@@ -86,7 +91,14 @@ def _operators(folder: str, size: str, device: str, *plan: int) -> list[Operator
 
 
 def _ready(
-    folder: str, device: str, rows: int, prompt: int, response: int, max_tokens: int
+    folder: str,
+    device: str,
+    rows: int,
+    prompt: int,
+    response: int,
+    max_tokens: int,
+    uneven: bool = False,
+    compiled: bool = False,
 ) -> tuple[Any, Callable[[], dict[str, float]]]:
     """A rank that has started, and what makes it do an update."""
     cuda = device == "cuda"
@@ -100,7 +112,8 @@ def _ready(
         "max_tokens_per_microbatch": max_tokens,
         "dtype": "bfloat16" if cuda else "float32",
         "gradient_checkpointing": False,
-        "liger_kernels": cuda,
+        "liger_kernels": cuda and not compiled,
+        "compile": compiled,
         "resources": {"gpus": int(cuda), "threads": torch.get_num_threads()},
     }
     config = RunConfig.model_validate(
@@ -110,7 +123,7 @@ def _ready(
     rank.start("127.0.0.1", rank.address()[1])
     width = rank.conversion.config.hidden_size
     meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "benchmark", "hidden", width)
-    trajectories = random_trajectories(width, rows, prompt, response, cuda)
+    trajectories = random_trajectories(width, rows, prompt, response, cuda, uneven=uneven)
     builder = BatchBuilder(meta, "row_mean", "bucket", max_tokens, rank.attention, rank.device, rank.teacher_head)
     return rank, lambda: rank._update(trajectories, builder, 0)
 

@@ -17,6 +17,7 @@ from learner.batches import BatchBuilder
 from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, divergence, empty_sums
 from learner.packing import MicroBatch, coefficients, document, microbatch
+from tests.benchmarks.lengths import uneven_lengths
 from tests.benchmarks.models import matmul_rate, random_model
 from tests.benchmarks.operators import Operator, hottest
 
@@ -28,11 +29,14 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
 
     `chunked` is the learner's own: packed rows, LM head at masked positions, in chunks. `dense` is what it replaces:
     float32 logits of student and teacher at every position. On CUDA also without recomputation, and with Liger's
-    kernels.
+    kernels. One row is of `uneven_rows`.
     """
     cuda = device == "cuda"
     model, builder, trajectories = _ready(size, device, rows, prompt, response, max_tokens)
     peak = matmul_rate() if cuda else 0.0
+    uneven = random_trajectories(
+        model.config.hidden_size, *uneven_rows(device, rows, prompt, response), cuda, uneven=True
+    )
     first = 0.0
     with_liger = False
     for variant in _ON_CUDA if cuda else _ON_CPU:
@@ -43,15 +47,21 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
             model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             model.gradient_checkpointing_disable()
-        metrics = _time(model, builder, trajectories, variant.loss, variant.padded)
+        used = uneven if variant.uneven else trajectories
+        metrics = _time(model, builder, used, variant.loss, variant.padded)
         flops = useful_flops(model.config, metrics["tokens"], metrics["masked"])
         metrics["useful_tflops"] = flops / metrics["seconds"] / 1e12
         if peak:
             metrics["mfu"] = flops / metrics["seconds"] / peak
-        if first:
+        if first and not variant.uneven:
             metrics["times_the_first"] = metrics["seconds"] / first
         first = first or metrics["seconds"]
-        yield {"size": size, "variant": variant.name, "rows": rows, **metrics}
+        yield {"size": size, "variant": variant.name, "rows": len(used), **metrics}
+
+
+def uneven_rows(device: str, rows: int, prompt: int, response: int) -> tuple[int, int, int]:
+    """Rows, prompt and mean response of an update of uneven rows: some 8,000 packed tokens on CUDA, else as planned."""
+    return (16, 64, 220) if device == "cuda" else (rows, prompt, response)
 
 
 def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
@@ -158,13 +168,15 @@ def _dense_loss(model: Any, hidden: torch.Tensor, x: Any) -> torch.Tensor:
 
 
 def random_trajectories(
-    width: int, rows: int, prompt: int, response: int, cuda: bool, block: int = BLOCK
+    width: int, rows: int, prompt: int, response: int, cuda: bool, block: int = BLOCK, uneven: bool = False
 ) -> list[Trajectory]:
-    """With hidden states of that width as targets; on CPU of all lengths up to `response`, on CUDA all as long."""
+    """With hidden states of that width as targets; on CPU of all lengths up to `response`, on CUDA all as long, or
+    `uneven` with that mean, as those of real responses."""
     rng = np.random.default_rng(0)
+    lengths = [int(response * (1 if cuda else (i + 1) / rows)) for i in range(rows)]
     made = []
-    for i in range(rows):
-        length = -(-int(response * (1 if cuda else (i + 1) / rows)) // block) * block
+    for i, wanted in enumerate(uneven_lengths(response, rows) if uneven else lengths):
+        length = -(-wanted // block) * block
         t = Trajectory(
             ordinal=i,
             sample=0,
@@ -190,16 +202,19 @@ class _Variant(NamedTuple):
     padded: bool = False  # to the longest, not packed
     recomputed: bool = False
     liger: bool = False
+    uneven: bool = False
 
 
 _ON_CPU = (
     _Variant("packed, chunked", _chunked_loss),
     _Variant("padded to the longest, chunked", _chunked_loss, padded=True),
+    _Variant("packed, chunked, uneven rows", _chunked_loss, uneven=True),
     _Variant("packed, dense", _dense_loss),
     _Variant("padded to the longest, dense", _dense_loss, padded=True),
 )
 _ON_CUDA = (
     _Variant("chunked, all activations kept", _chunked_loss),
+    _Variant("chunked, all activations kept, uneven rows", _chunked_loss, uneven=True),
     _Variant("chunked, recomputed", _chunked_loss, recomputed=True),
     _Variant("dense, recomputed", _dense_loss, recomputed=True),
     _Variant("chunked, all activations kept, Liger", _chunked_loss, liger=True),

@@ -36,10 +36,11 @@ from deploy.demo.real_model import packaged_gguf
 from deploy.roles import ROLES
 from learner.phase_clock import PHASES
 from tests.benchmarks.learner_step import useful_flops
+from tests.benchmarks.lengths import quantiles
 from tests.benchmarks.models import matmul_rate, random_model
 
 WARM_UP = 2  # batches: the first compiles, the second meets what it did not
-MEDIAN, SIGMA = 0.3, 0.85  # of the log-normal lengths; the median is a share of the longest
+MEDIAN = 0.3  # of the lengths, as a share of the longest
 _LIMITS = 64
 _PROMPTS = REPOSITORY / "deploy" / "data" / "word_problems_train.jsonl"
 _SAMPLE_SECONDS = 0.25
@@ -148,9 +149,7 @@ def metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def length_limits(longest: int) -> list[int]:
     """The drawn limits, the shortest first: quantiles of the log-normal distribution, `longest` at most."""
-    normal = torch.distributions.Normal(0.0, 1.0)
-    quantiles = normal.icdf((torch.arange(_LIMITS) + 0.5) / _LIMITS)
-    return (longest * MEDIAN * (SIGMA * quantiles).exp()).clamp(1, longest).ceil().int().tolist()
+    return np.ceil(np.clip(longest * MEDIAN * quantiles(_LIMITS), 1, longest)).astype(int).tolist()
 
 
 @dataclass(frozen=True)

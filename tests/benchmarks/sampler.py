@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.config.run import StaticUnmasking
 from common.grid import grid_ceil
+from tests.benchmarks.lengths import uneven_lengths
 from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model
 from tests.benchmarks.operators import Operator, hottest
 
@@ -22,12 +24,16 @@ BLOCK = 4
 
 
 def measure(size: str, device: str, sequences: int, prompt: int, new_tokens: int) -> Iterator[dict[str, Any]]:
-    """Rows for static decoding (one token a step) and two tokens a step; end tokens are ignored."""
+    """Rows for static decoding (one token a step) and two tokens a step, then for one token a step and twice as many
+    uneven responses as slots; end tokens are ignored."""
     model = random_model(size, device)
     measure_on = _on_cuda if device == "cuda" else _on_cpu
     for n in (1, 2):
         row = {"size": size, "sequences": sequences, "tokens_per_step": n}
         yield row | measure_on(model, n, sequences, prompt, new_tokens)
+    yield {"size": size, "sequences": sequences, "tokens_per_step": 1, "lengths": "uneven"} | _uneven(
+        model, device == "cuda", sequences, prompt, new_tokens
+    )
 
 
 def _on_cpu(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_tokens: int) -> dict[str, Any]:
@@ -63,6 +69,21 @@ def _on_cuda(model: Any, tokens_per_step: int, sequences: int, prompt: int, new_
     row["floor_tokens_per_second"] = sequences * BLOCK / ((BLOCK // tokens_per_step + 1) * floor)
     row["of_floor"] = row["tokens_per_second"] / row["floor_tokens_per_second"]
     row["of_floor_without_prefill"] = row["of_floor"] / (1 - row["prefill_share"])
+    return row
+
+
+def _uneven(model: Any, fast: bool, sequences: int, prompt: int, new_tokens: int) -> dict[str, float]:
+    """Of 2 * sequences responses in as many slots as sequences; `slots_in_use` is their mean share over all passes."""
+    decoding = Decoding(StaticUnmasking(), 1.0)
+    lengths = uneven_lengths(new_tokens, 2 * sequences)
+    requests = [replace(r, max_new_tokens=n) for r, n in zip(_requests(2 * sequences, prompt, 0), lengths, strict=True)]
+    sampler = _sampler(model, sequences, fast)
+    if fast:
+        for _ in range(2):  # first uses, then captures
+            for _ in sampler.generate(requests, decoding):
+                pass
+    row = _speed(sampler, requests, decoding)
+    row["slots_in_use"] = row["tokens"] / (row["passes"] * sequences)
     return row
 
 

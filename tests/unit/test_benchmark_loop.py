@@ -8,13 +8,12 @@ import pytest
 from common.config.run import RunConfig
 from learner.phase_clock import PHASES
 from tests.benchmarks import loop, loop_page
+from tests.benchmarks.lengths import SIGMA, uneven_lengths
 
 
 def test_limits_are_those_of_the_log_normal_distribution_cut_at_the_longest():
     limits = np.array(loop.length_limits(1024))
-    drawn = np.minimum(
-        1024 * loop.MEDIAN * np.exp(loop.SIGMA * np.random.default_rng(0).standard_normal(200_000)), 1024
-    )
+    drawn = np.minimum(1024 * loop.MEDIAN * np.exp(SIGMA * np.random.default_rng(0).standard_normal(200_000)), 1024)
     assert limits.mean() == pytest.approx(drawn.mean(), rel=0.01)
     assert (limits == 1024).mean() == pytest.approx((drawn == 1024).mean(), abs=1 / 64)
     assert sorted(limits) == list(limits) and limits.min() >= 1
@@ -92,3 +91,9 @@ def test_tables_hold_every_row_and_say_where_the_learners_time_goes():
     assert "| 135m | 2 H200 (1:1:0) | --learner.compile false | 100 | 3,200 | 50% 25% | 50% / 10% / 10% |" in text
     assert "| 21% | 82 / 7.9 |" in text and "as before" not in text
     assert "| 1.75 |" + " 14% |" * 7 in text
+
+
+def test_uneven_lengths_have_the_mean_and_are_far_apart():
+    lengths = uneven_lengths(220, 16)
+    assert len(lengths) == 16 and np.mean(lengths) == pytest.approx(220, rel=0.01)
+    assert max(lengths) > 10 * min(lengths) and lengths != sorted(lengths)
