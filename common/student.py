@@ -97,7 +97,7 @@ def check_family(config: Any) -> None:
             f"has model_type {config.model_type!r}, which is not supported: its attention must take prebuilt masks; "
             f"choose one of {', '.join(SUPPORTED_FAMILIES)}"
         )
-    unknown = set(_layer_kinds(config)) - {"full_attention", "sliding_attention"}
+    unknown = set(layer_kinds(config)) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ModelError(
             f"has attention layers {sorted(unknown)}; only full_attention and sliding_attention can be "
@@ -111,16 +111,17 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     In a sliding-window layer a query of the student sees what block-causal attention allows and what lies fewer than
     `window` positions before it; its own block it sees to the end.
     """
-    return {kind: config.sliding_window if kind == "sliding_attention" else None for kind in _layer_kinds(config)}
+    kinds = sorted(set(layer_kinds(config)))
+    return {kind: config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
 
 
-def _layer_kinds(config: Any) -> list[str]:
-    """The kinds of attention layers, each once."""
+def layer_kinds(config: Any) -> list[str]:
+    """The kind of attention of every layer."""
     if getattr(config, "layer_types", None):
-        return sorted(set(config.layer_types))
+        return list(config.layer_types)
     # Mistral has one kind: sliding where a window is set
     slides = config.model_type == "mistral" and config.sliding_window is not None
-    return ["sliding_attention" if slides else "full_attention"]
+    return ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
 
 
 def default_attention() -> str:

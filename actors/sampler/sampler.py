@@ -16,6 +16,7 @@ prompts are short beside its responses, and the shapes of passes would no longer
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.sampler import attention
 from actors.sampler.attention import MOST_QUERIES
 from actors.sampler.cache import CacheRows, SlotCache
-from actors.sampler.fused_qwen3 import FusedQwen3
+from actors.sampler.fused_decoder import FusedDecoder
 from actors.sampler.graphs import PassGraphs
 from actors.sampler.projections import pack_projections
 from actors.sampler.request import Request
@@ -43,6 +44,8 @@ from common.padded_batches import padded_batches
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
 from common.trajectory import EndTokens, Trajectory
+
+_log = logging.getLogger(__name__)
 
 
 class Sampler:
@@ -120,12 +123,14 @@ class Sampler:
         self._all_slots = torch.arange(slots, device=self.device)
         self._plan: Callable[..., Any] = plan
         self._unmask: Callable[..., Any] = unmask
-        self._fused: FusedQwen3 | None = None
+        self._fused: FusedDecoder | None = None
         model.set_attn_implementation(attention.register())
         if self.on_cuda:
             pack_projections(model)
-            if FusedQwen3.fits(model):
-                self._fused = FusedQwen3(model, compiled)
+            if reason := FusedDecoder.misfit(model):
+                _log.warning("passes run transformers' layers, not the fused ones, since %s", reason)
+            else:
+                self._fused = FusedDecoder(model, compiled)
         if self.on_cuda and compiled:
             for layer in model.model.layers:  # one compiled layer serves all
                 layer.compile(dynamic=True)

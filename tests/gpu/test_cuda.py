@@ -6,7 +6,10 @@ Needs torch, transformers, pydantic, pyarrow and a CUDA device; neither ray, dee
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from actors.sampler.attention import slot_attention_reference
+from actors.sampler.cache import AttentionInputs
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
@@ -20,7 +23,7 @@ from common.trajectory import Trajectory, TrajectoryMeta
 from learner.batches import BatchBuilder
 from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, empty_sums
-from tests.models import tiny_qwen3
+from tests.models import FAMILIES, tiny_family, tiny_qwen3
 from tests.trajectories import packed_rows
 
 pytestmark = [
@@ -67,6 +70,66 @@ def test_graphs_give_the_cpus_trajectories(path, decoding):
             assert first[ordinal].response_ids.tolist() == again[ordinal].response_ids.tolist()
             same += first[ordinal].response_ids.tolist() == t.response_ids.tolist()
         assert same >= len(cpu) - 1  # a tie within rounding may fall either way
+
+
+# groups of two and of three heads, heads as wide as real ones
+SHAPES = {
+    "pairs": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "threes": {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_decodes_with_fused_layers_and_gives_the_cpus_trajectories(family, shape, tmp_path):
+    path = tiny_family(tmp_path, family, seed=2, **SHAPES[shape])
+    decoding = Decoding(StaticUnmasking(), 0.0)
+    _, cpu, _ = rollouts(path, "cpu", decoding=decoding)
+    _, first, again = rollouts(path, "cuda", decoding=decoding)
+    assert Sampler(
+        load_model(path, torch.float32, "sdpa").cuda(),
+        block_size=BLOCK, mask_token_id=1, eos_token_id=EOS, slots=2, seed=5,
+    )._fused  # fmt: skip
+    assert [again[i].response_ids.tolist() for i in cpu] == [first[i].response_ids.tolist() for i in cpu]
+    same = sum(first[i].response_ids.tolist() == t.response_ids.tolist() for i, t in cpu.items())
+    assert same >= len(cpu) - 2  # a tie within rounding may fall either way
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"), [(9, 3, 64), (14, 2, 64), (16, 8, 128), (32, 8, 128), (4, 1, 256), (8, 4, 256)]
+)
+@pytest.mark.parametrize("block", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("norms", ["none", "plain", "centred"])
+def test_the_attention_kernel_at_real_shapes(heads, kv_heads, width, block, norms):
+    """In bfloat16, with commits and long contexts, against the reference in float32."""
+    from actors.sampler.kernels.block_attention import Fusion, block_attention_triton
+
+    torch.manual_seed(0)
+    first = torch.tensor([5, 0, 9, 4], device="cuda")  # in blocks; the last row commits the block before the first's
+    slots, partner = torch.tensor([2, 0, 1, 2], device="cuda"), torch.tensor([3, -1, -1], device="cuda")
+    positions = first[:, None] * block + torch.arange(block, device="cuda")
+    packed = torch.randn(4, block, heads + 2 * kv_heads, width, device="cuda", dtype=torch.bfloat16)
+    query, key, value = (t.transpose(1, 2) for t in packed.split([heads, kv_heads, kv_heads], dim=2))
+    angles = positions[..., None] * 100 ** (-torch.arange(0, width, 2, device="cuda") / width)
+    cos, sin = (f(torch.cat([angles, angles], -1)).bfloat16() for f in (torch.cos, torch.sin))
+    centred, weights = norms == "centred", None
+    normed = [query.float(), key.float()]
+    if norms != "none":
+        weights = tuple((0.1 * torch.randn(2, width, device="cuda") + (not centred)).bfloat16())
+        normed = [
+            torch.nn.functional.rms_norm(x, (width,), w.float() + centred, 1e-6)
+            for x, w in zip(normed, weights, strict=True)
+        ]
+    rotated = apply_rotary_pos_emb(*normed, cos.float(), sin.float())
+    keys, values = torch.randn(2, 3, kv_heads, 16 * block, width, device="cuda", dtype=torch.bfloat16)
+    where = (slots, positions, block, width**-0.5, 6 * block, partner)
+    exact_keys, exact_values = keys.float(), values.float()
+    expected = slot_attention_reference(AttentionInputs(*rotated, value.float(), exact_keys, exact_values, *where))
+    got = block_attention_triton(
+        AttentionInputs(query, key, value, keys, values, *where), Fusion(cos, sin, weights, 1e-6, centred)
+    )
+    found, exact = (got.float(), keys.float(), values.float()), (expected, exact_keys, exact_values)
+    torch.testing.assert_close(found, exact, atol=5e-2, rtol=5e-2)
 
 
 def test_a_changed_threshold_needs_no_new_graphs(path):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from transformers import Qwen3Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from actors.sampler.attention import slot_attention
 from actors.sampler.cache import NO_WINDOW, AttentionInputs
-from actors.sampler.fused_qwen3 import add_norm, swiglu
+from actors.sampler.fused_decoder import NormRule, add_norm, gate
 from actors.sampler.sampling import Decoding, sample_tokens
 
 pytest.importorskip("triton")
@@ -66,10 +67,12 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (3, 1, 8, 16), (1, 1, 8, 64)]
+    ("heads", "kv_heads", "width", "queries"),
+    [(4, 2, 16, 4), (9, 3, 24, 4), (3, 1, 8, 16), (1, 1, 8, 64)],
+    ids=["pairs", "threes", "long-blocks", "longest-blocks"],
 )
 @pytest.mark.parametrize("window", [NO_WINDOW, 6])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", ["", "rope", "norms", "centred-norms"])
 def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_heads, width, queries, window, fused):
     from actors.sampler.kernels.block_attention import Fusion, block_attention_triton
 
@@ -87,13 +90,16 @@ def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_
             head_dim=width, max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 100.0}
         )
         cos, sin = Qwen3RotaryEmbedding(config)(packed, positions)
-        norms = Qwen3RMSNorm(width, 1e-6), Qwen3RMSNorm(width, 1e-6)
-        for norm in norms:
-            torch.nn.init.normal_(norm.weight)
-        fusion = Fusion(norms[0].weight.detach(), norms[1].weight.detach(), 1e-6, cos, sin)
-        with torch.no_grad():
+        normed, weights = queries_and_keys, None
+        if fused != "rope":
+            norm = Gemma3RMSNorm if fused == "centred-norms" else Qwen3RMSNorm
+            norms = [norm(width, 1e-6).requires_grad_(False) for _ in range(2)]
+            for each in norms:
+                torch.nn.init.normal_(each.weight)
             normed = norms[0](query).transpose(1, 2), norms[1](key).transpose(1, 2)
-            expected_queries_and_keys = apply_rotary_pos_emb(*normed, cos, sin)
+            weights = norms[0].weight, norms[1].weight
+        fusion = Fusion(cos, sin, weights, 1e-6, fused == "centred-norms")
+        expected_queries_and_keys = apply_rotary_pos_emb(*normed, cos, sin)
     else:
         expected_queries_and_keys = queries_and_keys
     empty = torch.randn(2, 4, kv_heads, 4 * queries, width)
@@ -108,17 +114,34 @@ def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_
 
 
 @pytest.mark.parametrize("width", [24, 1500])
-def test_add_norm_and_swiglu_kernels_equal_their_references(width):
-    from actors.sampler.kernels.layers import add_norm_triton, swiglu_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("norm", [Qwen3RMSNorm, Gemma3RMSNorm])
+@pytest.mark.parametrize("post", [False, True])
+def test_add_norm_kernel_equals_its_reference(width, dtype, norm, post):
+    from actors.sampler.kernels.layers import add_norm_triton
 
     torch.manual_seed(0)
-    x, y = torch.randn(2, 3, 4, width)
-    norm = Qwen3RMSNorm(width, 1e-6).requires_grad_(False)
-    torch.nn.init.normal_(norm.weight)
-    torch.testing.assert_close(add_norm_triton(x, y, norm.weight, 1e-6), add_norm(x, y, norm))
-    gate_up = 10 * torch.randn(3, 4, 2 * width)
+    x, y = torch.randn(2, 3, 4, width).to(dtype)
+    y *= 3
+    norms = [norm(width, 1e-6).requires_grad_(False).to(dtype) for _ in range(2)]
+    for each in norms:
+        torch.nn.init.normal_(each.weight)
+    rule = NormRule(1e-6, norm is Gemma3RMSNorm)
+    expected = add_norm(x, y, norms[0], rule, norms[1] if post else None)
+    got = add_norm_triton(x, y, norms[0].weight, *rule, norms[1].weight if post else None)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("width", [24, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tanh_gelu", [False, True])
+def test_gate_kernel_equals_its_reference(width, dtype, tanh_gelu):
+    from actors.sampler.kernels.layers import gate_triton
+
+    torch.manual_seed(0)
+    gate_up = (4 * torch.randn(3, 4, 2 * width)).to(dtype)
     gate_up[0, 0, :2] = torch.tensor([-200.0, 200.0])
-    torch.testing.assert_close(swiglu_triton(gate_up), swiglu(gate_up))
+    torch.testing.assert_close(gate_triton(gate_up, tanh_gelu), gate(gate_up, tanh_gelu), atol=1e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])

@@ -15,17 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from actors.sampler.cache import AttentionInputs
+from actors.sampler.kernels.layers import scaled
 from actors.sampler.kernels.softmax import attend_to
 
 
 class Fusion(NamedTuple):
-    """Norms of query and key heads, then RoPE, as in Qwen3."""
+    """Norms of query and key heads where they have some, then RoPE."""
 
-    query_weight: Tensor  # [D]
-    key_weight: Tensor  # [D]
-    epsilon: float
     cos: Tensor  # [N, Q, D]
     sin: Tensor  # [N, Q, D]
+    weights: tuple[Tensor, Tensor] | None  # of the norms of queries and keys, each [D]
+    epsilon: float
+    centred: bool  # see Family in actors/sampler/fused_decoder.py
 
 
 def block_attention_triton(inputs: AttentionInputs, fusion: Fusion | None = None) -> Tensor:
@@ -41,20 +42,25 @@ def block_attention_triton(inputs: AttentionInputs, fusion: Fusion | None = None
     half = query.dtype != torch.float32
     together = max(1, min(32 // (2 * queries), group))
     tile = max(16, triton.next_power_of_2(2 * queries * together))
+    wide = width > 128  # fewer keys at a time fit a multiprocessor's shared memory, and more warps hold the sums
     # measured on an H200: with these registers and shared memory, eight programs of tile 16 fit a multiprocessor
-    small, most_registers = half and tile <= 32, 128 if half and tile == 16 else None
-    stages = 3 if half and tile > 16 else 2
+    small, most_registers = half and tile <= 32, 128 if half and tile == 16 and not wide else None
+    keys_at_once = 64 if half and not small and not wide else 32
+    stages = 3 if half and tile > 16 and (small or not wide) else 2
+    warps = (2 if small else 4) * (2 if wide else 1)
     out = query.new_empty(n, queries, heads, width)
-    weights = fusion or Fusion(query, query, 0.0, query, query)  # not read
+    cos, sin, weights, epsilon, centred = fusion or Fusion(query, query, None, 0.0, False)  # not read
+    query_weight, key_weight = weights or (query, query)
     _attend[(triton.cdiv(group, together), kv_heads, len(partner))](
         query, key, value, keys, values, out, slots, positions, partner,
-        weights.query_weight, weights.key_weight, weights.cos, weights.sin, weights.epsilon, scale,
+        query_weight, key_weight, cos, sin, epsilon, scale,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3], *positions.stride(),
         block_size, window, queries, group, together, width,
-        FUSED=fusion is not None, NEW=max(16, triton.next_power_of_2(2 * queries)), TILE=tile,
+        FUSED=fusion is not None, HEAD_NORMS=weights is not None, CENTRED=centred,
+        NEW=max(16, triton.next_power_of_2(2 * queries)), TILE=tile,
         HALF=max(16, triton.next_power_of_2(width // 2)), WIDTH=max(16, triton.next_power_of_2(width)),
-        KEYS=64 if half and not small else 32, PRECISION="tf32" if half else "ieee",
-        num_warps=2 if small else 4, num_stages=stages, maxnreg=most_registers,
+        KEYS=keys_at_once, PRECISION="tf32" if half else "ieee",
+        num_warps=warps, num_stages=stages, maxnreg=most_registers,
     )  # fmt: skip
     return out
 
@@ -66,8 +72,8 @@ def _attend(
     query_n, query_h, query_q, key_n, key_h, key_q, value_n, value_h, value_q,
     cache_s, cache_h, cache_j, position_n, position_q,
     block_size, window, queries: tl.constexpr, group: tl.constexpr, together: tl.constexpr, width: tl.constexpr,
-    FUSED: tl.constexpr, NEW: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    FUSED: tl.constexpr, HEAD_NORMS: tl.constexpr, CENTRED: tl.constexpr, NEW: tl.constexpr, TILE: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2)
     h = tl.program_id(1)
@@ -111,9 +117,11 @@ def _attend(
     source = value + (new_row * value_n + h * value_h + new_q * value_q)[:, None] + d[None, :]
     new_value = tl.load(source, mask=known & inside, other=0.0)
     if FUSED:
-        low, high = _norm_and_rope(low, high, query_weight, cos, sin, row * queries + q, epsilon, asked, e, width)
-        angle, there = new_row * queries + new_q, known & within
-        new_low, new_high = _norm_and_rope(new_low, new_high, key_weight, cos, sin, angle, epsilon, there, e, width)
+        if HEAD_NORMS:
+            low, high = _norm(low, high, query_weight, epsilon, e, width, CENTRED)
+            new_low, new_high = _norm(new_low, new_high, key_weight, epsilon, e, width, CENTRED)
+        low, high = _rope(low, high, cos, sin, row * queries + q, asked, e, width)
+        new_low, new_high = _rope(new_low, new_high, cos, sin, new_row * queries + new_q, known & within, e, width)
     if tl.program_id(0) == 0:
         target = slot + place.to(tl.int64)[:, None] * cache_j
         tl.store(keys + target + e[None, :], new_low, mask=known & within)
@@ -148,15 +156,22 @@ def _attend(
 
 
 @triton.jit
-def _norm_and_rope(low, high, weight, cos, sin, angle, epsilon, there, e, width: tl.constexpr):
-    """The two halves [M, D / 2] of heads after RMSNorm and RoPE, rounded where the modules round."""
+def _norm(low, high, weight, epsilon, e, width: tl.constexpr, CENTRED: tl.constexpr):
+    """The two halves [M, D / 2] of heads after RMSNorm, rounded where the modules round."""
     kind = low.dtype
     half = width // 2
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     shrink = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / width + epsilon)[:, None]
-    low = (low * shrink).to(kind) * tl.load(weight + e, mask=e < half, other=0.0)[None, :]
-    high = (high * shrink).to(kind) * tl.load(weight + half + e, mask=e < half, other=0.0)[None, :]
+    low_weight = tl.load(weight + e, mask=e < half, other=0.0)[None, :]
+    high_weight = tl.load(weight + half + e, mask=e < half, other=0.0)[None, :]
+    return scaled(low * shrink, low_weight, kind, CENTRED), scaled(high * shrink, high_weight, kind, CENTRED)
+
+
+@triton.jit
+def _rope(low, high, cos, sin, angle, there, e, width: tl.constexpr):
+    """The two halves [M, D / 2] of heads after RoPE, rounded once."""
+    kind = low.dtype
     turn = angle[:, None] * width + e[None, :]  # RoPE rotates both halves by the same angles
     c = tl.load(cos + turn, mask=there, other=0.0).to(tl.float32)
     s = tl.load(sin + turn, mask=there, other=0.0).to(tl.float32)
