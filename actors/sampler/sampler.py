@@ -45,6 +45,8 @@ from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
 from common.trajectory import EndTokens, Trajectory
 
+FEWEST_ROWS = 8  # of a pass on CUDA: with fewer it takes as long
+MOST_GRAPHED_TOKENS = 4096  # of a prefill that is a graph: one of more keeps the GPU busy for longer than its launches
 _log = logging.getLogger(__name__)
 
 
@@ -79,11 +81,12 @@ class Sampler:
         for trajectory in sampler.generate(requests, Decoding(temperature=0.0)):
             print(questions[trajectory.ordinal], tokenizer.decode(trajectory.response_ids))
 
-    On CUDA a pass takes all slots, so that its shapes repeat: it is compiled, and a CUDA graph from its second use on.
-    On CPU it takes the running slots only. A prefill takes prompts of at most `max_batched_tokens` tokens together,
-    padding included, or one longer prompt. Stop strings are looked for on the host after each block of a request that
-    has some, and need the `tokenizer`. `forwards` counts the passes. `token_rows` counts the tokens computed for
-    sequences that have ended: prompts in prefills, and B tokens for each denoising forward and each commit.
+    On CUDA a pass takes all slots, or when fewer run a half of them, a quarter and so on, so that its shapes repeat: it
+    is compiled, and a CUDA graph from its second use on. On CPU it takes the running slots only. A prefill takes
+    prompts of at most `max_batched_tokens` tokens together, padding included, or one longer prompt. Stop strings are
+    looked for on the host after each block of a request that has some, and need the `tokenizer`. `forwards` counts the
+    passes. `token_rows` counts the tokens computed for sequences that have ended: prompts in prefills, and B tokens for
+    each denoising forward and each commit.
     """
 
     def __init__(
@@ -115,12 +118,12 @@ class Sampler:
         self.weights_version = 0
         self.forwards = self.token_rows = 0
         self.ahead = int(self.on_cuda)  # passes in progress while the host reads an earlier one
+        self.few_shapes = self.on_cuda  # passes and prefills are padded, so that few graphs serve all
         self._use_graphs = self.on_cuda and cuda_graphs
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
         self._end_tokens = torch.tensor(eos_token_id, device=self.device).reshape(-1)
-        self._all_slots = torch.arange(slots, device=self.device)
         self._plan: Callable[..., Any] = plan
         self._unmask: Callable[..., Any] = unmask
         self._fused: FusedDecoder | None = None
@@ -202,9 +205,8 @@ class Sampler:
             return self._fused(ids, positions, rows, wanted)
         return self._forward(ids, positions, rows).flatten(0, 1)[wanted]
 
-    def _keys(self, admitted: dict[int, Request]) -> Tensor:
-        keys = [stream_key(self.seed, r.ordinal, r.sample) for r in admitted.values()]
-        return torch.tensor(keys, dtype=torch.int64, device=self.device)
+    def _keys(self, admitted: dict[int, Request]) -> list[int]:
+        return [stream_key(self.seed, r.ordinal, r.sample) for r in admitted.values()]
 
     def _prefill(self, state: SlotState, cache: SlotCache, admitted: dict[int, Request]) -> None:
         """Cache the complete prompt blocks of new sequences, once for all samples of a prompt."""
@@ -218,34 +220,52 @@ class Sampler:
         lengths = [int(state.block_host[slot]) * self.block_size for slot in first]
         self.token_rows += sum(lengths)
         for batch in padded_batches(lengths, self.max_batched_tokens):
-            longest = lengths[batch[0]]
-            slots = torch.tensor([first[index] for index in batch], device=self.device)
-            ends = torch.tensor([lengths[index] for index in batch], device=self.device)
-            positions = torch.arange(longest, device=self.device).expand(len(batch), longest)
-            positions = torch.where(positions < ends[:, None], positions, -1)
-            self._forward(state.ids[slots, :longest], positions, CacheRows(slots, positions, self.block_size))
+            self._cache_prompts(state, [first[index] for index in batch], [lengths[index] for index in batch])
         copies = [(group[0], slot) for group in samples.values() for slot in group[1:]]
         if copies:
-            source, target = torch.tensor(copies, device=self.device).T
+            source, target = state.upload(np.array(copies).T)
             cache.copy(source, target, max(lengths))
+
+    def _cache_prompts(self, state: SlotState, slots: list[int], lengths: list[int]) -> None:
+        """One forward over the first `lengths` tokens of the prompts in `slots`."""
+        count, width = len(slots), max(lengths)
+        graphs = None
+        if self.few_shapes and count * width <= MOST_GRAPHED_TOKENS:
+            graphs = self._graphs
+            count, width = max(_power_of_two(count), 2), min(_power_of_two(width), state.ids.shape[1])
+        prompts = state.prompts_on_device(slots, lengths, count)
+
+        def device_pass() -> Tensor:
+            rows, ends = prompts
+            positions = torch.arange(width, device=self.device).expand(count, width)
+            positions = torch.where(positions < ends[:, None], positions, -1)
+            return self._forward(state.ids[rows, :width], positions, CacheRows(rows, positions, self.block_size))
+
+        if graphs:
+            graphs.run(("prompts", count, width), device_pass)
+        else:
+            device_pass()
 
     def _launch(self, state: SlotState, decoding: Decoding) -> None:
         """Start a pass of all running sequences."""
         self.forwards += 1
         commits, masked = state.expected(*tokens_revealed(decoding.unmasking, self.block_size))
-        if not self.on_cuda:
+        if not self.few_shapes:
             rows = np.flatnonzero(state.running)
             state.launched(rows, self._on_device(state, decoding, torch.from_numpy(rows), commits, masked))
             return
-        # all slots, and few shapes, so that there are few graphs
-        commits = _round_up(commits, -(-self.slots // 4), self.slots)
-        masked = _round_up(masked, -(-self.slots * self.block_size // 8), self.slots * self.block_size)
+        # few shapes, so that there are few graphs
+        rows = pass_rows(state.running)
+        count, positions = len(rows), len(rows) * self.block_size
+        commits = _round_up(commits, -(-count // 4), count)
+        masked = _round_up(masked, -(-positions // 8), positions)
+        slots = state.rows_on_device(rows)
 
         def device_pass() -> Tensor:
-            return self._on_device(state, decoding, self._all_slots, commits, masked)
+            return self._on_device(state, decoding, slots, commits, masked)
 
-        flags = self._graphs.run((commits, masked, decoding), device_pass) if self._graphs else device_pass()
-        state.launched(np.arange(self.slots), flags)
+        key = count, commits, masked, decoding
+        state.launched(rows, self._graphs.run(key, device_pass) if self._graphs else device_pass())
 
     def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int, tokens: int) -> Tensor:
         """The device's part of a pass over `slots` int64 [R]; the host does not wait. Returns what `SlotState.reveal`
@@ -261,6 +281,15 @@ class Sampler:
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
         candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id, self.token_count)
         return self._unmask(state, decoding.unmasking, slots, work.sampled, candidates, work.waits, self._end_tokens)
+
+
+def pass_rows(running: np.ndarray) -> np.ndarray:
+    """The slots int64 [R] of a pass on CUDA: all of bool `running` [slots], then idle ones up to the least R that holds
+    the running ones, among all slots, half of them, a quarter and so on, down to FEWEST_ROWS."""
+    count = len(running)
+    while count // 2 >= max(int(running.sum()), FEWEST_ROWS):
+        count //= 2
+    return np.concatenate([np.flatnonzero(running), np.flatnonzero(~running)])[:count]
 
 
 class PassPlan(NamedTuple):
@@ -328,3 +357,8 @@ def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:
 def _round_up(count: int, step: int, most: int) -> int:
     """The next multiple of `step`, or `most` if that is less."""
     return min(grid_ceil(count, step), most)
+
+
+def _power_of_two(count: int) -> int:
+    """The least one that is not below `count`."""
+    return 1 << (count - 1).bit_length()

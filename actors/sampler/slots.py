@@ -79,6 +79,11 @@ class SlotState:
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # reads results beside a pass
         pinned = device.type == "cuda"
         self.flags = deque(torch.zeros(5, slots, dtype=torch.int32, pin_memory=pinned) for _ in range(2))
+        # the slots of the next pass: at one address for all graphs, copied from host memory that no copy still reads
+        self._rows_host = deque(torch.zeros(slots, dtype=torch.int64, pin_memory=pinned) for _ in range(3))
+        self._rows_copied = np.zeros(0, np.int64)
+        self._rows = zeros(slots)
+        self._prompts = zeros(2, 2 * slots)
         self.ids = zeros(slots, length)
         self.reveal_round = zeros(slots, length, dtype=torch.int16)
         self.confidence = zeros(slots, length, dtype=torch.float32)
@@ -101,34 +106,40 @@ class SlotState:
         self.uncommitted.zero_()
 
     def admit(
-        self, admitted: dict[int, Request], keys: Tensor, mask_token_id: int, end_of: Callable[[Request], int]
+        self, admitted: dict[int, Request], keys: list[int], mask_token_id: int, end_of: Callable[[Request], int]
     ) -> None:
         """Start new sequences, given by slot, in the block in which their prompt ends: all other positions are masked.
 
         Args:
-            keys: int64 [admitted], of the random streams. end_of: where a request's longest x0 ends, whole blocks.
+            keys: of the random streams, one for each. end_of: where a request's longest x0 ends, whole blocks.
         """
         size = self.block_size
-        ids = np.full((len(admitted), self.ids.shape[1]), mask_token_id, np.int64)
-        for row, (slot, request) in zip(ids, admitted.items(), strict=True):
+        state = np.full((len(admitted), 4 + self.ids.shape[1]), mask_token_id, np.int64)
+        for row, key, (slot, request) in zip(state, keys, admitted.items(), strict=True):
             length = len(request.prompt_ids)
-            row[:length] = request.prompt_ids
+            row[:4] = slot, length, end_of(request) // size, key
+            row[4 : 4 + length] = request.prompt_ids
             self.block_host[slot] = length // size
             self.masked_host[slot] = size - length % size
             self.uncommitted_host[slot] = False
             self.denoise_forwards[slot] = self.commit_forwards[slot] = self.waits[slot] = 0
             self.running[slot] = True
-        rows = torch.tensor(list(admitted), device=self.device)
-        lengths = torch.tensor([len(r.prompt_ids) for r in admitted.values()], device=self.device)
-        self.ids[rows] = torch.from_numpy(ids).to(self.device)
+        on_device = self.upload(state)
+        rows, lengths, end_blocks, streams = on_device[:, :4].unbind(1)
+        self.ids[rows] = on_device[:, 4:]
         self.prompt_length[rows] = lengths
         self.block[rows] = lengths // size
-        self.end_block[rows] = torch.tensor([end_of(r) // size for r in admitted.values()], device=self.device)
+        self.end_block[rows] = end_blocks
         self.masked[rows] = torch.arange(size, device=self.device) >= (lengths % size)[:, None]
         self.uncommitted[rows] = False
         self.round[rows] = 0
-        self.key[rows] = keys
+        self.key[rows] = streams
         self.active.update(admitted)
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """A copy of `array` on the device, for which the host does not wait while passes are in progress."""
+        host = torch.from_numpy(array)
+        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
 
     def expected(self, at_least: int, exactly: bool) -> tuple[int, int]:
         """The commits and the masked positions of the next pass.
@@ -195,6 +206,24 @@ class SlotState:
         self.round[rows] = torch.where(block_done, 0, self.round[rows] + ~waits)
         broken = ~torch.isfinite(confidence).all(dim=1)
         return torch.stack([advance, ended, broken, masked.sum(dim=1), waits]).int()
+
+    def rows_on_device(self, rows: np.ndarray) -> Tensor:
+        """The slots `rows` int64 [R] of the next pass on the device, whatever R always at the same address. At most two
+        passes may be in progress."""
+        if not np.array_equal(rows, self._rows_copied):
+            host = self._rows_host[0][: len(rows)]
+            host.numpy()[:] = rows
+            self._rows_host.rotate()
+            self._rows[: len(rows)].copy_(host, non_blocking=True)
+            self._rows_copied = rows
+        return self._rows[: len(rows)]
+
+    def prompts_on_device(self, slots: list[int], lengths: list[int], count: int) -> Tensor:
+        """int64 [2, count], always at the same address: slots whose prompts are to be cached, and how far; then rows of
+        length 0."""
+        given = np.zeros((2, count), np.int64)
+        given[:, : len(slots)] = slots, lengths
+        return self._prompts[:, :count].copy_(self.upload(given))
 
     def launched(self, rows: np.ndarray, flags: Tensor) -> None:
         """Note a pass over the slots `rows` int64 [R]; `flags` int32 [5, R], from `reveal`, are copied to the host."""

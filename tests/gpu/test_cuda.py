@@ -49,7 +49,7 @@ def requests(count: int = 24) -> list[Request]:
 def rollouts(path, device, dtype=torch.float32, decoding=None, **options):
     model = load_model(path, dtype, "sdpa").to(device)
     mask = model.config.vocab_size - 1
-    sampler = Sampler(model, block_size=BLOCK, mask_token_id=mask, eos_token_id=EOS, slots=8, seed=5, **options)
+    sampler = Sampler(model, block_size=BLOCK, mask_token_id=mask, eos_token_id=EOS, slots=16, seed=5, **options)
     decoding = decoding or Decoding(DynamicUnmasking(threshold=0.2), 1.0)
     first = {t.ordinal: t for t in sampler.generate(requests(), decoding)}
     again = {t.ordinal: t for t in sampler.generate(requests(), decoding)}  # now from graphs

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from actors.sampler.request import Request
-from actors.sampler.sampler import Sampler
+from actors.sampler.sampler import Sampler, pass_rows
 from actors.sampler.sampling import Decoding, sample_tokens
 from actors.sampler.slots import PATIENCE, SlotState
 from common.config.run import (
@@ -110,6 +110,46 @@ def test_prompts_cached_in_several_forwards_change_nothing(model, most):
     assert responses(several) == base
 
 
+@pytest.mark.parametrize("unmasking", [rule for rule, _ in RULES])
+def test_padded_shapes_as_graphs_need_them_change_nothing(model, unmasking, monkeypatch):
+    """What CUDA does, on CPU: passes of all slots, of half of them and so on, prefills of powers of two."""
+    monkeypatch.setattr("actors.sampler.sampler.FEWEST_ROWS", 2)
+    monkeypatch.setattr("actors.sampler.sampler.MOST_GRAPHED_TOKENS", 60)
+    decoding = Decoding(unmasking, 1.0)
+    twins = [*requests(20), *(replace(r, sample=1) for r in requests(5))]
+
+    def made(of):
+        return {
+            (t.ordinal, t.sample): (t.response_ids.tolist(), t.tail_ids.tolist(), t.reveal_round.tolist())
+            for t in of.generate(twins, decoding)
+        }
+
+    plain = made(sampler(model, slots=16))
+    padded = sampler(model, slots=16)
+    padded.few_shapes, padded.ahead = True, 1
+    sizes, launched = set(), SlotState.launched
+
+    def seen(state, rows, flags):
+        sizes.add(len(rows))
+        launched(state, rows, flags)
+
+    monkeypatch.setattr(SlotState, "launched", seen)
+    for _ in range(2):
+        assert made(padded) == plain
+    assert {16, 8, 4} <= sizes <= {16, 8, 4, 2}
+
+
+def test_the_slots_of_a_pass():
+    running = np.zeros(20, bool)
+    running[[3, 7, 19]] = True
+    assert pass_rows(running).tolist() == [3, 7, 19, *(i for i in range(12) if i not in (3, 7))][:10]
+    running[:9] = True
+    assert pass_rows(running).tolist() == [*range(9), 19]
+    running[9] = True
+    assert sorted(pass_rows(running)) == list(range(20))
+    assert pass_rows(np.ones(3, bool)).tolist() == [0, 1, 2]
+
+
 def test_a_sampler_follows_a_changing_threshold(model):
     def rounds(of, threshold):
         done = {t.ordinal: t for t in of.generate(requests(), Decoding(DynamicUnmasking(threshold=threshold), 1.0))}
@@ -149,7 +189,7 @@ def test_the_life_of_a_slot():
     """The example in SlotState's docstring, step by step."""
     state = SlotState(slots=1, length=12, block_size=4, device=torch.device("cpu"))
     request = Request(0, 0, np.arange(20, 25), 6)
-    state.admit({0: request}, torch.zeros(1, dtype=torch.int64), MASK, lambda _: 12)
+    state.admit({0: request}, [0], MASK, lambda _: 12)
 
     def now() -> tuple[int, list[int], bool]:
         block = int(state.block)
