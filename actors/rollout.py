@@ -9,19 +9,22 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.evaluation.autoregressive import evaluate_autoregressive, load_autoregressive
 from actors.evaluation.evaluation import Evaluation, evaluate_shard
+from actors.evaluation.held_out import HeldOutSums, HeldOutTargets, greedy_responses
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
-from common.conversion import load_converted, student_of
+from common.conversion import counted_tokens, load_converted, student_of
 from common.device import device_for
 from common.grid import grid_ceil
 from common.prompts import Prompt
@@ -78,6 +81,7 @@ class RolloutActor:
             compiled=config.rollout.compile,
         )
         self._take_weights_from(ObjectStoreTransport(device, config.weights_timeout_s))
+        self.held_out: tuple[list[int], HeldOutTargets] | None = None  # by the ordinals of a share
         self.busy_seconds = 0.0
         self.spans = BusySpans()
         self.tokens = 0
@@ -206,6 +210,46 @@ class RolloutActor:
         model, tokenizer = load_autoregressive(self.config.teacher_path, str(self.sampler.device), ends=self.end_tokens)
         answer_format = self.config.evaluation.answer_format
         return evaluate_autoregressive(model, tokenizer, problems, max_new_tokens, answer_format=answer_format)
+
+    def answer_held_out(self, prompts: list[Prompt], max_new_tokens: int, teacher_path: str) -> list[np.ndarray]:
+        """The frozen ARLM's greedy responses, int32, to this actor's share of the held-out prompts."""
+        original, tokenizer = self._original(teacher_path)
+        responses = greedy_responses(original, tokenizer, prompts, max_new_tokens)
+        self._hold_out(original, prompts, responses, teacher_path)
+        return responses
+
+    def held_out_kl(
+        self, prompts: list[Prompt], responses: list[np.ndarray], teacher_path: str, block_size: int
+    ) -> HeldOutSums:
+        """The held-out KL of the current weights on this actor's share.
+
+        What the frozen ARLM predicts there is kept from call to call; an actor that does not have it reads it first.
+        """
+        share = [p.ordinal for p in prompts]
+        if self.held_out is None or self.held_out[0] != share:
+            self._hold_out(self._original(teacher_path)[0], prompts, responses, teacher_path)
+        assert self.held_out
+        # one forward of other shapes is not worth compiling for, nor the compiled passes' place in torch's cache
+        with torch.compiler.set_stance("force_eager"):
+            sums = self.held_out[1].sums(
+                self.sampler.model, block_size=block_size, mask_token_id=self.sampler.mask_token_id
+            )
+        torch.cuda.empty_cache()  # of the ARLM and of logits: other roles may share the GPU
+        return sums
+
+    def _original(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_autoregressive(path, str(self.sampler.device), self.config.teacher.dtype, self.end_tokens)
+
+    def _hold_out(
+        self, original: PreTrainedModel, prompts: list[Prompt], responses: list[np.ndarray], teacher_path: str
+    ) -> None:
+        targets = HeldOutTargets(
+            original,
+            [(prompt.ids, response) for prompt, response in zip(prompts, responses, strict=True)],
+            rows=self.sampler.model.config.vocab_size,
+            tokens=counted_tokens(student_of(self.config), teacher_path),
+        )
+        self.held_out = [p.ordinal for p in prompts], targets
 
 
 def as_remote(config: RunConfig) -> Any:

@@ -42,12 +42,13 @@ class PromptSet:
     """Prompts in the run's order, and the offline responses by question.
 
     Of the `read` rows of the source `dropped` counts those that were left out by reason; `notes` are sentences on how
-    it was read.
+    it was read. No copy of a prompt of `held_out` is among `prompts`.
     """
 
     prompts: list[Prompt]
     read: int
     dropped: dict[str, int]
+    held_out: list[Prompt] = field(default_factory=list)
     responses: dict[str, list[np.ndarray]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -63,13 +64,16 @@ class Row:
     answer: str | None = None
 
 
-def load_prompts(data: DataConfig, tokenizer: Any, seed: int | None) -> PromptSet:
+def load_prompts(data: DataConfig, tokenizer: Any, seed: int | None, held_out: int | list[Prompt] = 0) -> PromptSet:
     """Read, tokenise, leave out what cannot be used, and order by `seed` (None: as read), epoch by epoch.
+
+    `held_out` prompts are taken out of the training with all their copies: so many different ones from the end of the
+    seeded order, where data.limit would leave them out first, or those that an earlier part of the run has held out.
 
     Raises:
         PromptError: see open_rows and read_rows; a prompt does not hold its question; or nothing is left.
     """
-    return _load(data, tokenizer, seed, with_answers=False)
+    return _load(data, tokenizer, seed, held_out, with_answers=False)
 
 
 def load_problems(data: DataConfig, tokenizer: Any, count: int) -> PromptSet:
@@ -113,7 +117,9 @@ def render(
     return prompts
 
 
-def _load(data: DataConfig, tokenizer: Any, seed: int | None, *, with_answers: bool) -> PromptSet:
+def _load(
+    data: DataConfig, tokenizer: Any, seed: int | None, held_out: int | list[Prompt] = 0, *, with_answers: bool
+) -> PromptSet:
     dropped = Counter[str]()
     source = open_rows(data.prompts, data.split, data.subset)
     rows = list(read_rows(source, data, dropped, with_answers))
@@ -145,13 +151,38 @@ def _load(data: DataConfig, tokenizer: Any, seed: int | None, *, with_answers: b
             f"{copies} of {len(kept)} prompts are exact copies of earlier ones; data.drop_duplicates drops them"
         )
     prompts: list[Prompt] = []
-    chosen = _order(len(kept), seed, 0)[: data.limit]
+    order = _order(len(kept), seed, 0)
+    if isinstance(held_out, int):
+        held_out = _from_the_end(kept, order, held_out)
+    if held_out:
+        never = {prompt.ids.tobytes() for prompt in held_out}
+        order = np.array([index for index in order if kept[index][1].tobytes() not in never], dtype=np.int64)
+        taken = len(kept) - len(order)
+        notes.append(f"{taken} prompts are held out of the training, {len(held_out)} different ones")
+        if not len(order):
+            raise PromptError(
+                f"{data.prompts!r} has {len(held_out)} different prompts that can be used, and "
+                f"evaluation.held_out_prompts takes them all; give more prompts, or lower evaluation.held_out_prompts "
+                f"to {len(held_out) - 1} or less"
+            )
+    chosen = order[: data.limit]
     for epoch in range(data.epochs):
         order = chosen if epoch == 0 else chosen[_order(len(chosen), seed, epoch)]
         for index in order:
             row, ids = kept[index]
             prompts.append(Prompt(len(prompts), row.question, ids, row.domain, row.answer))
-    return PromptSet(prompts, total, dict(dropped), notes=tuple(notes))
+    return PromptSet(prompts, total, dict(dropped), held_out, notes=tuple(notes))
+
+
+def _from_the_end(kept: list[tuple[Row, np.ndarray]], order: np.ndarray, count: int) -> list[Prompt]:
+    """The last `count` different prompts of an order, the last one first; fewer where there are fewer."""
+    found: dict[bytes, Prompt] = {}
+    for index in order[::-1]:
+        if len(found) == count:
+            break
+        row, ids = kept[index]
+        found.setdefault(ids.tobytes(), Prompt(len(found), row.question, ids, row.domain, row.answer))
+    return list(found.values())
 
 
 def _remedy(dropped: Counter[str], data: DataConfig) -> str:

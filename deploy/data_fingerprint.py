@@ -21,6 +21,8 @@ def data_fingerprints(config: RunConfig, prompts: PromptSet) -> dict[str, str]:
     Prompts count with their tokens, in the run's order; a model that is not a folder here counts as its name.
     """
     found = {"data.prompts": of_prompts(prompts.prompts)}
+    if prompts.held_out:
+        found["evaluation.held_out_prompts"] = of_prompts(prompts.held_out)
     if prompts.responses:
         found["data.responses"] = _of_responses(prompts.responses)
     for field, path in (("model.path", config.model.path), ("teacher.path", config.teacher_path)):

@@ -1,41 +1,78 @@
-"""Evaluation of a running job: the held-out problems, dealt out over the rollout actors."""
+"""Evaluation of a running job: held-out problems and held-out prompts, dealt out over the rollout actors."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import numpy as np
+
 from actors.evaluation.evaluation import Evaluation
+from actors.evaluation.held_out import HeldOutSums
 from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools
+from deploy.held_out import HeldOutPrompts
 from deploy.remote_calls import Background, RemoteCalls
+
+OFFSETS = (1, 2, 3, 4)  # have metrics of their own, so that runs with different block sizes compare
 
 
 class Evaluator:
-    """Exact match and tokens per step with the weights that the rollout actors hold now.
+    """Exact match, tokens per step and held-out KL with the weights that the rollout actors hold now.
 
-    Every evaluation ends at once when the run is asked to stop, with StopRequested.
+    Life cycle: `hold_out` once, then the others in any order. Every evaluation ends at once when the run is asked to
+    stop, with StopRequested.
     """
 
-    def __init__(self, config: RunConfig, problems: list[Prompt], pools: Pools, calls: RemoteCalls) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        problems: list[Prompt],
+        pools: Pools,
+        calls: RemoteCalls,
+        held_out: HeldOutPrompts | None = None,
+    ) -> None:
         self.config = config
         self.problems = problems
         self.pools = pools
         self.calls = calls
+        self.held_out = held_out
+
+    def hold_out(self) -> None:
+        """Have the original answer the held-out prompts, unless its responses are there already."""
+        if not self.held_out or self.held_out.responses():
+            return
+        prompts, count = self.held_out.prompts, len(self.pools.rollouts)
+        order = self.held_out.max_new_tokens, self.config.teacher_path
+        calls = {
+            actor.answer_held_out.remote(prompts[i::count], *order): name
+            for i, (actor, name) in enumerate(self._with_share(prompts))
+        }
+        parts = self.calls.wait(calls, "answering held-out prompts with the original", until_stop=True)
+        self.held_out.keep([parts[i % count][i // count] for i in range(len(prompts))])
 
     def before(self) -> dict[str, Any]:
         """The greedy teacher and the converted, untrained student."""
         summary: dict[str, Any] = {}
-        if self.config.evaluation.teacher:
-            limit = self.config.evaluation.max_new_tokens
-            summary["teacher"] = self._over_actors("evaluate_teacher", "evaluating the teacher", limit)
-        summary["student_init"] = self.student(StaticUnmasking(), self.config.block_size)
+        if self.problems:
+            if self.config.evaluation.teacher:
+                limit = self.config.evaluation.max_new_tokens
+                summary["teacher"] = self._over_actors("evaluate_teacher", "evaluating the teacher", limit)
+            summary["student_init"] = self.student(StaticUnmasking(), self.config.block_size)
+        if self.held_out:
+            summary["held_out_kl_init"] = self.held_out_kl(self.config.block_size)
         return summary
 
     def after(self, block_size: int) -> dict[str, Any]:
-        """The student under static and under dynamic decoding."""
-        return {"student": {"static": self.student(StaticUnmasking(), block_size), "dynamic": self.dynamic(block_size)}}
+        """The student under static and under dynamic decoding, and its held-out KL."""
+        summary: dict[str, Any] = {}
+        if self.problems:
+            static = self.student(StaticUnmasking(), block_size)
+            summary["student"] = {"static": static, "dynamic": self.dynamic(block_size)}
+        if self.held_out:
+            summary["held_out_kl"] = self.held_out_kl(block_size)
+        return summary
 
     def dynamic(self, block_size: int, background: Background | None = None) -> dict[str, float]:
         return self.student(DynamicUnmasking(threshold=self.config.evaluation.threshold), block_size, background)
@@ -45,16 +82,44 @@ class Evaluator:
         return self._over_actors("evaluate", "evaluating the student", *order, background=background)
 
     def due(self, done: int, last: bool) -> bool:
-        """Whether the held-out problems are evaluated after `done` rollout batches."""
+        """Whether there is an evaluation after `done` rollout batches."""
         every = self.config.evaluation.every_batches
-        return bool(self.problems and every and (done % every == 0 or last))
+        return bool((self.problems or self.held_out) and every and (done % every == 0 or last))
 
     def metrics(self, block_size: int, background: Background) -> dict[str, float]:
-        """The `eval/` metrics of the registry: greedy dynamic decoding with the weights published last.
+        """The `eval/` metrics of the registry: greedy dynamic decoding, and the held-out KL, with the weights published
+        last.
 
         Rollout batches in flight, the `background`, go on meanwhile.
         """
         start = time.perf_counter()
+        metrics: dict[str, float] = {}
+        if self.problems:
+            metrics |= self._decoding_metrics(block_size, background)
+        if self.held_out:
+            kl = self.held_out_kl(block_size, background)
+            shown = zip(OFFSETS, kl["by_offset"], strict=False)  # there are as many as the block is long
+            metrics |= {f"eval/held_out_kl_{offset}": value for offset, value in shown if value is not None}
+            metrics["eval/held_out_kl"] = kl["mean"]
+        return {**metrics, "seconds/evaluation": time.perf_counter() - start}
+
+    def held_out_kl(self, block_size: int, background: Background | None = None) -> dict[str, Any]:
+        """The student's, as `summary.json` has it."""
+        assert self.held_out
+        prompts, responses = self.held_out.prompts, self.held_out.responses()
+        assert responses
+        count, teacher = len(self.pools.rollouts), self.config.teacher_path
+        calls = {
+            actor.held_out_kl.remote(prompts[i::count], responses[i::count], teacher, block_size): name
+            for i, (actor, name) in enumerate(self._with_share(prompts))
+        }
+        parts = self.calls.wait(calls, "reading held-out prompts", background=background, until_stop=True)
+        sums = HeldOutSums(np.empty((len(prompts), block_size)), np.empty((len(prompts), block_size), dtype=np.int64))
+        for i, part in enumerate(parts):  # in the order of the prompts, so that the sum depends on nothing else
+            sums.kl[i::count], sums.tokens[i::count] = part.kl, part.tokens
+        return sums.metrics()
+
+    def _decoding_metrics(self, block_size: int, background: Background) -> dict[str, float]:
         metrics = self.dynamic(block_size, background)
         return {
             "eval/exact_match": metrics["exact_match"],
@@ -64,7 +129,6 @@ class Evaluator:
             "eval/response_length": metrics["response_tokens_mean"],
             "eval/share_eos": metrics["share_ended"],
             "eval/tokens_per_second": metrics["tokens_per_second"],
-            "seconds/evaluation": time.perf_counter() - start,
         }
 
     def _over_actors(
@@ -72,12 +136,14 @@ class Evaluator:
     ) -> dict[str, float]:
         """Metrics over all problems, each rollout actor taking its share."""
         count = len(self.pools.rollouts)
-        shares = [self.problems[i::count] for i in range(count)]
-        names = self.pools.names()
         calls = {
-            getattr(actor, method).remote(share, *arguments): names[actor]
-            for actor, share in zip(self.pools.rollouts, shares, strict=True)
-            if share
+            getattr(actor, method).remote(self.problems[i::count], *arguments): name
+            for i, (actor, name) in enumerate(self._with_share(self.problems))
         }
         results = self.calls.wait(calls, action, background=background, until_stop=True)
         return sum(results, Evaluation()).metrics()
+
+    def _with_share(self, rows: list[Prompt]) -> list[tuple[Any, str]]:
+        """The rollout actors that have any of the rows, with their names; actor i of n has rows i, i + n, ...."""
+        names = self.pools.names()
+        return [(actor, names[actor]) for actor in self.pools.rollouts[: len(rows)]]

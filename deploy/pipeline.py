@@ -159,14 +159,14 @@ class Pipeline:
             self.observers.note(note)
         self.observers.note("loading models", state="starting")
         self.pools = start_pools(config, self.prepared.placement, self.calls)
-        self.evaluator = Evaluator(config, self.prepared.problems, self.pools, self.calls)
+        self._start_evaluator()
         epoch_prompts = len(self.prepared.prompts.prompts) // config.data.epochs
         self.batch_metrics = BatchMetrics(config, self.pools, self.calls, epoch_prompts, self.cost)
         if config.dashboard.rollouts:
             self.observers.add(RolloutLog(config.run_dir, self.state.batches, self._rollout_samples))
         if self.prepared.checkpoint:
             self._restore(self.prepared.checkpoint[0])
-        elif self.prepared.problems:
+        elif self.prepared.evaluates:
             self._evaluate_untrained()
 
     def _restore(self, folder: Path) -> None:
@@ -219,7 +219,7 @@ class Pipeline:
                 **self.cost.metrics(self.state),
             }
             self._save(FINAL)
-        if self.prepared.problems:
+        if self.prepared.evaluates:
             self.observers.note("evaluating the trained student", state="evaluating")
             summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
         self.checkpoints.copy_missing(self.observers)
@@ -236,7 +236,7 @@ class Pipeline:
         """The training is finished, its evaluation is missing or was another one: the rollout actors alone, with the
         final model; before that with the untrained one, where that was not evaluated in the same way."""
         self.observers.note("the training is finished, what is missing is its evaluation", state="starting")
-        if self.prepared.problems and self.state.summary.get("evaluation_fingerprint") != evaluation_fingerprint(
+        if self.prepared.evaluates and self.state.summary.get("evaluation_fingerprint") != evaluation_fingerprint(
             self.config
         ):
             self._load_rollouts(self.config)
@@ -247,7 +247,12 @@ class Pipeline:
 
     def _load_rollouts(self, config: RunConfig) -> None:
         self.pools = start_pools(config, self.prepared.placement, self.calls, roles=("rollout",))
-        self.evaluator = Evaluator(self.config, self.prepared.problems, self.pools, self.calls)
+        self._start_evaluator()
+
+    def _start_evaluator(self) -> None:
+        prepared = self.prepared
+        self.evaluator = Evaluator(self.config, prepared.problems, self.pools, self.calls, prepared.held_out)
+        self.evaluator.hold_out()
 
     def _admit(self) -> None:
         """Start every rollout batch that the staleness bound allows."""
@@ -338,7 +343,7 @@ class Pipeline:
         return self.evaluator.due(self.state.batches, last=self.state.batches == len(self.batches))
 
     def _evaluate(self) -> dict[str, float]:
-        """The metrics of the held-out problems where it is time for them and nobody asks the run to stop."""
+        """The metrics of the evaluation where it is time for it and nobody asks the run to stop."""
         if not self._evaluation_due():
             return {}
         done = self.state.batches
@@ -347,11 +352,13 @@ class Pipeline:
             metrics = self.evaluator.metrics(self.state.block_size, self.in_flight)
         except StopRequested:  # the batch is trained on all the same, and its row must be logged
             return {}
-        self.observers.note(
-            f"after {done} batches: exact match {metrics['eval/exact_match']:.1%}, "
-            f"{metrics['eval/tokens_per_step']:.2f} tokens per step",
-            state="training",
-        )
+        found = []
+        if self.prepared.problems:
+            found.append(f"exact match {metrics['eval/exact_match']:.1%}")
+            found.append(f"{metrics['eval/tokens_per_step']:.2f} tokens per step")
+        if self.prepared.held_out:
+            found.append(f"held-out KL {metrics['eval/held_out_kl']:.4f}")
+        self.observers.note(f"after {done} batches: {', '.join(found)}", state="training")
         return metrics
 
     def _checkpoint_due(self) -> bool:

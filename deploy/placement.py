@@ -22,7 +22,8 @@ _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermedia
 
 # the fields that a role's memory grows with
 _LARGEST_BY = {
-    "rollout": "rollout.slots, rollout.max_batched_tokens, data.max_prompt_tokens or curriculum.max_tokens",
+    "rollout": "rollout.slots, rollout.max_batched_tokens, data.max_prompt_tokens, curriculum.max_tokens or "
+    "evaluation.held_out_prompts",
     "teacher": "teacher.max_batched_tokens or teacher.kv_cache_mib",
     "learner": "learner.max_tokens_per_microbatch or learner.logits_chunk_rows, raise learner.ranks",
 }
@@ -82,7 +83,7 @@ def plan(config: RunConfig) -> Placement:
     teacher_shape = model_shape("teacher.path", config.teacher_path, config.model.shape)
     teachers = config.teacher.actors if config.target_kind != "none" else 0
     per_role = [
-        ("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape)),
+        ("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape, teacher_shape)),
         ("teacher", teachers, config.teacher.resources, _teacher_memory(config, teacher_shape)),
         ("learner", config.learner.ranks, config.learner.resources, _learner_memory(config, shape, teacher_shape)),
     ]
@@ -197,7 +198,7 @@ def object_store_mib(config: RunConfig, placement: Placement) -> int:
     return asked
 
 
-def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+def _rollout_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
     longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
     block_rows = config.rollout.slots * config.block_sizes[-1]
@@ -210,8 +211,19 @@ def _rollout_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
         "prefill": prefill * (3 * shape.intermediate_size + 4 * shape.hidden_size) * width,  # one layer's activations
         "logits": block_rows * shape.vocab_size * 4 * 3,
+        "held-out KL": _held_out_memory(config, teacher),
         "runtime": _RUNTIME_BYTES,
     }
+
+
+def _held_out_memory(config: RunConfig, teacher: ModelShape) -> int:
+    """The original's hidden states at an actor's share of the responses, and its LM head. Its weights, loaded for a
+    moment at the start, and logits of some positions take the place of the KV cache and of the sampler's logits."""
+    if not config.evaluation.held_out_prompts:
+        return 0
+    share = math.ceil(config.evaluation.held_out_prompts / config.rollout.actors)
+    rows = share * config.evaluation.held_out_tokens + teacher.vocab_size
+    return rows * teacher.hidden_size * _BYTES[config.teacher.dtype]
 
 
 def _teacher_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:

@@ -22,6 +22,7 @@ from common.prompts import Prompt, PromptSet, load_problems, load_prompts
 from deploy.checkpoints import FINAL, Checkpoints, RunState, copy_target
 from deploy.dashboard.process import free_port, read_token
 from deploy.data_fingerprint import data_fingerprints
+from deploy.held_out import HeldOutPrompts, kept_prompts
 from deploy.model_checks import check_model_folder, check_models
 from deploy.placement import Placement, check_memory, check_resources, object_store_mib, on_cluster, plan
 from deploy.run_folder import check_run_dir
@@ -34,9 +35,9 @@ if TYPE_CHECKING:  # transformers and torch take seconds
 class PreparedRun:
     """What the checks before a start have found and the run goes on with, so that nothing is read or planned twice.
 
-    `positions`: tokens that both models can read. `object_store_mib`: None on a cluster, which has its own.
-    `checkpoint`: folder and counters from which the run goes on; None: from the start. `checkpoints`: of this run,
-    which know its data. `warnings`: what its user should hear when it starts.
+    `positions`: tokens that both models can read. `object_store_mib`: None on a cluster, which has its own. `held_out`:
+    None where no prompts are held out. `checkpoint`: folder and counters from which the run goes on; None: from the
+    start. `checkpoints`: of this run, which know its data. `warnings`: what its user should hear when it starts.
     """
 
     config: RunConfig
@@ -46,6 +47,7 @@ class PreparedRun:
     positions: int
     prompts: PromptSet
     problems: list[Prompt]
+    held_out: HeldOutPrompts | None
     checkpoints: Checkpoints
     checkpoint: tuple[Path, RunState] | None
     warnings: list[str]
@@ -54,6 +56,11 @@ class PreparedRun:
     def trained(self) -> bool:
         """Whether the training is finished, so that only its evaluation is left."""
         return self.checkpoint is not None and self.checkpoint[0].name == FINAL
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.problems or self.held_out)
 
 
 def prepare(
@@ -76,12 +83,15 @@ def prepare(
         free_port(config.dashboard.host, config.dashboard.port)
     models = check_models(config)
     tokenizer, positions = models.student.tokenizer, models.positions
-    prompts, problems = read_prompts(config, tokenizer)
+    kept = kept_prompts(config.run_dir) if resume and config.evaluation.held_out_prompts else None
+    prompts, problems = read_prompts(config, tokenizer, kept)
     _check_lengths(config, prompts, problems, positions)
-    _check_rows({"data.prompts": prompts.prompts, "evaluation.problems": problems}, models.student)
+    asked = {"data.prompts": [*prompts.prompts, *prompts.held_out], "evaluation.problems": problems}
+    _check_rows(asked, models.student)
     prompts = replace(prompts, responses=read_responses(config, models.student, prompts.prompts))
     _check_batch(config, len(prompts.prompts))
-    checkpoints = Checkpoints(config, data_fingerprints(config, prompts))
+    data = data_fingerprints(config, prompts)
+    checkpoints = Checkpoints(config, data)
     checkpoint = checkpoints.latest(accept_changed_data) if resume else None
     return PreparedRun(
         config=config,
@@ -91,10 +101,18 @@ def prepare(
         positions=positions,
         prompts=prompts,
         problems=problems,
+        held_out=_held_out(config, prompts, data),
         checkpoints=checkpoints,
         checkpoint=checkpoint,
         warnings=[*models.student.notes, *checkpoints.damaged],
     )
+
+
+def _held_out(config: RunConfig, prompts: PromptSet, data: dict[str, str]) -> HeldOutPrompts | None:
+    if not prompts.held_out:
+        return None
+    limit = config.evaluation.held_out_tokens
+    return HeldOutPrompts(prompts.held_out, config.run_dir, data["teacher.path"], limit)
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any]:
@@ -147,10 +165,15 @@ def check_processes(config: RunConfig, placement: Placement) -> None:
     check_memory(config, placement, psutil.virtual_memory().total)
 
 
-def read_prompts(config: RunConfig, tokenizer: Any) -> tuple[PromptSet, list[Prompt]]:
-    """The run's prompts, and its held-out problems in the order of their file; the notes are of both."""
+def read_prompts(
+    config: RunConfig, tokenizer: Any, held_out: list[Prompt] | None = None
+) -> tuple[PromptSet, list[Prompt]]:
+    """The run's prompts, and its held-out problems in the order of their file; the notes are of both.
+
+    `held_out`: the prompts that an earlier part of the run has held out.
+    """
     try:
-        prompts = load_prompts(config.data, tokenizer, config.seed)
+        prompts = load_prompts(config.data, tokenizer, config.seed, held_out or config.evaluation.held_out_prompts)
     except PromptError as error:
         raise ConfigError(f"data.prompts: {error}") from error
     if not config.evaluation.problems:
@@ -192,14 +215,19 @@ def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> P
 def _check_batch(config: RunConfig, prompts: int) -> None:
     """Refuse a rollout batch that can never be filled: it, and all that is counted in batches, would mean another."""
     if config.rollout.prompts_per_batch > prompts:
+        fields = ["data.prompts", "data.limit", "data.epochs"]
+        fields += ["evaluation.held_out_prompts"] if config.evaluation.held_out_prompts else []
         raise ConfigError(
             f"rollout.prompts_per_batch: {config.rollout.prompts_per_batch} is more than the {prompts} prompts to "
-            f"train on (data.prompts, data.limit, data.epochs); use {prompts} or less"
+            f"train on ({', '.join(fields)}); use {prompts} or less"
         )
 
 
 def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt], limit: int) -> None:
     parts = [("data.prompts", prompts.prompts, "curriculum.max_tokens", config.curriculum.max_tokens)]
+    if prompts.held_out:
+        response = config.evaluation.held_out_tokens
+        parts.append(("data.prompts", prompts.held_out, "evaluation.held_out_tokens", response))
     if problems:
         response = config.evaluation.max_new_tokens
         parts.append(("evaluation.problems", problems, "evaluation.max_new_tokens", response))

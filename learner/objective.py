@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from common.config.objective import AS_IT_IS, Divergence, ForwardKL, JensenShannon, MixedKL, ReverseKL, TeacherTarget
+from common.kl import head_logits, kl_divergence
 from common.reshaping import reshape
 from common.student import full_precision_logits
 from learner.terms import LogitTerms, entropy_of
-
-_LOG_FLOOR = -60.0  # log-probabilities of classes are clamped here, so that 0 * log 0 is 0
 
 
 class Target(ABC):
@@ -89,9 +88,7 @@ class HiddenTarget(Target):
 
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """C is V."""
-        teacher = full_precision_logits(self.hidden.to(self.head.dtype), self.head)
-        if self.tokens is not None:
-            teacher[:, self.tokens :] = -math.inf
+        teacher = head_logits(self.hidden, self.head, self.tokens)
         teacher = reshape(teacher, self.shape) if self.shape.reshapes else teacher.log_softmax(-1)
         return teacher, logits.log_softmax(-1)
 
@@ -128,20 +125,15 @@ def divergence(kind: Divergence, log_t: Tensor, log_s: Tensor) -> Tensor:
     a KL(t||m) + (1-a) KL(s||m), m = a t + (1-a) s.
     """
     if isinstance(kind, ForwardKL):
-        return _kl(log_t, log_s)
+        return kl_divergence(log_t, log_s)
     if isinstance(kind, ReverseKL):
-        return _kl(log_s, log_t)
+        return kl_divergence(log_s, log_t)
     if isinstance(kind, MixedKL):
-        return (1 - kind.alpha) * _kl(log_t, log_s) + kind.alpha * _kl(log_s, log_t)
+        return (1 - kind.alpha) * kl_divergence(log_t, log_s) + kind.alpha * kl_divergence(log_s, log_t)
     if isinstance(kind, JensenShannon):
         log_m = torch.logaddexp(log_t + math.log(kind.alpha), log_s + math.log1p(-kind.alpha))
-        return kind.alpha * _kl(log_t, log_m) + (1 - kind.alpha) * _kl(log_s, log_m)
+        return kind.alpha * kl_divergence(log_t, log_m) + (1 - kind.alpha) * kl_divergence(log_s, log_m)
     raise TypeError(f"unknown divergence {kind!r}")
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    log_p, log_q = log_p.clamp_min(_LOG_FLOOR), log_q.clamp_min(_LOG_FLOOR)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 @dataclass(kw_only=True)

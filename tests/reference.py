@@ -11,7 +11,8 @@ from common.seeds import stream_key, uniform
 
 
 def block_causal_logits(model: PreTrainedModel, ids: list[int], block_size: int) -> Tensor:
-    """float32 [N, V]: one cacheless forward over the whole sequence, mask written position by position."""
+    """float32 (of a float64 model float64) [N, V]: one cacheless forward over the whole sequence, mask written position
+    by position."""
     n = len(ids)
     mask = torch.zeros(1, 1, n, n, dtype=torch.bool)
     for q in range(n):
@@ -19,7 +20,7 @@ def block_causal_logits(model: PreTrainedModel, ids: list[int], block_size: int)
             mask[0, 0, q, k] = k // block_size <= q // block_size
     with torch.no_grad():
         out = model(input_ids=torch.tensor([ids]), attention_mask=mask, position_ids=torch.arange(n)[None])
-    return out.logits[0].float()
+    return out.logits[0].to(torch.promote_types(out.logits.dtype, torch.float32))
 
 
 def reference_rollout(

@@ -28,7 +28,6 @@ As in training, every state is a noised copy of its block behind the clean seque
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -36,15 +35,21 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.masks import dense_mask, per_layer_kind
+from actors.evaluation.noised_blocks import (
+    HEAD_ROWS,
+    TOKEN_BUDGET,
+    BlockState,
+    NoisedRow,
+    blocks_behind,
+    noised_rows,
+    scored_hidden_states,
+)
 from common.padded_batches import padded_batches
-from common.student import attention_windows, full_precision_logits, hidden_states, lm_head_weight
+from common.student import full_precision_logits, lm_head_weight
 
 Method = Literal["sequential", "bound"]
-_HEAD_ROWS = 1024  # positions whose logits exist at the same time
 
 
 @dataclass(frozen=True)
@@ -65,34 +70,42 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class BlockState:
-    """One state of a block: bool [n] masked, float64 [n] weight of each position, and the position that left-to-right
+class WeightedState(BlockState):
+    """A state with the float64 [n] weight of each position in the estimate, and the position that left-to-right
     decoding would reveal here (-1: none)."""
 
-    masked: np.ndarray
     weight: np.ndarray
     greedy_at: int = -1
 
+    @property
+    def scored(self) -> np.ndarray:
+        return (self.weight > 0) | self.greedy
 
-def block_states(n: int, block: int, estimate: Estimate) -> list[BlockState]:
+    @property
+    def greedy(self) -> np.ndarray:
+        """bool [n]: the position that left-to-right decoding would reveal."""
+        return np.arange(len(self.weight)) == self.greedy_at
+
+
+def block_states(n: int, block: int, estimate: Estimate) -> list[WeightedState]:
     """The states of a block with n continuation positions, with their weights in the estimate."""
     left_to_right = [np.arange(n) >= j for j in range(n)]
     if estimate.method == "sequential":
-        return [BlockState(masked, np.eye(n)[j], j) for j, masked in enumerate(left_to_right)]
+        return [WeightedState(masked, np.eye(n)[j], j) for j, masked in enumerate(left_to_right)]
     states = []
     if 2**n - 1 <= estimate.samples:
         for size in range(1, n + 1):
             for chosen in combinations(range(n), size):
                 masked = np.isin(np.arange(n), chosen)
-                states.append(BlockState(masked, masked / (size * comb(n, size))))
+                states.append(WeightedState(masked, masked / (size * comb(n, size))))
     else:
         rng = np.random.default_rng([estimate.seed, block])
         for _ in range(estimate.samples):
             size = int(rng.integers(1, n + 1))
             masked = np.isin(np.arange(n), rng.permutation(n)[:size])
-            states.append(BlockState(masked, masked * (n / size / estimate.samples)))
+            states.append(WeightedState(masked, masked * (n / size / estimate.samples)))
     # these only serve the greedy flag
-    return states + [BlockState(masked, np.zeros(n), j) for j, masked in enumerate(left_to_right)]
+    return states + [WeightedState(masked, np.zeros(n), j) for j, masked in enumerate(left_to_right)]
 
 
 def log_likelihoods(
@@ -102,125 +115,52 @@ def log_likelihoods(
     block_size: int,
     mask_token_id: int,
     estimate: Estimate,
-    token_budget: int = 8192,
+    token_budget: int = TOKEN_BUDGET,
 ) -> list[Likelihood]:
     """Score the continuation of every (context ids, continuation ids), in order.
 
     One forward has at most `token_budget` tokens, clean and noised, or one sequence with one noised block.
     """
     log_prob, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
-    rows = [
-        row
-        for index, (context, continuation) in enumerate(pairs)
-        for row in _rows(index, context, continuation, block_size, mask_token_id, estimate, token_budget)
-    ]
+    rows: list[NoisedRow[WeightedState]] = []
+    for index, (context, continuation) in enumerate(pairs):
+        x = np.asarray([*context, *continuation], dtype=np.int64)
+        blocks = blocks_behind(len(context), len(x), block_size) if continuation else []
+        states = [(block, state) for block, n in blocks for state in block_states(n, block, estimate)]
+        rows += noised_rows(
+            index,
+            x,
+            len(context),
+            states,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            token_budget=token_budget,
+        )
     for group in padded_batches([len(row.ids) for row in rows], token_budget):
         _score(model, [rows[index] for index in group], mask_token_id, log_prob, greedy)
     return [Likelihood(float(p), bool(g)) for p, g in zip(log_prob, greedy, strict=True)]
 
 
-@dataclass
-class _Row:
-    """A clean sequence and some noised copies of its blocks, int64 [L] each, and what is scored there.
-
-    Scored: columns `at` int64 [K] with tokens `target` int64 [K], `weight` float64 [K] and `greedy` bool [K].
-    """
-
-    index: int
-    ids: np.ndarray
-    position: np.ndarray
-    copy: np.ndarray
-    at: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray
-    greedy: np.ndarray
-    block_size: int
-
-
-def _rows(
-    index: int,
-    context: list[int],
-    continuation: list[int],
-    block_size: int,
-    mask_token_id: int,
-    estimate: Estimate,
-    token_budget: int,
-) -> Iterator[_Row]:
-    """The states of one sequence, in as few rows of at most `token_budget` tokens as possible."""
-    if not continuation:
-        return
-    x = np.asarray([*context, *continuation], dtype=np.int64)
-    blocks = range(len(context) // block_size, (len(x) - 1) // block_size + 1)
-    clean = blocks[-1] * block_size  # no block has the last one as context
-    states = []
-    for block in blocks:
-        first, end = max(block * block_size, len(context)), min((block + 1) * block_size, len(x))
-        states += [(block, first, state) for state in block_states(end - first, block, estimate)]
-    per_row = max((token_budget - clean) // block_size, 1)
-    for start in range(0, len(states), per_row):
-        chunk = states[start : start + per_row]
-        ids, positions, copies = [x[:clean]], [np.arange(clean)], [np.zeros(clean, dtype=np.int64)]
-        at, target, weight, greedy = [], [], [], []
-        for number, (block, first, state) in enumerate(chunk):
-            position = block * block_size + np.arange(block_size)
-            noised = np.full(block_size, mask_token_id, dtype=np.int64)
-            known = x[position[0] : position[0] + block_size]
-            noised[: len(known)] = known
-            offset = first - position[0] + np.arange(len(state.masked))  # continuation positions within the block
-            noised[offset[state.masked]] = mask_token_id
-            scored = (state.weight > 0) | (np.arange(len(state.masked)) == state.greedy_at)
-            ids.append(noised)
-            positions.append(position)
-            copies.append(np.full(block_size, number + 1))
-            at.append(clean + number * block_size + offset[scored])
-            target.append(x[position[0] + offset[scored]])
-            weight.append(state.weight[scored])
-            greedy.append(np.flatnonzero(scored) == state.greedy_at)
-        yield _Row(
-            index,
-            ids=np.concatenate(ids),
-            position=np.concatenate(positions),
-            copy=np.concatenate(copies),
-            at=np.concatenate(at),
-            target=np.concatenate(target),
-            weight=np.concatenate(weight),
-            greedy=np.concatenate(greedy),
-            block_size=block_size,
-        )
-
-
 @torch.inference_mode()
 def _score(
-    model: PreTrainedModel, rows: list[_Row], mask_token_id: int, log_prob: np.ndarray, greedy: np.ndarray
+    model: PreTrainedModel,
+    rows: list[NoisedRow[WeightedState]],
+    mask_token_id: int,
+    log_prob: np.ndarray,
+    greedy: np.ndarray,
 ) -> None:
     """One forward; adds its scores to `log_prob` [pairs] and `greedy` [pairs]."""
-    device = lm_head_weight(model).device
-    length = max(len(row.ids) for row in rows)
-
-    def padded(parts: list[np.ndarray], value: int) -> Tensor:
-        out = np.full((len(parts), length), value, dtype=np.int64)
-        for row, part in zip(out, parts, strict=True):
-            row[: len(part)] = part
-        return torch.from_numpy(out).to(device)
-
-    ids, positions = padded([r.ids for r in rows], 0), padded([r.position for r in rows], 0)
-    doc = padded([np.zeros_like(r.ids) for r in rows], -1)  # padding is a document of its own
-    copy, block = padded([r.copy for r in rows], 0), positions // rows[0].block_size
-    windows = attention_windows(model.config)
-    mask = per_layer_kind(windows, lambda window: dense_mask(doc, copy, block, positions, window))
-    hidden = hidden_states(model, ids, positions, mask)
-
-    row_of = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r.at) for r in rows])).to(device)
-    at = torch.from_numpy(np.concatenate([r.at for r in rows])).to(device)
-    target = torch.from_numpy(np.concatenate([r.target for r in rows])).to(device)
+    hidden = scored_hidden_states(model, rows)
+    target = torch.from_numpy(np.concatenate([r.tokens for r in rows])).to(hidden.device)
     log_p, best = [], []
-    for first in range(0, len(at), _HEAD_ROWS):
-        part = slice(first, first + _HEAD_ROWS)
-        logits = full_precision_logits(hidden[row_of[part], at[part]], lm_head_weight(model))
+    for first in range(0, len(hidden), HEAD_ROWS):
+        part = slice(first, first + HEAD_ROWS)
+        logits = full_precision_logits(hidden[part], lm_head_weight(model))
         logits[:, mask_token_id] = -torch.inf
         log_p.append(torch.log_softmax(logits, dim=-1).gather(1, target[part, None])[:, 0])
         best.append(logits.argmax(dim=-1) == target[part])
     scored, right = torch.cat(log_p).double().cpu().numpy(), torch.cat(best).cpu().numpy()
     index = np.repeat([r.index for r in rows], [len(r.at) for r in rows])
-    np.add.at(log_prob, index, scored * np.concatenate([r.weight for r in rows]))
-    np.logical_and.at(greedy, index, right | ~np.concatenate([r.greedy for r in rows]))
+    states = [state for row in rows for state in row.states]
+    np.add.at(log_prob, index, scored * np.concatenate([s.weight[s.scored] for s in states]))
+    np.logical_and.at(greedy, index, right | ~np.concatenate([s.greedy[s.scored] for s in states]))

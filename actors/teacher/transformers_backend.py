@@ -56,18 +56,9 @@ class TransformersBackend(TeacherBackend):
         answers: dict[int, Targets] = {}
         for rows in padded_batches([len(r.ids) for r in requests], self.max_batched_tokens):
             batch = [requests[row] for row in rows]
-            for row, hidden in zip(rows, self._hidden(batch), strict=True):
+            for row, hidden in zip(rows, causal_hidden_states(self.model, batch), strict=True):
                 answers[row] = self._targets_of(hidden)
         return [answers[row] for row in range(len(requests))]
-
-    def _hidden(self, batch: list[TargetRequest]) -> list[Tensor]:
-        """For each request, the final hidden states [n, d] that predict its positions."""
-        ids = torch.zeros(len(batch), max(len(r.ids) for r in batch), dtype=torch.int64)
-        for row, request in enumerate(batch):
-            ids[row, : len(request.ids)] = torch.from_numpy(request.ids.astype(np.int64))
-        # padding is to the right of all requested positions, so the causal mask is enough
-        states = self.model.model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
-        return [states[row, torch.from_numpy(r.positions.astype(np.int64) - 1)] for row, r in enumerate(batch)]
 
     def _targets_of(self, hidden: Tensor) -> Targets:
         if self.kind == "hidden":
@@ -81,3 +72,13 @@ class TransformersBackend(TeacherBackend):
         logits = linear(hidden, lm_head_weight(self.model))[:, : self.tokens].float()
         values, ids = logits.topk(self.width, dim=-1)
         return values - logits.logsumexp(dim=-1, keepdim=True), ids
+
+
+def causal_hidden_states(model: PreTrainedModel, batch: Sequence[TargetRequest]) -> list[Tensor]:
+    """For each request, the final hidden states [n, d] that predict its positions; one causal forward."""
+    ids = torch.zeros(len(batch), max(len(r.ids) for r in batch), dtype=torch.int64)
+    for row, request in enumerate(batch):
+        ids[row, : len(request.ids)] = torch.from_numpy(request.ids.astype(np.int64))
+    # padding is to the right of all requested positions, so the causal mask is enough
+    states = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    return [states[row, torch.from_numpy(r.positions.astype(np.int64) - 1)] for row, r in enumerate(batch)]

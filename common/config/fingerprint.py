@@ -31,8 +31,11 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def evaluation_fingerprint(config: RunConfig) -> str:
-    """64 hexadecimal digits over what decides the results of the evaluations."""
-    text = json.dumps(config.evaluation.model_dump(mode="json", exclude={"every_batches"}), sort_keys=True)
+    """64 hexadecimal digits over what decides the results of the evaluations; without held-out prompts their fields do
+    not count, so that runs of earlier versions stay as they are."""
+    held_out = set() if config.evaluation.held_out_prompts else {"held_out_prompts", "held_out_tokens"}
+    values = config.evaluation.model_dump(mode="json", exclude={"every_batches", *held_out})
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -52,7 +52,8 @@ class Arm:
         old = input_paths(before) | {f"evaluation.{name}": value for name, value in before.evaluation}
         new = input_paths(now) | {f"evaluation.{name}": value for name, value in now.evaluation}
         changed = sorted(name for name in new if old.get(name) != new[name])
-        return [*differences(before, now), *(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)]
+        others = (f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in changed)
+        return list(dict.fromkeys([*differences(before, now), *others]))
 
 
 def load_ablation(source: str) -> AblationConfig:

@@ -88,12 +88,15 @@ def _work(config: RunConfig) -> dict[str, int]:
         count = sum(1 for _ in open_rows(config.data.prompts, config.data.split, config.data.subset))
     except PromptError as error:
         raise ConfigError(f"data.prompts: {error}") from error
-    trained = min(count, config.data.limit or count) * config.data.epochs
+    held_out = config.evaluation.held_out_prompts
+    left = max(count - held_out, 0)
+    trained = min(left, config.data.limit or left) * config.data.epochs
     full_batches = -(-trained // config.rollout.prompts_per_batch)
     batches = min(full_batches, config.pipeline.max_batches or full_batches)
     trained = min(trained, batches * config.rollout.prompts_per_batch)
     return {
         "prompts in the file": count,
+        **({"prompts held out": held_out} if held_out else {}),
         "prompts to train": trained,
         "rollout batches": batches,
         "updates, at most": count_updates(config, trained).total,

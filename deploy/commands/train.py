@@ -80,5 +80,8 @@ def train(
     summary = run(settings, overwrite, resume == "auto", accept_changed_data)
     if "student" in summary:
         console.print(summary_table(summary))
+    if "held_out_kl" in summary:
+        before, after = (summary[name]["mean"] for name in ("held_out_kl_init", "held_out_kl"))
+        say(f"held-out KL: {before:.4f} nats/token before the training, {after:.4f} after it")
     final = shlex.quote(f"{settings.run_dir}/checkpoints/final")
     say(f"everything is in {settings.run_dir}; try: opdlm generate {final}")

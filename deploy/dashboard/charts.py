@@ -51,6 +51,16 @@ CHARTS = (
     ),
     Chart("kl", "learning", "KL to the teacher", (Line("kl", "KL", "smooth"),), format="~g"),
     Chart(
+        "held_out_kl",
+        "learning",
+        "KL on held-out prompts, by offset in the block",
+        (
+            *_evaluated("eval/held_out_kl", "all offsets"),
+            *(line for o in range(1, 5) for line in _evaluated(f"eval/held_out_kl_{o}", f"offset {o}")),
+        ),
+        format="~g",
+    ),
+    Chart(
         "accuracy",
         "learning",
         "Accuracy on held-out problems",

@@ -63,9 +63,10 @@ _SMALL_TRAINING = [
     "--teacher.resources", _CPU.format(cpus=0.5), "--learner.batch_rows", "4", "--learner.dtype", "float32",
     "--learner.max_tokens_per_microbatch", "2048", "--learner.warmup_batches", "0", "--learner.compile", "false",
     "--learner.resources", _CPU.format(cpus=1), "--pipeline.checkpoint_every_batches", "0", "--pipeline.spool", "true",
+    "--evaluation.held_out_prompts", "2", "--evaluation.held_out_tokens", "32",
 ]  # fmt: skip
 _SMALL_SUITES = ["--suite", f"ifeval={INSTRUCTIONS}", "--max-new-tokens", "32", "--slots", "8"]
-SMALL_COUNT, SMALL_LONG_PROMPTS, SMALL_LONG_TOKENS = 16, 2, 48
+SMALL_COUNT, SMALL_LONG_PROMPTS, SMALL_LONG_TOKENS = 18, 2, 48
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,12 @@ def _evaluated(unit: str, meaning: str) -> MetricSpec:
     return MetricSpec(unit, f"{meaning}; held-out problems, greedy dynamic decoding", optional=True)
 
 
+def _held_out_kl(of: str) -> MetricSpec:
+    return MetricSpec(
+        "nats/token", f"KL(original || student), {of}; held-out prompts, blocks masked whole", optional=True
+    )
+
+
 METRICS: dict[str, MetricSpec] = {
     "batch": MetricSpec("", "rollout batch, from 0"),
     "epoch": MetricSpec("", "passes over the prompts done after this batch, with fraction"),
@@ -88,5 +94,10 @@ METRICS: dict[str, MetricSpec] = {
     "eval/response_length": _evaluated("tokens", "mean response length"),
     "eval/share_eos": _evaluated("share", "responses that ended with the end token"),
     "eval/tokens_per_second": _evaluated("tokens/s", "response tokens per busy second of one rollout actor"),
+    "eval/held_out_kl": _held_out_kl("mean over the offsets in a block"),
+    "eval/held_out_kl_1": _held_out_kl("first token of a block"),
+    "eval/held_out_kl_2": _held_out_kl("second token of a block"),
+    "eval/held_out_kl_3": _held_out_kl("third token of a block"),
+    "eval/held_out_kl_4": _held_out_kl("fourth token of a block"),
     "seconds/evaluation": MetricSpec("s", "wall time of the evaluation, not part of seconds/batch", optional=True),
 }

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 COMMAND = [sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers"]
 SMALL = ["--pipeline.max_batches", "2", "--evaluation.count", "4", "--evaluation.every_batches", "0"]
+SMALL += ["--evaluation.held_out_prompts", "5", "--evaluation.held_out_tokens", "40"]
 STOP_SECONDS = 15.0  # Ray's own end takes most of them
 
 
@@ -40,7 +41,8 @@ def test_a_finished_training_without_evaluation_only_evaluates(folder):
     before = summary(folder)
     (folder / "summary.json").unlink()  # as a process leaves it that dies in the last evaluation
     weights = folder / "checkpoints" / "final" / "model.safetensors"
-    written = weights.stat().st_mtime_ns
+    held_out = folder / "held_out.json"
+    written, answered = weights.stat().st_mtime_ns, held_out.stat().st_mtime_ns
     said = train(folder.parent, "--resume", "auto")
     assert "the training is finished, what is missing is its evaluation" in said and "batch 1/2" not in said
     after = summary(folder)
@@ -48,8 +50,11 @@ def test_a_finished_training_without_evaluation_only_evaluates(folder):
         for evaluated in (result["teacher"], *result["student"].values()):
             for measured in ("seconds", "tokens_per_second"):
                 evaluated.pop(measured)
+    kl = [result["held_out_kl"].pop("by_offset") for result in (before, after)]
+    assert kl[0] == pytest.approx(kl[1])
+    assert [result["held_out_kl"].pop("mean") for result in (before, after)] == pytest.approx([sum(kl[0]) / 4] * 2)
     assert after == before
-    assert weights.stat().st_mtime_ns == written
+    assert weights.stat().st_mtime_ns == written and held_out.stat().st_mtime_ns == answered
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -21,6 +21,7 @@ BATCHES = 6
 SMALL = [
     "--pipeline.max_batches", str(BATCHES), "--pipeline.spool", "true", "--rollout.prompts_per_batch", "16",
     "--evaluation.count", "8", "--evaluation.every_batches", "4",
+    "--evaluation.held_out_prompts", "5", "--evaluation.held_out_tokens", "40",
     "--learner.warmup_batches", "1", "--learner.batch_rows", "4",
 ]  # fmt: skip
 
@@ -55,15 +56,25 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
 
     staleness = config.pipeline.staleness
     ordinals: list[int] = []
+    asked: set[tuple[int, ...]] = set()
     for index in range(BATCHES):
         batches = read_spool(folder / "spool" / f"batch-{index:06d}.arrow")
         rows = [t for batch in batches for t in from_batch(batch)[0]]
         # prompts are dealt to all actors in turn, so one version in a batch means that every actor runs it
         assert {t.weights_version for t in rows} == {max(index - staleness, 0)}
         ordinals += [t.ordinal for t in rows]
+        asked |= {tuple(t.prompt_ids) for t in rows}
         assert all(len(t.target_offsets) for t in rows)
     assert sorted(ordinals) == list(range(16 * BATCHES))
     assert metrics[-1]["staleness"] == staleness
+
+    held_out = json.loads((folder / "held_out.json").read_text())["prompts"]
+    assert len(held_out) == 5 and not asked & {tuple(row["prompt_ids"]) for row in held_out}
+    responses = sum(len(row["response_ids"]) for row in held_out)
+    before, after = summary["held_out_kl_init"], summary["held_out_kl"]
+    assert before["tokens"] == after["tokens"] == responses and after["mean"] < 0.7 * before["mean"]
+    assert [m["batch"] for m in metrics if m["eval/held_out_kl"] is not None] == [3, BATCHES - 1]
+    assert [metrics[-1][f"eval/held_out_kl_{o}"] for o in range(1, 5)] == pytest.approx(after["by_offset"])
 
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["teacher"]["exact_match"] > 0.9

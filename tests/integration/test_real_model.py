@@ -47,7 +47,14 @@ def test_a_published_model_is_converted_with_prompts_of_its_own(tmp_path, capfd)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["batch"] for m in metrics] == [0, 1]
     assert all(math.isfinite(m["kl"]) and m["kl"] > 0 for m in metrics)
-    asked = {tuple(p.ids) for p in prompts}
+    held_out = json.loads((run / "held_out.json").read_text())["prompts"]
+    assert len(held_out) == 2 and all(1 <= len(row["response_ids"]) <= 32 for row in held_out)
+    asked = {tuple(p.ids) for p in prompts} - {tuple(row["prompt_ids"]) for row in held_out}
+    assert len(asked) == 16
+    summary = json.loads((run / "summary.json").read_text())
+    before, last, after = summary["held_out_kl_init"], metrics[-1], summary["held_out_kl"]
+    assert after["mean"] == pytest.approx(last["eval/held_out_kl"]) and after["mean"] < before["mean"]
+    assert after["by_offset"] == pytest.approx([last[f"eval/held_out_kl_{offset}"] for offset in range(1, 5)])
     for index in range(2):
         rows = [t for b in read_spool(run / "spool" / f"batch-{index:06d}.arrow") for t in from_batch(b)[0]]
         assert len(rows) == 8

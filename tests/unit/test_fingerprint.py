@@ -22,6 +22,7 @@ TINY = load_config("tiny")
         ("--rollout.unmasking.rule", "entropy_bound"),
         ("--objective.divergence.kind", "reverse_kl"),
         ("--data.domain_max_tokens", "{math: 16}"),
+        ("--evaluation.held_out_prompts", "8"),
         ("--seed", "1"),
     ],
 )
@@ -44,6 +45,7 @@ def test_what_changes_the_training_changes_the_fingerprint(override: tuple[str, 
         ("--pipeline.checkpoint_every_batches", "3"),
         ("--publish.bucket_mib", "1"),
         ("--evaluation.count", "3"),
+        ("--evaluation.held_out_tokens", "64"),
         ("--ray.num_cpus", "2"),
         ("--wandb.project", "p"),
     ],
@@ -74,6 +76,16 @@ def test_the_evaluation_has_an_identity_of_its_own() -> None:
         load_config("tiny", ["--evaluation.every_batches", "3"])
     )
     assert evaluation_fingerprint(TINY) != evaluation_fingerprint(load_config("tiny", ["--evaluation.count", "3"]))
+
+
+def test_what_is_held_out_counts_in_the_evaluation_only_where_something_is() -> None:
+    some, other = (
+        load_config("tiny", ["--evaluation.held_out_prompts", "8", "--evaluation.held_out_tokens", tokens])
+        for tokens in ("256", "64")
+    )
+    assert len({evaluation_fingerprint(config) for config in (TINY, some, other)}) == 3
+    without = load_config("tiny", ["--evaluation.held_out_tokens", "64"])
+    assert evaluation_fingerprint(without) == evaluation_fingerprint(TINY)
 
 
 def test_fields_without_a_mark_change_the_training() -> None:

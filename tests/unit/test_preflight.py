@@ -10,7 +10,10 @@ from transformers import AutoTokenizer
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from deploy import preflight
+from deploy.data_fingerprint import data_fingerprints
+from deploy.held_out import HeldOutPrompts
 from deploy.model_checks import looks_local
+from deploy.pipeline import write_resolved_config
 from tests.models import tiny_qwen3, tiny_tokenizer
 
 
@@ -181,6 +184,43 @@ def test_a_rollout_batch_larger_than_the_prompts(tmp_path):
         "data.epochs); use 8 or less"
     )
     preflight.prepare(config(tmp_path, "--data.epochs", "2", "--rollout.prompts_per_batch", "8"))
+
+
+HELD_OUT = ["--evaluation.held_out_prompts", "3"]
+
+
+def test_held_out_prompts_are_checked_like_the_others(tmp_path):
+    prepared = preflight.prepare(config(tmp_path, *HELD_OUT))
+    assert len(prepared.prompts.held_out) == 3 and prepared.evaluates
+    assert "evaluation.held_out_prompts" in data_fingerprints(prepared.config, prepared.prompts)
+    said = refused(config(tmp_path, *HELD_OUT, "--evaluation.held_out_tokens", "100000"))
+    assert said.startswith("evaluation.held_out_tokens: 100000 after the longest prompt of data.prompts (")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"question": f"What is {n} + 1?"}) + "\n" for n in range(5)))
+    few_prompts = ["--data.prompts", str(few), "--data.limit", "null", "--data.epochs", "1"]
+    said = refused(config(tmp_path, *HELD_OUT, *few_prompts))
+    assert said.endswith(
+        "4 is more than the 2 prompts to train on (data.prompts, data.limit, data.epochs, "
+        "evaluation.held_out_prompts); use 2 or less"
+    )
+    said = refused(config(tmp_path, *few_prompts, "--evaluation.held_out_prompts", "5"))
+    assert said.startswith(f"data.prompts: '{few}' has 5 different prompts") and said.endswith("to 4 or less")
+
+
+def test_a_run_that_goes_on_holds_out_the_prompts_that_it_has_kept(tmp_path):
+    prepared = preflight.prepare(config(tmp_path, *HELD_OUT, "--data.limit", "40"))
+    write_resolved_config(prepared.config)
+    kept = prepared.prompts.prompts[:3]  # of a run whose source had another order
+    HeldOutPrompts(kept, prepared.config.run_dir, "teacher", 72).keep([p.ids for p in kept])
+    again = preflight.prepare(prepared.config, resume=True).prompts
+    assert [p.ids.tolist() for p in again.held_out] == [p.ids.tolist() for p in kept]
+    assert not {p.question for p in kept} & {p.question for p in again.prompts}
+    changed = config(tmp_path, "--data.limit", "40", "--evaluation.held_out_prompts", "2")
+    with pytest.raises(ConfigError, match=r"evaluation\.held_out_prompts was 3 and is 2"):
+        preflight.prepare(changed, resume=True)
+    (prepared.config.run_dir / "held_out.json").write_text('{"made')
+    with pytest.raises(ConfigError, match=r"held_out\.json' cannot be read \(.*\); remove it"):
+        preflight.prepare(prepared.config, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,52 @@ def test_text_that_no_file_can_hold_is_replaced_beside_the_question(tmp_path):
     rows = [{"question": "q", "domain": "\ud83d", "answer": "\udc00 3"}]
     prompt = load(write(tmp_path / "p.jsonl", rows)).prompts[0]
     assert (prompt.domain, prompt.answer) == ("?", "? 3")
+
+
+def questions(prompts):
+    return [p.question for p in prompts]
+
+
+def held_out(path, count, seed=0, **data):
+    return load_prompts(DataConfig(prompts=str(path), **data), TOKENIZER, seed, count)
+
+
+def test_held_out_prompts_are_the_end_of_the_order_and_their_copies_are_never_trained_on(tmp_path):
+    rows = [{"question": f"What is {i % 12} + 1?"} for i in range(30)]  # every one two or three times
+    path = write(tmp_path / "p.jsonl", rows)
+    order = questions(load(path).prompts)
+    found = held_out(path, 4, epochs=3)
+    assert questions(found.held_out) == list(dict.fromkeys(order[::-1]))[:4]
+    left = [question for question in order if question not in questions(found.held_out)]
+    assert questions(found.prompts[: len(left)]) == left  # in the order that they had
+    assert len(found.prompts) == 3 * len(left)
+    assert not {p.ids.tobytes() for p in found.prompts} & {p.ids.tobytes() for p in found.held_out}
+    assert [p.ordinal for p in found.prompts] == list(range(3 * len(left)))
+    assert f"{30 - len(left)} prompts are held out of the training, 4 different ones" in found.notes
+
+
+def test_held_out_prompts_cost_no_training_prompt_where_a_limit_leaves_enough(tmp_path):
+    path = write(tmp_path / "p.jsonl", ROWS)
+    assert questions(held_out(path, 2, limit=4).prompts) == questions(load(path, limit=4).prompts)
+    assert len(held_out(path, 2, limit=5).prompts) == 4
+
+
+def test_prompts_that_were_held_out_stay_so_in_a_file_that_has_changed(tmp_path):
+    before = held_out(write(tmp_path / "p.jsonl", ROWS), 2)
+    more = write(tmp_path / "more.jsonl", [*ROWS, *({"question": f"What is {i} + 2?"} for i in range(5))])
+    assert questions(held_out(more, 2).held_out) != questions(before.held_out)
+    after = held_out(more, before.held_out)
+    assert after.held_out == before.held_out
+    assert len(after.prompts) == 9 and not {*questions(before.held_out)} & {*questions(after.prompts)}
+
+
+def test_too_few_prompts_to_hold_any_out(tmp_path):
+    path = write(tmp_path / "p.jsonl", [*ROWS, *ROWS])
+    for count in (6, 256):
+        with pytest.raises(
+            PromptError,
+            match=r"p\.jsonl' has 6 different prompts that can be used, and evaluation\.held_out_prompts takes them "
+            r"all; give more prompts, or lower evaluation\.held_out_prompts to 5 or less",
+        ):
+            held_out(path, count)
+    assert len(held_out(path, 5).prompts) == 2

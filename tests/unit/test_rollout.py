@@ -1,4 +1,4 @@
-"""The rollout actor in this process: its trajectories are whole blocks, whatever the limit."""
+"""The rollout actor in this process: its trajectories are whole blocks, whatever the limit, and it can be replaced."""
 
 import numpy as np
 
@@ -7,6 +7,7 @@ from common.config.file import load_config
 from common.config.run import DynamicUnmasking
 from common.prompts import Prompt
 from common.trajectory import from_batch
+from deploy.preflight import read_prompts
 
 BLOCK = 8
 
@@ -28,3 +29,17 @@ def test_a_rollout_runs_to_the_end_of_the_block_in_which_it_reaches_its_limit():
         assert (len(t.tail_ids) == 0) or t.finish_reason == "eos"
     assert sum(t.finish_reason == "length" for t in rows) >= 4
     assert next(t for t in rows if t.ordinal == 5).response_ids.tolist() == body[:11].tolist()
+
+
+def test_an_actor_that_takes_anothers_place_has_the_same_held_out_kl():
+    config = load_config("tiny", ["--evaluation.held_out_prompts", "6"])
+    first, second = RolloutActor(config, 0), RolloutActor(config, 0)
+    prompts = read_prompts(config, first.tokenizer)[0].held_out
+    responses = first.answer_held_out(prompts, 12, config.teacher_path)
+    assert [len(response) for response in responses] == [12] * 6
+    whole = first.held_out_kl(prompts, responses, config.teacher_path, 8)
+    other = second.held_out_kl(prompts, responses, config.teacher_path, 8)
+    np.testing.assert_allclose(other.kl, whole.kl, rtol=1e-5)
+    share = second.held_out_kl(prompts[1::2], responses[1::2], config.teacher_path, 8)  # as one of two actors
+    np.testing.assert_allclose(share.kl, whole.kl[1::2], rtol=1e-5)
+    assert whole.kl.sum() > whole.tokens.sum()  # more than a nat a token: the student is not trained

@@ -1,0 +1,159 @@
+r"""The held-out KL: how far the student is from the original on prompts that are never trained on.
+
+For each held-out prompt x0 is the original's greedy response. Every block of it is masked whole: x_t^b has the mask
+token at all positions of the response in block b, and what is behind the response's end in its last block is masked
+too. With p the original's next-token distribution and q the student's, both over the whole vocabulary,
+
+    KL_i = sum_v p(v | x_{<i}) log [ p(v | x_{<i}) / q(v | x^{<b}, x_t^b) ]
+
+at every token i of a response, its end token included; neither the prompt nor what is behind the response counts. The
+offset of i is its place in its block of the grid, 1 to B. KL_o is the mean over all tokens at offset o, and the
+held-out KL is the mean of KL_1 ... KL_B: that of a block masked whole. An offset at which no response has a token is
+left out.
+
+The original is read once: its final hidden states at the responses and its LM head are kept, in host memory. This is
+less than its weights and saves loading them for each evaluation. (Stored logits would take V / d times as much.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.evaluation.autoregressive import autoregressive_responses
+from actors.evaluation.noised_blocks import (
+    TOKEN_BUDGET,
+    BlockState,
+    NoisedRow,
+    blocks_behind,
+    noised_rows,
+    scored_hidden_states,
+)
+from actors.sampler.request import Request
+from actors.teacher.targets import TargetRequest
+from actors.teacher.transformers_backend import causal_hidden_states
+from common.kl import head_logits, kl_divergence
+from common.padded_batches import padded_batches
+from common.prompts import Prompt
+from common.student import fitted_head, lm_head_weight
+
+HEAD_ROWS = 256  # positions at which both distributions exist at the same time
+
+
+@dataclass(frozen=True)
+class HeldOutSums:
+    """For n prompts, by offset in blocks of B: the KL's sum, float64 [n, B], and the response tokens, int64 [n, B]."""
+
+    kl: np.ndarray
+    tokens: np.ndarray
+
+    def metrics(self) -> dict[str, Any]:
+        """For `summary.json`: `mean` and `by_offset` 1 to B in nats (None where there is no token), and of how many
+        prompts and tokens. Prompts are added up in their order, so that it does not matter which process had which."""
+        kl, tokens = self.kl.sum(axis=0), self.tokens.sum(axis=0)
+        measured = kl[tokens > 0] / tokens[tokens > 0]
+        return {
+            "mean": float(measured.mean()),
+            "by_offset": [float(k / n) if n else None for k, n in zip(kl, tokens, strict=True)],
+            "prompts": len(self.tokens),
+            "tokens": int(tokens.sum()),
+        }
+
+
+def greedy_responses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[np.ndarray]:
+    """The original's greedy response to each prompt, int32 with its end token, at most `max_new_tokens` long."""
+    requests = [Request(p.ordinal, 0, p.ids, max_new_tokens, p.domain) for p in prompts]
+    return [response.ids for response in autoregressive_responses(model, tokenizer, requests)]
+
+
+class HeldOutTargets:
+    """What the original predicts at every token of its responses to some prompts.
+
+    Life cycle: constructed with the original, which may be freed then; `sums` any number of times:
+
+        targets = HeldOutTargets(original, [(prompt_ids, response_ids)], rows=student.config.vocab_size)
+        sums = targets.sums(student, block_size=4, mask_token_id=263)
+        print(sums.kl.sum(0) / sums.tokens.sum(0))  # by offset
+    """
+
+    def __init__(
+        self,
+        original: PreTrainedModel,
+        pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+        *,
+        rows: int,
+        tokens: int | None = None,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> None:
+        """`pairs` of prompt and response, int32; `rows` of the student's LM head; `tokens` as `counted_tokens` gives
+        them: how many of the original's count where it has another number of rows."""
+        self.pairs = [(prompt.astype(np.int64), response.astype(np.int64)) for prompt, response in pairs]
+        self.tokens = tokens
+        self.token_budget = token_budget
+        head = lm_head_weight(original).detach()
+        self.head = (head if tokens is None else fitted_head(head, tokens, rows)).cpu()
+        self.hidden = self._read(original)
+
+    @torch.inference_mode()
+    def _read(self, original: PreTrainedModel) -> list[Tensor]:
+        """For each pair, the final hidden states [response tokens, d] that predict the response, in host memory."""
+        requests = [
+            TargetRequest(np.concatenate(pair), len(pair[0]) + np.arange(len(pair[1]), dtype=np.int64))
+            for pair in self.pairs
+        ]
+        found: dict[int, Tensor] = {}
+        for group in padded_batches([len(r.ids) for r in requests], self.token_budget):
+            states = causal_hidden_states(original, [requests[i] for i in group])
+            found |= {i: hidden.cpu() for i, hidden in zip(group, states, strict=True)}
+        return [found[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def sums(self, student: PreTrainedModel, *, block_size: int, mask_token_id: int) -> HeldOutSums:
+        """The student's KL with every block masked whole."""
+        shape = len(self.pairs), block_size
+        kl, tokens = np.zeros(shape), np.zeros(shape, dtype=np.int64)
+        rows: list[NoisedRow[BlockState]] = []
+        for index, (prompt, response) in enumerate(self.pairs):
+            x = np.concatenate([prompt, response])
+            states = [
+                (block, BlockState(np.ones(n, dtype=bool)))
+                for block, n in blocks_behind(len(prompt), len(x), block_size)
+            ]
+            rows += noised_rows(
+                index,
+                x,
+                len(prompt),
+                states,
+                block_size=block_size,
+                mask_token_id=mask_token_id,
+                token_budget=self.token_budget,
+            )
+        head = self.head.to(lm_head_weight(student).device)
+        for group in padded_batches([len(row.ids) for row in rows], self.token_budget):
+            chosen = [rows[i] for i in group]
+            position = np.concatenate([row.position[row.at] for row in chosen])
+            at = np.repeat([row.index for row in chosen], [len(row.at) for row in chosen]), position % block_size
+            np.add.at(kl, at, self._kl(student, chosen, head))
+            np.add.at(tokens, at, 1)
+        return HeldOutSums(kl, tokens)
+
+    def _kl(self, student: PreTrainedModel, rows: list[NoisedRow[BlockState]], head: Tensor) -> np.ndarray:
+        """float64 [K], nats, at the scored positions; logits of HEAD_ROWS of them exist at a time."""
+        hidden = scored_hidden_states(student, rows)
+        teacher = torch.cat(
+            [self.hidden[row.index][row.position[row.at] - len(self.pairs[row.index][0])] for row in rows]
+        )
+        parts = []
+        for of_student, of_teacher in zip(hidden.split(HEAD_ROWS), teacher.split(HEAD_ROWS), strict=True):
+            log_t = head_logits(of_teacher.to(head.device), head, self.tokens).log_softmax(-1)
+            log_s = head_logits(of_student, lm_head_weight(student)).log_softmax(-1)
+            parts.append(kl_divergence(log_t, log_s).double().cpu())
+        return torch.cat(parts).numpy()
