@@ -54,11 +54,15 @@ def flex_mask(
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = allowed(doc[b, q], copy[b, q], block[b, q], doc[b, k], copy[b, k], block[b, k])
-        return seen if positions is None else seen & within(window, positions[b, q], positions[b, k])
+    begin, end = (runs.to(torch.int32) for runs in key_runs(doc, copy, block, positions, window))
+    (begin_clean, begin_own), (end_clean, end_own) = begin, end
 
-    pairs = tile_pairs(*key_runs(doc, copy, block, positions, window))[:, None]
+    # four numbers of the query, in place of three of each key
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        clean = (k >= begin_clean[b, q]) & (k < end_clean[b, q])
+        return clean | ((k >= begin_own[b, q]) & (k < end_own[b, q]))
+
+    pairs = tile_pairs(begin, end)[:, None]
     full = pairs == TILE * TILE
     return BlockMask.from_kv_blocks(
         *_ordered((pairs > 0) & ~full),

@@ -105,6 +105,13 @@ def check_family(config: Any) -> None:
         )
 
 
+def parameter_count(config: Any) -> int:
+    """Elements of all parameters of a model with this config, tied ones once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def attention_windows(config: Any) -> dict[str, int | None]:
     """The window of each kind of attention layer in the model, in positions; None: full attention.
 

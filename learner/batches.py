@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.config.objective import ObjectiveConfig
-from common.masks import packed_mask, per_layer_kind
+from common.masks import TILE, packed_mask, per_layer_kind
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
 from learner.packing import (
@@ -22,6 +22,7 @@ from learner.packing import (
     empty_document,
     microbatch,
     plan_microbatches,
+    rounded_up,
 )
 from learner.terms import LogitTerms, Pairs
 
@@ -40,13 +41,13 @@ class NextTokens:
 class TrainingBatch:
     """Tensors of one forward, on the device.
 
-    `ids`, `positions` int64 [R, W]; `mask` in the form that the attention takes; `loss_index` int64 [L] points into the
+    `layout` int64 [5, R, W] holds ids, positions, document, copy and block of each token; `mask` is in the form that
+    the attention takes, or None where it is made in a CUDA graph; `loss_index` int64 [L] points into the
     R*W tokens; `coefficient` float32 [L] and `target` are of these L positions; `tokens` is their number without
     padding.
     """
 
-    ids: Tensor
-    positions: Tensor
+    layout: Tensor
     mask: Any
     loss_index: Tensor
     coefficient: Tensor
@@ -55,6 +56,14 @@ class TrainingBatch:
     terms: LogitTerms | None = None
     next_tokens: NextTokens | None = None
 
+    @property
+    def ids(self) -> Tensor:
+        return self.layout[0]
+
+    @property
+    def positions(self) -> Tensor:
+        return self.layout[1]
+
 
 @dataclass(frozen=True)
 class BatchBuilder:
@@ -62,6 +71,7 @@ class BatchBuilder:
 
     `teacher_head` [V, d] is needed for the target kind `hidden`, and its first `teacher_tokens` rows count (None: all).
     The kind `none` trains on the tokens of x0 as hard labels. `windows` comes from attention_windows of the student.
+    With `graphs` rows come in few widths, and without masks.
     """
 
     meta: TrajectoryMeta
@@ -75,6 +85,7 @@ class BatchBuilder:
     want_entropy: bool = False
     windows: dict[str, int | None] = field(default_factory=lambda: {"full_attention": None})
     teacher_tokens: int | None = None
+    graphs: bool = False
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
@@ -100,18 +111,25 @@ class BatchBuilder:
             for share in shares
         ]
         count = max(len(plan) for plan in plans)
-        batches = [microbatch(rows, documents, coefficient) for rows in plans[rank]]
+        batches = [microbatch(rows, documents, coefficient, self._width) for rows in plans[rank]]
         dummy = empty_document(self.meta.block_size)
-        batches += [microbatch([[0]], {0: dummy}, {0: dummy.loss_weight})] * (count - len(batches))
+        batches += [microbatch([[0]], {0: dummy}, {0: dummy.loss_weight}, self._width)] * (count - len(batches))
         return batches, positions
+
+    def _width(self, longest: int) -> int:
+        """How wide rows are made that hold at most `longest` tokens."""
+        if self.graphs:
+            return rounded_up(longest, max(TILE, 2 ** (longest.bit_length() - 4)))  # eight widths an octave
+        return rounded_up(longest, TILE if self.attention == "flex_attention" else 8)
 
     def tensors(self, batch: MicroBatch, trajectories: list[Trajectory]) -> TrainingBatch:
         """One micro-batch on the device, with its mask and targets."""
 
         def move(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+            return self._moved(torch.from_numpy(np.ascontiguousarray(array)))
 
-        doc, copy, block, positions = (move(a) for a in (batch.doc, batch.copy, batch.block, batch.positions))
+        layout = move(np.stack([batch.ids, batch.positions, batch.doc, batch.copy, batch.block]))
+        _, positions, doc, copy, block = layout
         terms = next_tokens = None
         if self.objective.changes_positions or self.want_entropy:
             pairs = self._pairs(batch) if self.objective.terms.rank else None
@@ -123,9 +141,10 @@ class BatchBuilder:
                 coefficient=move(batch.next_coefficient),
             )
         return TrainingBatch(
-            ids=move(batch.ids),
-            positions=positions,
-            mask=per_layer_kind(
+            layout=layout,
+            mask=None
+            if self.graphs
+            else per_layer_kind(
                 self.windows, lambda window: packed_mask(doc, copy, block, positions, self.attention, window)
             ),
             loss_index=move(batch.loss_index),
@@ -135,6 +154,10 @@ class BatchBuilder:
             terms=terms,
             next_tokens=next_tokens,
         )
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the device; from page-locked memory, so that the host need not wait for the copy."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _pairs(self, batch: MicroBatch) -> Pairs:
         """All pairs of one block's positions with different rounds; they share the block's coefficients equally."""
@@ -153,9 +176,9 @@ class BatchBuilder:
             pair_ends.append(count)
             start = end
         return Pairs(
-            earlier=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *earlier])).to(self.device),
-            later=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *later])).to(self.device),
-            coefficient=torch.from_numpy(np.concatenate([np.empty(0, np.float32), *coefficient])).to(self.device),
+            earlier=self._moved(torch.from_numpy(np.concatenate([np.empty(0, np.int64), *earlier]))),
+            later=self._moved(torch.from_numpy(np.concatenate([np.empty(0, np.int64), *later]))),
+            coefficient=self._moved(torch.from_numpy(np.concatenate([np.empty(0, np.float32), *coefficient]))),
             group_ends=ends.tolist(),
             pair_ends=pair_ends,
         )
@@ -172,12 +195,12 @@ class BatchBuilder:
             return np.concatenate([np.empty((0, columns), dtype), *parts])
 
         if self.meta.target_kind == "none":
-            return LabelTarget(torch.from_numpy(batch.loss_label).to(self.device))
+            return LabelTarget(self._moved(torch.from_numpy(batch.loss_label)))
         if self.meta.target_kind == "topk":
             return TopKTarget(
-                ids=torch.from_numpy(rows("topk_ids", width, np.int32)).to(self.device).long(),
-                logprobs=torch.from_numpy(rows("topk_logprobs", width, np.float32)).to(self.device),
-                log_tail_mass=torch.from_numpy(rows("log_tail_mass", 1, np.float32)[:, 0]).to(self.device),
+                ids=self._moved(torch.from_numpy(rows("topk_ids", width, np.int32))).long(),
+                logprobs=self._moved(torch.from_numpy(rows("topk_logprobs", width, np.float32))),
+                log_tail_mass=self._moved(torch.from_numpy(rows("log_tail_mass", 1, np.float32)[:, 0])),
                 tail=self.topk_tail,
             )
         if self.teacher_head is None:
@@ -187,4 +210,4 @@ class BatchBuilder:
             hidden = bits.view(torch.bfloat16)
         else:
             hidden = torch.from_numpy(rows("hidden", width, np.float32))
-        return HiddenTarget(hidden.to(self.device), self.teacher_head, self.objective.shape, self.teacher_tokens)
+        return HiddenTarget(self._moved(hidden), self.teacher_head, self.objective.shape, self.teacher_tokens)

@@ -15,7 +15,7 @@ document for a dense mask, whose cost grows with the width squared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -25,7 +25,6 @@ import numpy as np
 from common.trajectory import Trajectory
 
 PAD_DOCUMENT = -1
-_WIDTH_MULTIPLE = 8  # matrix products are faster when the width divides by it
 _TOKEN_FIELDS = ("ids", "positions", "copy", "block", "doc")
 
 
@@ -224,16 +223,24 @@ def plan_microbatches(lengths: dict[int, int], max_tokens: int, flexible_width: 
     return [rows[i : i + per_batch] for i in range(0, len(rows), per_batch)]
 
 
+def rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
 def microbatch(
-    rows: list[list[int]], documents: Mapping[int, Document], coefficient: Mapping[int, np.ndarray]
+    rows: list[list[int]],
+    documents: Mapping[int, Document],
+    coefficient: Mapping[int, np.ndarray],
+    width_for: Callable[[int], int] = lambda longest: rounded_up(longest, 8),
 ) -> MicroBatch:
-    """Lay out rows of document indices; all rows get the width of the longest, rounded up.
+    """Lay out rows of document indices, all of one width.
 
     Args:
         documents, coefficient: by document index; the coefficients are float32 [L + A].
+        width_for: the width of rows of which the longest holds so many tokens; products like multiples of 8.
     """
     lengths = [sum(len(documents[i]) for i in row) for row in rows]
-    width = -(-max(lengths) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    width = width_for(max(lengths))
     parts = []
     for row, length in zip(rows, lengths, strict=True):
         parts += [_placed(index, documents[index], coefficient[index]) for index in row]

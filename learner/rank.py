@@ -7,83 +7,47 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.busy import BusySpans, computes
-from common.config.objective import ForwardKL
 from common.config.run import RunConfig
 from common.conversion import counted_tokens, load_converted, save_student, student_of
 from common.device import device_for
 from common.ray_actor import as_ray_actor
-from common.student import (
-    attention_windows,
-    default_attention,
-    fitted_head,
-    head_of_folder,
-    hidden_states,
-    lm_head_weight,
-)
+from common.student import attention_windows, default_attention, fitted_head, head_of_folder, parameter_count
 from common.trajectory import Trajectory, write_spool
 from common.weights.broadcast import BroadcastTransport, open_store
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
 from learner.batches import BatchBuilder, TrainingBatch
-from learner.compiled_layers import compile_layers
-from learner.deepspeed_config import deepspeed_config
-from learner.liger import use_liger_kernels
-from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
+from learner.deepspeed_config import deepspeed_config, keeps_whole
+from learner.objective import LossSums, empty_sums
 from learner.packing import MicroBatch
 from learner.phase_clock import PHASES, PhaseClock
 from learner.publish import gathered_buckets
 from learner.records import RecordReader
 from learner.rollout_samples import rollout_sample
 from learner.schedule import RunUpdates, learning_rate
-from learner.terms import misalignment
 
 
-class TrainingModule(nn.Module):
-    """The student and its loss in one forward, so that ZeRO-3 keeps the LM head gathered while the loss uses it."""
+class PreparedUpdate(NamedTuple):
+    """An update's trajectories, this rank's micro-batches of them, the same on the device, and the trained positions of
+    all ranks."""
 
-    def __init__(self, student: PreTrainedModel, config: RunConfig) -> None:
-        super().__init__()
-        self.student = student
-        self.divergence = config.objective.divergence
-        self.terms = config.objective.terms
-        self.chunk = config.learner.logits_chunk_rows
-
-    def forward(self, batch: TrainingBatch, sums: LossSums) -> Tensor:
-        hidden = hidden_states(self.student, batch.ids, batch.positions, batch.mask)
-        rows = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
-        head = lm_head_weight(self.student)
-        loss = ChunkedDivergence.apply(
-            rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums, batch.terms
-        )
-        for term in self._added(batch, hidden, rows, head):
-            loss = loss + term
-            sums.loss += term.detach().double()
-        return loss
-
-    def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
-        """The terms that need more than the logits at the masked positions."""
-        if isinstance(batch.target, HiddenTarget) and self.terms.alignment:
-            yield self.terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
-        if batch.next_tokens:
-            before = hidden.reshape(-1, hidden.shape[-1])[batch.next_tokens.index]
-            labels, unseen = LabelTarget(batch.next_tokens.label), empty_sums(hidden.device)
-            yield self.terms.autoregressive * ChunkedDivergence.apply(
-                before, head, labels, batch.next_tokens.coefficient, ForwardKL(), self.chunk, unseen
-            )
+    trajectories: list[Trajectory]
+    batches: list[MicroBatch]
+    tensors: list[TrainingBatch]
+    positions: int
 
 
 class LearnerRank:
@@ -123,9 +87,12 @@ class LearnerRank:
         """Join the process group of rank 0, load the ARLM and partition it; returns who this is, for the run's page."""
         import deepspeed
 
+        from learner.engines import GatheredEngine, WholeEngine  # slow to import and chatty, as DeepSpeed is
+
         learner = self.config.learner
         on_gpu = device_for("learner", learner.resources) == "cuda"
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        self.copies = torch.cuda.Stream() if on_gpu else None
         self.clock = PhaseClock(self.device)
         os.environ.update(
             RANK=str(self.rank),
@@ -141,11 +108,12 @@ class LearnerRank:
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=self.config.pipeline.stage_timeout_s),
         )
-        settings = deepspeed_config(learner, on_gpu)
-        self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         attention = default_attention() if on_gpu else "sdpa"
         path = self.config.model.path
         self.conversion = student_of(self.config)
+        whole = keeps_whole(learner, parameter_count(self.conversion.config))
+        settings = deepspeed_config(learner, on_gpu, whole)
+        self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         self.tokenizer = self.conversion.tokenizer
         self.reader = RecordReader(self.config, self.conversion.config.mask_token_id, self.tokenizer)
         student = load_converted(
@@ -156,20 +124,8 @@ class LearnerRank:
             lambda parameter: deepspeed.zero.GatheredParameters([parameter]),
         )
         student.train()
-        if learner.liger_kernels:
-            use_liger_kernels(student)
-        if learner.compile and on_gpu:
-            compile_layers(student)
-        if learner.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
-        module = TrainingModule(student, self.config)
-        deepspeed.zero.register_external_parameter(module, lm_head_weight(student))
-        # one hook per layer instead of one per submodule: each layer is gathered as a whole
-        deepspeed.utils.set_z3_leaf_modules(student, [type(student.model.layers[0])])
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, model_parameters=list(module.parameters()), config=settings
-        )
-        self.student = student
+        self.engine = (WholeEngine if whole else GatheredEngine)(self.config, student, settings, on_gpu)
+        self.student = self.engine.student
         self.attention = attention
         self.teacher_head: Tensor | None = None
         self.teacher_tokens = counted_tokens(self.conversion, self.config.teacher_path)
@@ -231,18 +187,27 @@ class LearnerRank:
             teacher_tokens=self.teacher_tokens,
             objective=self.config.objective,
             windows=attention_windows(self.conversion.config),
+            graphs=self.engine.graphs,
             want_entropy=self.config.curriculum.schedule == "entropy_gated",
         )
         rows = self.config.learner.batch_rows
-        updates = -(-len(trajectories) // rows)
+        shares = [trajectories[i : i + rows] for i in range(0, len(trajectories), rows)]
+        updates = len(shares)
         totals: Counter[str] = Counter()
-        for u in range(updates):
+        following: PreparedUpdate | None = None
+        for u, share in enumerate(shares):
             lr = learning_rate(self.config.learner, first_update + u, run_updates)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            self.engine.set_lr(lr)
+            prepared = following or self._prepared(share, builder)
+            sums = empty_sums(self.device)
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
-            metrics = self._update(trajectories[u * rows : (u + 1) * rows], builder, wanted)
-            totals.update(metrics)
+            sums.per_position = [] if wanted else None
+            self._accumulate(prepared, sums)
+            # while the GPU computes, the host packs the next update
+            following = self._prepared(shares[u + 1], builder) if u + 1 < updates else None
+            totals.update(self._step(prepared, sums))
+            if sums.per_position:
+                self._sample(prepared, torch.cat(sums.per_position).cpu().numpy(), wanted, meta.block_size)
         phases = self.clock.take()
         seconds = time.perf_counter() - start
         self.spans.add(time.perf_counter() - read)
@@ -272,51 +237,48 @@ class LearnerRank:
         """
         return [sample(tokenizer=self.tokenizer) for sample in self.samples]
 
-    def _update(self, trajectories: list[Trajectory], builder: BatchBuilder, wanted: int) -> dict[str, float]:
-        """One optimizer step over all ranks; keeps `wanted` of this rank's trajectories as samples."""
-        world, mark = self.config.learner.ranks, self.clock.mark
-        mark("pack")
-        batches, positions = builder.update(trajectories, self.rank, world)
-        sums = empty_sums(self.device)
-        sums.per_position = [] if wanted else None
-        tokens = 0
-        for i, batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            mark("copy")
-            tensors = builder.tensors(batch, trajectories)
-            mark("forward")
-            loss = self.engine(tensors, sums)
-            mark("backward")
-            self.engine.backward(loss * world)  # DeepSpeed averages over ranks, the coefficients already normalise
-            tokens += tensors.tokens
-        mark("sums")
+    def _prepared(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
+        """This rank's micro-batches of an update; on a GPU copied beside what it computes."""
+        self.clock.mark("pack")
+        batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
+        self.clock.mark("copy")
+        with torch.cuda.stream(self.copies):
+            tensors = [builder.tensors(batch, trajectories) for batch in batches]
+        return PreparedUpdate(trajectories, batches, tensors, positions)
+
+    def _accumulate(self, update: PreparedUpdate, sums: LossSums) -> None:
+        """Forward and backward of all micro-batches."""
+        if self.copies:
+            torch.cuda.current_stream().wait_stream(self.copies)
+        for i, tensors in enumerate(update.tensors):
+            self.clock.mark("forward")
+            loss = self.engine.forward(tensors, sums, last=i == len(update.tensors) - 1)
+            self.clock.mark("backward")
+            self.engine.backward(loss)
+
+    def _step(self, update: PreparedUpdate, sums: LossSums) -> dict[str, float]:
+        """One optimizer step over all ranks; the sums of the update over all ranks."""
+        self.clock.mark("sums")
+        tokens = float(sum(tensors.tokens for tensors in update.tensors))
         scalars = sums.scalars() | {"packed_tokens": torch.tensor(tokens, dtype=torch.float64, device=self.device)}
         values = torch.stack(list(scalars.values()))
         torch.distributed.all_reduce(values)
         totals = dict(zip(scalars, values.tolist(), strict=True))
         if totals["bad"]:
             raise FloatingPointError(f"{int(totals['bad'])} trained positions had non-finite logits or divergence")
-        mark("optimizer")
-        if batches:
-            self.engine.step()
-        if sums.per_position:
-            self._sample(
-                trajectories, batches, torch.cat(sums.per_position).cpu().numpy(), wanted, builder.meta.block_size
-            )
-        norm = self.engine.get_global_grad_norm() if batches else 0.0
-        return totals | {"positions": float(positions), "grad_norm": float(norm or 0.0)}
+        self.clock.mark("optimizer")
+        norm = self.engine.step() if update.tensors else 0.0
+        return totals | {"positions": float(update.positions), "grad_norm": norm}
 
-    def _sample(
-        self, trajectories: list[Trajectory], batches: list[MicroBatch], kl: np.ndarray, wanted: int, block_size: int
-    ) -> None:
+    def _sample(self, update: PreparedUpdate, kl: np.ndarray, wanted: int, block_size: int) -> None:
         """Keep the first `wanted` trajectories of an update, with the target rows and divergences of their trained
         positions; `kl` float [L] is of all positions of all micro-batches."""
-        docs = np.concatenate([batch.loss_doc for batch in batches])
-        rows = np.concatenate([batch.loss_target for batch in batches])
+        docs = np.concatenate([batch.loss_doc for batch in update.batches])
+        rows = np.concatenate([batch.loss_target for batch in update.batches])
         self.samples = [
             partial(
                 rollout_sample,
-                trajectories[d],
+                update.trajectories[d],
                 target_rows=rows[docs == d],
                 kl=kl[docs == d],
                 block_size=block_size,
@@ -348,7 +310,7 @@ class LearnerRank:
         if self.rank == 0:
             save_student(self.student, self.conversion, out, block_size, state)
         if resume:
-            self.engine.save_checkpoint(str(resume), tag="state")
+            self.engine.save(resume)
 
     def load(self, resume: Path) -> None:
         """Take weights and optimizer from the shards in `resume`, which the same number of ranks wrote with `save`.
@@ -356,9 +318,7 @@ class LearnerRank:
         Raises:
             ValueError: the folder holds no shards.
         """
-        loaded, _ = self.engine.load_checkpoint(str(resume), tag="state")
-        if loaded is None:
-            raise ValueError(f"{str(resume)!r} holds no DeepSpeed checkpoint")
+        self.engine.load(resume)
 
 
 def as_remote(config: RunConfig) -> Any:

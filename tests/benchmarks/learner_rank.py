@@ -15,6 +15,7 @@ import torch
 from common.config.run import RunConfig
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
+from learner.objective import empty_sums
 from tests.benchmarks.learner_step import BLOCK, random_trajectories, uneven_rows, useful_flops
 from tests.benchmarks.models import matmul_rate, save_random_model
 from tests.benchmarks.operators import Operator, hottest
@@ -124,8 +125,24 @@ def _ready(
     width = rank.conversion.config.hidden_size
     meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "benchmark", "hidden", width)
     trajectories = random_trajectories(width, rows, prompt, response, cuda, uneven=uneven)
-    builder = BatchBuilder(meta, "row_mean", "bucket", max_tokens, rank.attention, rank.device, rank.teacher_head)
-    return rank, lambda: rank._update(trajectories, builder, 0)
+    builder = BatchBuilder(
+        meta,
+        "row_mean",
+        "bucket",
+        max_tokens,
+        rank.attention,
+        rank.device,
+        rank.teacher_head,
+        graphs=rank.engine.graphs,
+    )
+
+    def update() -> dict[str, float]:
+        prepared, sums = rank._prepared(trajectories, builder), empty_sums(rank.device)
+        rank._accumulate(prepared, sums)
+        totals: dict[str, float] = rank._step(prepared, sums)
+        return totals
+
+    return rank, update
 
 
 def _now(device: str) -> float:

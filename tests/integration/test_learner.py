@@ -50,7 +50,7 @@ def config(path: str, ranks: int, deepspeed: dict) -> RunConfig:
 
 
 # a model this small is kept whole on every rank; a large one is gathered parameter by parameter
-PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+PARTITIONED = {"zero_optimization": {"stage3_model_persistence_threshold": 0, "stage3_param_persistence_threshold": 0}}
 
 
 @pytest.mark.parametrize(("ranks", "deepspeed"), [(1, {}), (2, {}), (2, PARTITIONED)], ids=["1", "2", "2-partitioned"])

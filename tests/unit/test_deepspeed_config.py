@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from common.config.run import LearnerConfig
-from learner.deepspeed_config import deepspeed_config
+from learner.deepspeed_config import WHOLE_ELEMENTS, deepspeed_config, keeps_whole
 
 
 def made(on_gpu: bool, **over: Any) -> dict[str, Any]:
@@ -34,3 +34,14 @@ def test_compiled_layers_use_the_plain_linear_layer():
 
     assert plain(True, compile=True)
     assert not plain(True) and not plain(False, compile=True)
+
+
+def test_small_models_are_whole_on_every_rank_unless_the_user_says_otherwise():
+    def whole(parameters: int, **zero: Any) -> bool:
+        return keeps_whole(LearnerConfig(deepspeed={"zero_optimization": zero}), parameters)
+
+    assert whole(WHOLE_ELEMENTS) and not whole(WHOLE_ELEMENTS + 1)
+    assert not whole(100, stage3_model_persistence_threshold=99)
+    assert not whole(100, offload_optimizer={"device": "cpu"})
+    zero = deepspeed_config(LearnerConfig(), True, whole=True)["zero_optimization"]
+    assert zero["stage3_model_persistence_threshold"] == 0 and not zero["memory_efficient_linear"]

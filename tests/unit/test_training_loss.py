@@ -14,7 +14,7 @@ from common.student import load_model, load_tokenizer
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
 from learner.objective import empty_sums
-from learner.rank import TrainingModule
+from learner.training_module import TrainingModule
 from tests.models import tiny_qwen3
 from tests.unit.test_config import run_config
 from tests.unit.test_parity import BLOCK, CPU, set_targets, trajectories

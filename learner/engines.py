@@ -1,0 +1,141 @@
+"""What makes an update: forward, backward and DeepSpeed's ZeRO-3 step, with gathered or with whole weights.
+
+`GatheredEngine` is DeepSpeed as it comes: its hooks gather each layer's weights for forward and backward, and reduce
+each gradient. `WholeEngine` is for models of up to a billion parameters, whose weights every rank keeps whole:
+forward and backward run without hooks, and on a GPU as CUDA graphs where layers are compiled. Both make the same
+updates, up to rounding, and share DeepSpeed's optimizer and checkpoints.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common.config.run import RunConfig
+from common.student import attention_windows, lm_head_weight
+from learner.batches import TrainingBatch
+from learner.compiled_layers import compile_layers
+from learner.graphed_layers import GraphedLayers
+from learner.liger import use_liger_kernels
+from learner.objective import LossSums
+from learner.training_module import TrainingModule
+from learner.whole_weights import WholeWeights
+
+
+class Engine(ABC):
+    """Forward, backward and step of one rank; all of them are collective, but for a WholeEngine's first two.
+
+    Attributes:
+        student: what is trained, published and saved.
+        graphs: micro-batches must come in the widths that are captured, and without masks.
+    """
+
+    student: PreTrainedModel
+    graphs: bool = False
+
+    def __init__(self, config: RunConfig, module: TrainingModule, settings: dict[str, Any]) -> None:
+        self.ranks = config.learner.ranks
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, model_parameters=list(module.parameters()), config=settings
+        )
+
+    @abstractmethod
+    def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
+        """The loss of a micro-batch, a scalar; `last`: of this update."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients, which are summed over micro-batches and ranks."""
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> float:
+        """Update the weights; returns the norm of the gradients before they were clipped."""
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def save(self, folder: Path) -> None:
+        """This rank's shards of weights and optimizer."""
+        self.deepspeed.save_checkpoint(str(folder), tag="state")
+
+    def load(self, folder: Path) -> None:
+        """Take what the same number of ranks wrote with `save`.
+
+        Raises:
+            ValueError: the folder holds no shards.
+        """
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag="state")
+        if loaded is None:
+            raise ValueError(f"{str(folder)!r} holds no DeepSpeed checkpoint")
+
+
+class GatheredEngine(Engine):
+    """Weights are gathered layer by layer, by DeepSpeed's hooks."""
+
+    def __init__(self, config: RunConfig, student: PreTrainedModel, settings: dict[str, Any], on_gpu: bool) -> None:
+        _prepare(student, config, on_gpu)
+        self.student = student
+        module = TrainingModule(student, config)
+        deepspeed.zero.register_external_parameter(module, lm_head_weight(student))
+        # one hook per layer instead of one per submodule: each layer is gathered as a whole
+        deepspeed.utils.set_z3_leaf_modules(student, [type(student.model.layers[0])])
+        super().__init__(config, module, settings)
+
+    def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        loss: Tensor = self.deepspeed(batch, sums)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss * self.ranks)  # DeepSpeed averages over ranks, the coefficients already normalise
+
+
+class WholeEngine(Engine):
+    """Weights are whole on every rank (learner/whole_weights.py); only gradients and steps are collective."""
+
+    def __init__(self, config: RunConfig, student: PreTrainedModel, settings: dict[str, Any], on_gpu: bool) -> None:
+        super().__init__(config, TrainingModule(student, config), settings)
+        self.weights = WholeWeights(student, self.optimizer)
+        self.student = self.weights.student
+        _prepare(self.student, config, on_gpu)
+        self.graphs = on_gpu and config.learner.compile and not config.learner.gradient_checkpointing
+        read = None
+        if self.graphs:
+            read = GraphedLayers(self.student, attention_windows(student.config), "flex_attention")
+        self.module = TrainingModule(self.student, config, read)
+
+    def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
+        loss: Tensor = self.module(batch, sums)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        self.weights.hand_over_gradients()
+        norm = super().step()
+        self.weights.gather()
+        self.weights.clear_gradients()
+        return norm
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        self.weights.gather()
+
+
+def _prepare(student: PreTrainedModel, config: RunConfig, on_gpu: bool) -> None:
+    """What runs in forward and backward: kernels, compilation, recomputation."""
+    learner = config.learner
+    if learner.liger_kernels:
+        use_liger_kernels(student)
+    if learner.compile and on_gpu:
+        compile_layers(student)
+    if learner.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})

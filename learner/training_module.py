@@ -1,0 +1,55 @@
+"""The student and its loss in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.config.objective import ForwardKL
+from common.config.run import RunConfig
+from common.student import hidden_states, lm_head_weight
+from learner.batches import TrainingBatch
+from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
+from learner.terms import misalignment
+
+
+class TrainingModule(nn.Module):
+    """The student and its loss in one forward, so that ZeRO-3 keeps the LM head gathered while the loss uses it.
+
+    `read` gives the student's final hidden states [R, W, d] of a micro-batch; its layers run one by one by default.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, config: RunConfig, read: Callable[[TrainingBatch], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.read = read or (lambda batch: hidden_states(student, batch.ids, batch.positions, batch.mask))
+        self.divergence = config.objective.divergence
+        self.terms = config.objective.terms
+        self.chunk = config.learner.logits_chunk_rows
+
+    def forward(self, batch: TrainingBatch, sums: LossSums) -> Tensor:
+        hidden = self.read(batch)
+        rows = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
+        head = lm_head_weight(self.student)
+        loss = ChunkedDivergence.apply(
+            rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums, batch.terms
+        )
+        for term in self._added(batch, hidden, rows, head):
+            loss = loss + term
+            sums.loss += term.detach().double()
+        return loss
+
+    def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
+        """The terms that need more than the logits at the masked positions."""
+        if isinstance(batch.target, HiddenTarget) and self.terms.alignment:
+            yield self.terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
+        if batch.next_tokens:
+            before = hidden.reshape(-1, hidden.shape[-1])[batch.next_tokens.index]
+            labels, unseen = LabelTarget(batch.next_tokens.label), empty_sums(hidden.device)
+            yield self.terms.autoregressive * ChunkedDivergence.apply(
+                before, head, labels, batch.next_tokens.coefficient, ForwardKL(), self.chunk, unseen
+            )

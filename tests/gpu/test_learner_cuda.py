@@ -1,0 +1,66 @@
+"""Updates with whole weights in CUDA graphs beside the same with DeepSpeed's hooks and plain layers."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+
+from common.config.run import RunConfig
+from common.trajectory import TrajectoryMeta
+from learner.batches import BatchBuilder
+from learner.objective import empty_sums
+from tests.benchmarks.learner_step import random_trajectories
+from tests.models import tiny_qwen3
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+BLOCK, LENGTHS = 4, (60, 130, 260, 130)  # widths that are captured, and one that comes again
+
+
+def losses(path: str, max_tokens: int, dtype: str, learner: dict[str, Any]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of one update for each of LENGTHS."""
+    from learner.rank import LearnerRank
+
+    options = {"gradient_checkpointing": False, "max_tokens_per_microbatch": max_tokens, "dtype": dtype, "lr": 1e-3}
+    config = RunConfig.model_validate(
+        {
+            "block_size": BLOCK,
+            "model": {"path": path},
+            "data": {"prompts": path},
+            "learner": options | learner | {"resources": {"gpus": 1}},
+        }
+    )
+    rank = LearnerRank(config, 0)
+    rank.start("127.0.0.1", rank.address()[1])
+    width = rank.conversion.config.hidden_size
+    meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "test", "hidden", width)
+    builder = BatchBuilder(
+        meta,
+        "row_mean",
+        "bucket",
+        max_tokens,
+        "flex_attention",
+        rank.device,
+        rank.teacher_head,
+        graphs=rank.engine.graphs,
+    )
+    found = []
+    for response in LENGTHS:
+        update = rank._prepared(random_trajectories(width, 3, 20, response, False), builder)
+        sums = empty_sums(rank.device)
+        rank._accumulate(update, sums)
+        totals = rank._step(update, sums)
+        found.append((totals["loss"], totals["grad_norm"]))
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [4096, 256], ids=["one micro-batch", "several"])
+def test_graphed_updates_are_those_of_deepspeeds_hooks(tmp_path, max_tokens):
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    hooks = {"deepspeed": {"zero_optimization": {"stage3_model_persistence_threshold": 0}}}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        graphed = pool.submit(losses, path, max_tokens, "float32", {"compile": True})
+        plain = pool.submit(losses, path, max_tokens, "float32", hooks)
+        for ours, theirs in zip(graphed.result(), plain.result(), strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-4)
