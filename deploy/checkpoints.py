@@ -1,8 +1,9 @@
 """Checkpoints: complete Hugging Face folders with the state to go on from, written atomically.
 
     checkpoints/batch-000040/   config.json, tokenizer, model.safetensors   loads like any model folder
-                                resume/                                     DeepSpeed's shards: weights, optimizer
-                                manifest.json                               written last, holds the run's counters
+                                resume/                                     the ranks' shards: weights, optimizer
+                                manifest.json                               written last: the run's counters, and length
+                                                                            and SHA-256 of every file
     checkpoints/final/          the same without resume/: the training is finished
 
 A folder without a manifest, or with a leading dot, is what an interrupted save left; it is never resumed from.
@@ -10,9 +11,11 @@ A folder without a manifest, or with a leading dot, is what an interrupted save 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from deploy.monitoring.observer import Observers
 
 MANIFEST = "manifest.json"
 FINAL = "final"
+_READERS = 4
 
 
 @dataclass
@@ -66,20 +70,26 @@ class Checkpoints:
         partial.mkdir(parents=True)
         return partial
 
-    def finish(self, name: str, state: RunState, observers: Observers) -> Path:
-        """Write the manifest, give the folder its name, copy it where asked, prune older ones."""
+    def finish(self, name: str, state: RunState) -> tuple[Path, int]:
+        """Write the manifest and give the folder its name; returns it, and the bytes in it."""
         partial, final = self.folder / f".{name}.partial", self.folder / name
-        files = {p.relative_to(partial).as_posix(): synced_size(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        files = described_files(partial)
         manifest = {**asdict(state), "config_fingerprint": self._fingerprint, "data": self._data, "files": files}
         replace_text(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         if self._copy_to:
             self._missing_copies.append(name)
-            self.copy_missing(observers)
+        return final, sum(file["bytes"] for file in files.values())
+
+    def abandon(self, name: str) -> None:
+        """Free the space of a checkpoint that could not be written."""
+        shutil.rmtree(self.folder / f".{name}.partial", ignore_errors=True)
+
+    def prune(self) -> None:
+        """Remove all but the newest, once they are copied as far as that works."""
         for old in self.complete()[: -self._keep]:
             shutil.rmtree(old)
-        return final
 
     def copy_missing(self, observers: Observers) -> None:
         """Try again to copy what is not copied yet. A copy that fails is a warning: the checkpoint itself is safe, and
@@ -154,8 +164,26 @@ class DamagedCheckpoint(Exception):  # noqa: N818 (what it is)
     """A checkpoint that a crash or a full disk has cut; the message says where."""
 
 
+def described_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Length and SHA-256 of every file in a folder, once all of them are on the disk; by their relative paths."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    names = [p.relative_to(folder).as_posix() for p in paths]
+    return {n: {"bytes": synced_size(p), "sha256": s} for n, p, s in zip(names, paths, checksums(paths), strict=True)}
+
+
+def checksums(paths: list[Path]) -> list[str]:
+    """The SHA-256 of files, in hexadecimal digits."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(_checksum, paths))
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there in the length that they were written with.
+    """The manifest of a checkpoint whose files all hold what was written.
 
     Raises:
         DamagedCheckpoint: the manifest or a file is not whole.
@@ -163,7 +191,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         counts = int(manifest["batches"]), int(manifest["updates"])
-        sizes = dict(manifest.get("files", {}))
+        files = dict(manifest.get("files", {}))
+        # manifests of earlier releases have the length only
+        sizes = {name: file["bytes"] if isinstance(file, dict) else int(file) for name, file in files.items()}
+        hashes = {name: file["sha256"] for name, file in files.items() if isinstance(file, dict)}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error!r})") from error
     if min(counts) < 0:
@@ -173,6 +204,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             raise DamagedCheckpoint(f"{name} has {'no file' if found is None else f'{found} bytes'}, not {size} bytes")
+    for name, checksum in zip(hashes, checksums([folder / name for name in hashes]), strict=True):
+        if checksum != hashes[name]:
+            raise DamagedCheckpoint(f"{name} has the SHA-256 {checksum[:8]}..., not {str(hashes[name])[:8]}...")
     return dict(manifest)
 
 

@@ -20,6 +20,29 @@ def replace_text(path: Path, text: str, sync: bool = True) -> None:
     partial.replace(path)
 
 
+class LineWriter:
+    """A file that only grows, line by line; what a full disk does not take is kept, and written with the next line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting = b""
+
+    def append(self, line: str) -> None:
+        """Write all lines that wait, and this one.
+
+        Raises:
+            OSError: not all of them could be written; they wait for the next call.
+        """
+        self._waiting += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write all lines that wait; raises as `append` does."""
+        with self._path.open("ab", buffering=0) as file:
+            while self._waiting:
+                self._waiting = self._waiting[file.write(self._waiting) :]
+
+
 def synced_size(path: Path) -> int:
     """Bytes of a file, once all of them are on the disk."""
     with path.open("rb") as file:

@@ -28,7 +28,7 @@ from deploy.checkpoints import FINAL, RunState
 from deploy.cluster import Pools, connect, start_pools
 from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
-from deploy.errors import WorkerError
+from deploy.errors import RunError, WorkerError
 from deploy.evaluator import Evaluator
 from deploy.files import replace_text
 from deploy.monitoring.observer import Observers
@@ -45,9 +45,13 @@ from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
 from deploy.run_cost import RunCost
 from deploy.run_folder import clear_run_dir
 from deploy.run_lock import RunLock
+from deploy.saving import Saving
 from deploy.stop_signals import StopRequested, StopSignals
 from deploy.versions import installed_versions
 from learner.schedule import count_updates
+
+_RETRY_SECONDS = 5.0  # for a final model that cannot be written
+_LAST_SAVING_SECONDS = 60.0  # for a checkpoint that is being written when a run fails
 
 
 def run(
@@ -122,6 +126,8 @@ class Pipeline:
             page = stack.enter_context(DashboardProcess(config.run_dir, config.dashboard))
             self.stop = stack.enter_context(StopSignals())
             self.observers = stack.enter_context(self._observers())
+            self.saving = Saving(config.pipeline, self.checkpoints, self.observers, self.state.batches)
+            stack.callback(self.saving.wait, _LAST_SAVING_SECONDS)
             self.calls = RemoteCalls(config.pipeline.stage_timeout_s, self.observers, self.stop)
             if page.url:
                 self.observers.note(f"the run's page is at {page.url}")
@@ -201,7 +207,7 @@ class Pipeline:
             self.observers.batch(metrics | evaluated)
             self.stop.check()
             self.lock.check()
-            if self._checkpoint_due():
+            if self.state.batches < len(self.batches) and self.saving.due(self.state.batches):
                 self._save(self._batch_name())
                 begin = time.time()
         self._collect_acknowledgements()  # of the last version, before it is evaluated
@@ -218,7 +224,7 @@ class Pipeline:
                 "seconds": self.state.seconds,
                 **self.cost.metrics(self.state),
             }
-            self._save(FINAL)
+            self._save_final()
         if self.prepared.evaluates:
             self.observers.note("evaluating the trained student", state="evaluating")
             summary |= self.evaluator.after(self.state.block_size or self.config.block_size)
@@ -361,31 +367,48 @@ class Pipeline:
         self.observers.note(f"after {done} batches: {', '.join(found)}", state="training")
         return metrics
 
-    def _checkpoint_due(self) -> bool:
-        """The final checkpoint takes the place of one after the last batch."""
-        every, done = self.config.pipeline.checkpoint_every_batches, self.state.batches
-        return bool(every and done % every == 0 and done < len(self.batches))
-
     def _batch_name(self) -> str:
         return f"batch-{self.state.batches:06d}"
 
     def _save(self, name: str) -> None:
-        """A checkpoint; the final one holds the model only."""
+        """Begin a checkpoint; the final one holds the model only. Training stands still while the ranks copy, and goes
+        on while they write."""
+        partial = self.saving.begin(name, self.state.batches)
+        if partial is None:
+            return
         self.observers.note(f"saving checkpoint {name}", "detail", "saving")
-        partial = self.checkpoints.begin(name)
         resume = None if name == FINAL else partial / "resume"
         block_size = self.state.block_size or self.config.block_size
         self._on_ranks("save", "saving a checkpoint", partial, resume, block_size)
-        self.checkpoints.finish(name, self.state, self.observers)
+        self.saving.finish(name, self.state, [rank.written.remote() for rank in self.pools.ranks])
         self.observers.note("training", "detail", "training")
+
+    def _save_final(self) -> None:
+        """The trained student is what the run was for: it is tried again until the deadline."""
+        deadline = time.monotonic() + self.config.pipeline.stage_timeout_s
+        self._save(FINAL)
+        self.saving.wait()
+        while not self.checkpoints.has(FINAL):
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"the trained student could not be written to {str(self.checkpoints.folder)!r} within "
+                    f"pipeline.stage_timeout_s ({self.config.pipeline.stage_timeout_s:g} s); free space there and go "
+                    "on with --resume auto"
+                )
+            time.sleep(_RETRY_SECONDS)
+            self.stop.check()
+            self._save(FINAL)
+            self.saving.wait()
 
     def _stop(self) -> NoReturn:
         """End with the signal's status; what was trained is in a checkpoint first."""
         done, of = self.state.batches, len(self.batches)
         if self.checkpoints.has(FINAL):
             raise self.stop.error("stopped after training; --resume auto evaluates the trained student") from None
+        self.saving.wait()
         if self.pools.ranks and done and not self.checkpoints.has(self._batch_name()):
             self.in_flight.clear()  # their rollouts are made again
             self.observers.note(f"asked to stop: saving a checkpoint after {done} batches", state="saving")
             self._save(self._batch_name())
+            self.saving.wait()
         raise self.stop.error(f"stopped after {done} of {of} batches; go on with --resume auto") from None

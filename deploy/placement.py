@@ -14,6 +14,7 @@ from common.gguf_files import model_folder
 from learner.deepspeed_config import WHOLE_ELEMENTS
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+_SHARD_BYTES = 12  # of a parameter: float32 weight and moments of AdamW
 _RUNTIME_BYTES = 700 * 2**20  # Python, torch and Ray of one process, about
 LEAST_STORE_MIB = 512
 _BYTES_PER_RESPONSE_TOKEN = 26  # id, reveal round, confidence; masked offset, state, weight; target offset
@@ -47,10 +48,12 @@ class Process:
 
 @dataclass(frozen=True)
 class Placement:
-    """All processes, and the payload of one rollout batch in bytes at the full response length."""
+    """All processes, the payload of one rollout batch in bytes at the full response length, and the bytes of one
+    checkpoint: its model, and all ranks' shards of weights and optimizer."""
 
     processes: list[Process]
     payload: dict[str, int]
+    checkpoint: dict[str, int]
     shape: ModelShape
     teacher_shape: ModelShape
 
@@ -92,7 +95,15 @@ def plan(config: RunConfig) -> Placement:
         for role, count, resources, memory in per_role
         for i in range(count)
     ]
-    return Placement(processes, _payload(config, shape, teacher_shape), shape, teacher_shape)
+    model = shape.parameters * _BYTES[config.learner.dtype]
+    checkpoint = {"model": model, "optimizer": shape.parameters * _SHARD_BYTES}
+    return Placement(processes, _payload(config, shape, teacher_shape), checkpoint, shape, teacher_shape)
+
+
+def disk_bytes(config: RunConfig, placement: Placement) -> int:
+    """What a run's checkpoints take at most: those that are kept and the next, and the final model."""
+    at_once = config.pipeline.keep_checkpoints + 1 if config.pipeline.checkpoints_while_training else 0
+    return at_once * sum(placement.checkpoint.values()) + placement.checkpoint["model"]
 
 
 def _of_process(role: str, index: int, memory: dict[str, int]) -> dict[str, int]:
@@ -265,8 +276,14 @@ def _learner_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -
         "teacher's LM head": teacher_head if config.target_kind == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
         "staged weights": shape.parameters * width if config.weights_transport == "broadcast" else 0,
+        "checkpoint copy": 0 if learner.resources.gpus else host_copy_bytes(config, shape),
         "runtime": _RUNTIME_BYTES,
     }
+
+
+def host_copy_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Host memory of one learner rank for what it writes while training goes on; the first also copies the model."""
+    return shape.parameters * _SHARD_BYTES // config.learner.ranks if config.pipeline.checkpoints_while_training else 0
 
 
 def _payload(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,15 @@ from deploy.dashboard.process import free_port, read_token
 from deploy.data_fingerprint import data_fingerprints
 from deploy.held_out import HeldOutPrompts, kept_prompts
 from deploy.model_checks import check_model_folder, check_models
-from deploy.placement import Placement, check_memory, check_resources, object_store_mib, on_cluster, plan
+from deploy.placement import (
+    Placement,
+    check_memory,
+    check_resources,
+    disk_bytes,
+    object_store_mib,
+    on_cluster,
+    plan,
+)
 from deploy.run_folder import check_run_dir
 
 if TYPE_CHECKING:  # transformers and torch take seconds
@@ -92,6 +101,7 @@ def prepare(
     _check_batch(config, len(prompts.prompts))
     data = data_fingerprints(config, prompts)
     checkpoints = Checkpoints(config, data)
+    check_disk(config, placement)
     checkpoint = checkpoints.latest(accept_changed_data) if resume else None
     return PreparedRun(
         config=config,
@@ -113,6 +123,33 @@ def _held_out(config: RunConfig, prompts: PromptSet, data: dict[str, str]) -> He
         return None
     limit = config.evaluation.held_out_tokens
     return HeldOutPrompts(prompts.held_out, config.run_dir, data["teacher.path"], limit)
+
+
+def check_disk(config: RunConfig, placement: Placement) -> None:
+    """Refuse a disk that does not hold the run's checkpoints; those of an earlier part of the run, or of one that is
+    replaced, make room.
+
+    Raises:
+        ConfigError: names both numbers of bytes, and the remedy.
+    """
+    folder = config.run_dir.absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    free += sum(p.stat().st_size for p in (folder / "checkpoints").rglob("*") if p.is_file())
+    needed, kept = disk_bytes(config, placement), config.pipeline.keep_checkpoints
+    if needed <= free:
+        return
+    one = placement.checkpoint["optimizer"] + placement.checkpoint["model"]
+    often = (
+        f", {kept + 1} of {one / 2**30:,.2f} GiB with the optimizer and the final model: lower "
+        f"pipeline.keep_checkpoints ({kept})"
+        if config.pipeline.checkpoints_while_training
+        else ": the final model"
+    )
+    raise ConfigError(
+        f"output_dir: {str(config.output_dir)!r} has {free / 2**30:,.2f} GiB free, the run's checkpoints need "
+        f"{needed / 2**30:,.2f} GiB{often}, free space there, or choose another output_dir"
+    )
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any]:

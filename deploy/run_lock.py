@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -131,7 +132,8 @@ class RunLock:
             if _read(self._file) != self._me:
                 self._lost = True
                 return
-            os.utime(self._file)
+            with suppress(OSError):  # a disk that has become read-only: it is tried again
+                os.utime(self._file)
 
 
 def living_owner(run_dir: Path) -> str | None:

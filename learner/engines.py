@@ -9,7 +9,7 @@ updates, up to rounding, and share DeepSpeed's optimizer and checkpoints.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -23,6 +23,7 @@ from learner.compiled_layers import compile_layers
 from learner.graphed_layers import GraphedLayers
 from learner.liger import use_liger_kernels
 from learner.objective import LossSums
+from learner.shards import restore, shard
 from learner.training_module import TrainingModule
 from learner.whole_weights import WholeWeights
 
@@ -61,19 +62,17 @@ class Engine(ABC):
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
-    def save(self, folder: Path) -> None:
-        """This rank's shards of weights and optimizer."""
-        self.deepspeed.save_checkpoint(str(folder), tag="state")
+    def shard(self) -> dict[str, Tensor]:
+        """This rank's shard of weights and optimizer (learner/shards.py), as it is."""
+        return shard(self.deepspeed)
 
-    def load(self, folder: Path) -> None:
-        """Take what the same number of ranks wrote with `save`.
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the shard that this rank, of as many, had.
 
         Raises:
-            ValueError: the folder holds no shards.
+            ValueError: it is another's; names the tensor.
         """
-        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag="state")
-        if loaded is None:
-            raise ValueError(f"{str(folder)!r} holds no DeepSpeed checkpoint")
+        restore(self.deepspeed, tensors)
 
 
 class GatheredEngine(Engine):
@@ -125,8 +124,8 @@ class WholeEngine(Engine):
         self.weights.clear_gradients()
         return norm
 
-    def load(self, folder: Path) -> None:
-        super().load(folder)
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load(tensors)
         self.weights.gather()
 
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from learner.publish import gathered_buckets
 from learner.records import RecordReader
 from learner.rollout_samples import rollout_sample
 from learner.schedule import RunUpdates, learning_rate
+from learner.shards import HostCopy, read_shard, write_shard
 
 
 class PreparedUpdate(NamedTuple):
@@ -55,7 +57,8 @@ class LearnerRank:
 
     Invariant: between two calls all ranks have made the same updates, and each holds its shard of the weights and the
     optimizer's state. `start`, `train`, `publish`, `save` and `load` are collective: they are called on all ranks, in
-    the same order and with the same arguments, and a rank that is not called keeps the others waiting.
+    the same order and with the same arguments, and a rank that is not called keeps the others waiting. What `save` has
+    copied is written by a thread while training goes on; `written` waits for it, beside all other calls.
 
     Life cycle: construct all ranks, ask rank 0 for its `address`, `start` all. With broadcast, rank 0 opens and joins
     the weights group. A resumed run calls `load` once. Then each rollout batch is one `train` and one `publish`, and
@@ -76,6 +79,9 @@ class LearnerRank:
         self.rank = rank
         self.spans = BusySpans()
         self.samples: list[Callable[..., dict[str, Any]]] = []
+        self.student_copy, self.shard_copy = HostCopy(), HostCopy()
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] = self.writer.submit(lambda: None)
 
     def address(self) -> tuple[str, int]:
         """Host and free port for the process group."""
@@ -135,6 +141,8 @@ class LearnerRank:
                 head = fitted_head(head, self.teacher_tokens, self.conversion.config.vocab_size)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
         self.transport: WeightsTransport = ObjectStoreTransport()
+        if on_gpu and self.config.pipeline.checkpoints_while_training:  # beside the first rollouts
+            self.writing = self.writer.submit(self.shard_copy.reserve, self.engine.shard())
         return {
             "role": "learner",
             "index": self.rank,
@@ -297,30 +305,46 @@ class LearnerRank:
         return None
 
     def save(self, out: Path, resume: Path | None = None, block_size: int | None = None) -> None:
-        """Write the student into `out` as a complete Hugging Face folder, which records the block size and how the
-        student was asked.
+        """Copy the student, and begin to write it into `out` as a complete Hugging Face folder, which records the block
+        size and how the student was asked; `written` says when it is there.
 
-        Every rank also writes its shards of weights and optimizer into `resume`, where that is given. Both folders must
+        Every rank also writes its shard of weights and optimizer into `resume`, where that is given. Both folders must
         be on storage that all ranks share.
         """
+        wait([self.writing])  # it reads the copies
         state: dict[str, Tensor] = {}
         for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):
             if self.rank == 0:
-                state |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket}
-        if self.rank == 0:
-            save_student(self.student, self.conversion, out, block_size, state)
-        if resume:
-            self.engine.save(resume)
+                state |= self.student_copy.take(dict(bucket))
+        states = self.shard_copy.take(self.engine.shard()) if resume else {}
+
+        def write() -> None:
+            if self.rank == 0:
+                save_student(self.student, self.conversion, out, block_size, state)
+            if resume:
+                write_shard(resume, self.rank, self.config.learner.ranks, states)
+
+        self.writing = self.writer.submit(write)
+
+    @ray.method(concurrency_group="files")
+    def written(self) -> None:
+        """Returns when all that `save` has begun is written.
+
+        Raises:
+            OSError, SafetensorError: it could not be written.
+        """
+        self.writing.result()
 
     def load(self, resume: Path) -> None:
         """Take weights and optimizer from the shards in `resume`, which the same number of ranks wrote with `save`.
 
         Raises:
-            ValueError: the folder holds no shards.
+            ValueError: the folder does not hold a shard of this rank.
         """
-        self.engine.load(resume)
+        self.engine.load(read_shard(resume, self.rank, self.config.learner.ranks))
 
 
 def as_remote(config: RunConfig) -> Any:
     resources = config.learner.resources
-    return as_ray_actor(LearnerRank, resources, environment=None if resources.gpus else {"DS_ACCELERATOR": "cpu"})
+    environment = None if resources.gpus else {"DS_ACCELERATOR": "cpu"}
+    return as_ray_actor(LearnerRank, resources, environment=environment, concurrency_groups={"files": 1})

@@ -24,7 +24,10 @@ _DECIDED = {
     "optimizer.params.weight_decay": "learner.weight_decay",
 }
 _FIXED = {"zero_optimization.stage": 3, "optimizer.type": "AdamW"}  # what the learner is written for
-_SECTIONS = ("zero_optimization", "optimizer", "optimizer.params")
+_REFUSED = {
+    "zero_optimization.offload_optimizer.device": ("nvme", "checkpoints need the optimizer's states in memory; use cpu")
+}
+_SECTIONS = ("zero_optimization", "zero_optimization.offload_optimizer", "optimizer", "optimizer.params")
 
 
 def check_deepspeed(keys: dict[str, Any], prefix: str = "") -> None:
@@ -39,6 +42,8 @@ def check_deepspeed(keys: dict[str, Any], prefix: str = "") -> None:
             raise ValueError(f"{key} ({shown(value)}) is decided by {_DECIDED[key]}; set that, and leave {key} out")
         if key in _FIXED and value != _FIXED[key]:
             raise ValueError(f"{key} ({shown(value)}) can only be {_FIXED[key]!r} here; leave it out")
+        if key in _REFUSED and value == _REFUSED[key][0]:
+            raise ValueError(f"{key} ({shown(value)}) is not supported: {_REFUSED[key][1]}")
         if key in _SECTIONS:
             if not isinstance(value, dict):
                 raise ValueError(f"{key}: expected DeepSpeed's keys below it, found {shown(value)}")

@@ -438,7 +438,16 @@ class PipelineConfig(Section):
         description="deadline for the actors to load their models",
         json_schema_extra=OPERATION,
     )
-    checkpoint_every_batches: int = Field(0, ge=0, description="0: only at the end", json_schema_extra=OPERATION)
+    checkpoint_every_minutes: float = Field(
+        10.0,
+        ge=0,
+        le=LONGEST_WAIT_S / 60,
+        description="a checkpoint after the batch in which so many minutes have passed since the last; 0: none",
+        json_schema_extra=OPERATION,
+    )
+    checkpoint_every_batches: int = Field(
+        0, ge=0, description="also one after every N batches; 0: none", json_schema_extra=OPERATION
+    )
     keep_checkpoints: int = Field(
         2, ge=1, description="older checkpoints of batches are deleted", json_schema_extra=OPERATION
     )
@@ -452,6 +461,10 @@ class PipelineConfig(Section):
         description="write every trained record batch as Arrow IPC to the run's folder",
         json_schema_extra=OPERATION,
     )
+
+    @property
+    def checkpoints_while_training(self) -> bool:
+        return bool(self.checkpoint_every_minutes or self.checkpoint_every_batches)
 
 
 _CLUSTER = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")

@@ -15,7 +15,7 @@ from common.config.yaml_loader import written
 from common.datasets.errors import PromptError
 from common.datasets.rows import open_rows
 from deploy.model_checks import check_model_folder
-from deploy.placement import Placement, object_store_mib, on_cluster, plan
+from deploy.placement import Placement, disk_bytes, host_copy_bytes, object_store_mib, on_cluster, plan
 from learner.schedule import count_updates
 
 
@@ -46,12 +46,25 @@ def show(config: RunConfig, console: Console) -> None:
     if not on_cluster(config):
         store = object_store_mib(config, placement)
         console.print(f"{'object store':>18}  {size(store * 2**20):>10}  of the Ray started here", highlight=False)
+    console.rule("checkpoints")
+    for name, nbytes in _checkpoint_bytes(config, placement).items():
+        console.print(f"{name:>18}  {size(nbytes):>10}", highlight=False)
     console.rule("run")
     console.print(f"{'parameters':>18}  {placement.shape.parameters:,}", highlight=False)
     for name, value in _work(config).items():
         console.print(f"{name:>18}  {value:,}", highlight=False)
     for note in notes:
         console.print(f"[yellow]note:[/yellow] {note}", highlight=False, soft_wrap=True)
+
+
+def _checkpoint_bytes(config: RunConfig, placement: Placement) -> dict[str, int]:
+    one = sum(placement.checkpoint.values()) if config.pipeline.checkpoints_while_training else 0
+    return {
+        "one, to resume": one,
+        "final model": placement.checkpoint["model"],
+        "on the disk": disk_bytes(config, placement),
+        "copied in a rank": host_copy_bytes(config, placement.shape),
+    }
 
 
 def size(nbytes: float) -> str:

@@ -12,8 +12,9 @@ what is slow in one of them (the status file, Ray's gauges) is done by a thread 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -22,6 +23,8 @@ from deploy.monitoring.health import Health
 from deploy.monitoring.pace import Pace
 
 Level = Literal["detail", "info", "warning", "error"]
+
+_QUIET_SECONDS = 60.0  # a warning about the disk is not repeated sooner
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Observer:
 
 
 class Observers(Observer):
-    """All observers of a run as one. Warnings that follow from the metrics reach all of them as notes."""
+    """All observers of a run as one. Warnings that follow from the metrics reach all of them as notes.
+
+    Any thread may call it; the observers hear one call at a time.
+    """
 
     def __init__(self, observers: list[Observer] | None = None, batches: int = 0, done: int = 0) -> None:
         """`done` of the run's `batches` were trained on before, where it goes on from a checkpoint."""
@@ -72,6 +78,8 @@ class Observers(Observer):
         self._stack = ExitStack()
         self._health = Health()
         self._pace = Pace(batches, done)
+        self._lock = threading.RLock()
+        self._quiet_until = 0.0
 
     def __enter__(self) -> Self:
         self._stack.__enter__()
@@ -87,19 +95,15 @@ class Observers(Observer):
         self._observers.append(self._stack.enter_context(observer))
 
     def note(self, note: Note | str, level: Level = "info", state: str | None = None) -> None:
-        if isinstance(note, str):
-            note = Note(note, level, state)
-        for observer in self._observers:
-            observer.note(note)
+        said = Note(note, level, state) if isinstance(note, str) else note
+        self._each(lambda observer: observer.note(said))
 
     def heard(self, actor: str, facts: Mapping[str, Any] | None = None, **more: Any) -> None:
         facts = {**(facts or {}), **more, "last_heard": time.time()}
-        for observer in self._observers:
-            observer.heard(actor, facts)
+        self._each(lambda observer: observer.heard(actor, facts))
 
     def active(self, working: Mapping[str, str], stages: Mapping[str, tuple[int, int]] | None = None) -> None:
-        for observer in self._observers:
-            observer.active(working, stages or {})
+        self._each(lambda observer: observer.active(working, stages or {}))
 
     def training(self) -> None:
         """The first rollout batch of this process begins: the expected end counts from here."""
@@ -107,7 +111,20 @@ class Observers(Observer):
 
     def batch(self, metrics: Mapping[str, Any], pace: Pace | None = None) -> None:
         self._pace.batch_done(int(metrics["batch"]) + 1)
-        for observer in self._observers:
-            observer.batch(metrics, self._pace)
+        self._each(lambda observer: observer.batch(metrics, self._pace))
         for warning in self._health.warnings(metrics):
             self.note(warning, "warning")
+
+    def _each(self, tell: Callable[[Observer], None]) -> None:
+        """What an observer cannot write, to a full disk or a lost network, does not end the run."""
+        with self._lock:
+            for observer in self._observers:
+                try:
+                    tell(observer)
+                except OSError as error:
+                    self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _QUIET_SECONDS
+            self.note(f"the run's records cannot be written ({error}); the run goes on, and tries again", "warning")

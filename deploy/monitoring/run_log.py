@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from deploy.files import replace_text
+from deploy.files import LineWriter, replace_text
 from deploy.monitoring.metrics import METRICS
 from deploy.monitoring.observer import Observer
 from deploy.monitoring.pace import Pace
+
+if TYPE_CHECKING:  # slow to import
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog(Observer):
@@ -25,14 +29,13 @@ class RunLog(Observer):
         self._path = run_dir / "metrics.jsonl"
         self._events_dir = run_dir / "tensorboard"
         self._first = first
+        self._events: SummaryWriter | None = None
 
     def __enter__(self) -> Self:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path.parent.mkdir(parents=True, exist_ok=True)
         cut_metrics(self._path, self._first)
-        self._file: IO[str] = self._path.open("a")
-        self._events = SummaryWriter(str(self._events_dir), purge_step=self._first or None)
+        self._file = LineWriter(self._path)
+        self._events = self._new_events(self._first or None)
         return self
 
     def batch(self, metrics: Mapping[str, Any], pace: Pace | None = None) -> None:
@@ -40,21 +43,33 @@ class RunLog(Observer):
 
         Raises:
             KeyError: a metric is not in METRICS, or one that is not optional is missing.
+            OSError: the disk takes no more; the rows wait for the next call, the events are left out.
         """
         metrics = {**metrics, "time": time.time()}
         required = {name for name, spec in METRICS.items() if not spec.optional}
         if wrong := (metrics.keys() - METRICS.keys()) | (required - metrics.keys()):
             raise KeyError(f"metrics differ from the registry: {sorted(wrong)}")
-        self._file.write(json.dumps({name: metrics.get(name) for name in METRICS}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name not in ("batch", "time"):
-                self._events.add_scalar(name, value, int(metrics["batch"]))
-        self._events.flush()
+        self._file.append(json.dumps({name: metrics.get(name) for name in METRICS}))
+        self._events = self._events or self._new_events()
+        try:
+            for name, value in metrics.items():
+                if name not in ("batch", "time"):
+                    self._events.add_scalar(name, value, int(metrics["batch"]))
+            self._events.flush()
+        except OSError:
+            self._events = None  # its thread has ended
+            raise
+
+    def _new_events(self, purge_step: int | None = None) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._events_dir), purge_step=purge_step)
 
     def end(self, error: BaseException | None) -> None:
-        self._file.close()
-        self._events.close()
+        with suppress(OSError):
+            self._file.flush()
+            if self._events:
+                self._events.close()
 
 
 def cut_metrics(path: Path, batches: int) -> None:

@@ -14,11 +14,12 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from deploy.errors import Stopped
-from deploy.files import drop_half_line, replace_text
+from deploy.files import LineWriter, drop_half_line, replace_text
 from deploy.monitoring.observer import Note, Observer
 from deploy.monitoring.pace import Pace
 
@@ -36,6 +37,7 @@ class RunStatus(Observer):
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "status.json"
         self._events_path = run_dir / "events.jsonl"
+        self._events = LineWriter(self._events_path)
         now = time.time()
         self._facts: dict[str, Any] = {
             "name": name,
@@ -68,8 +70,7 @@ class RunStatus(Observer):
             if note.state:
                 self._facts |= {"state": note.state, "detail": note.text}
         if note.level != "detail":
-            with self._events_path.open("a") as file:
-                file.write(json.dumps({"time": time.time(), "level": note.level, "text": note.text}) + "\n")
+            self._events.append(json.dumps({"time": time.time(), "level": note.level, "text": note.text}))
 
     def heard(self, actor: str, facts: Mapping[str, Any]) -> None:
         """The first answer of an actor makes its row; another pid than before is a restart."""
@@ -102,11 +103,15 @@ class RunStatus(Observer):
             self._facts |= {"state": "finished", "detail": ""}
         elif isinstance(error, (Stopped, KeyboardInterrupt)):
             self._facts |= {"state": "stopped", "detail": str(error)}
-            self.note(Note(f"stopped: {error}"))
+            self._end_with(Note(f"stopped: {error}"))
         else:
             self._facts |= {"state": "failed", "detail": str(error)}
-            self.note(Note(f"failed: {error}", "error"))
+            self._end_with(Note(f"failed: {error}", "error"))
         self._write()
+
+    def _end_with(self, note: Note) -> None:
+        with suppress(OSError):  # what ended the run counts, and is told by its last status
+            self.note(note)
 
     def _keep_writing(self) -> None:
         while not self._stop.wait(_WRITE_SECONDS):
@@ -115,7 +120,8 @@ class RunStatus(Observer):
     def _write(self) -> None:
         with self._lock:
             text = json.dumps({**self._facts, "heartbeat": time.time(), "actors": list(self._actors.values())})
-        replace_text(self._path, text, sync=False)
+        with suppress(OSError):  # a full disk: there is a newer status in a second
+            replace_text(self._path, text, sync=False)
 
 
 def _new_row(actor: str) -> dict[str, Any]:

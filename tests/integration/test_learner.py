@@ -11,7 +11,7 @@ from common.conversion import convert, load_converted
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import hidden_states, load_model, load_tokenizer
-from common.trajectory import TrajectoryMeta, read_spool, to_batch
+from common.trajectory import Trajectory, TrajectoryMeta, read_spool, to_batch
 from common.vocabulary import tokenizer_fingerprint
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import load_weights
@@ -49,14 +49,7 @@ def config(path: str, ranks: int, deepspeed: dict) -> RunConfig:
     )
 
 
-# a model this small is kept whole on every rank; a large one is gathered parameter by parameter
-PARTITIONED = {"zero_optimization": {"stage3_model_persistence_threshold": 0, "stage3_param_persistence_threshold": 0}}
-
-
-@pytest.mark.parametrize(("ranks", "deepspeed"), [(1, {}), (2, {}), (2, PARTITIONED)], ids=["1", "2", "2-partitioned"])
-def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, ranks, deepspeed):
-    path = tiny_qwen3(tmp_path / "model", seed=1)
-    settings = config(path, ranks, deepspeed)
+def rows_of(path: str) -> tuple[list[Trajectory], TrajectoryMeta]:
     model, tokenizer = load_model(path, torch.float32, "sdpa"), load_tokenizer(path)
     rows = trajectories(model, tokenizer, DynamicUnmasking(threshold=0.05))
     for t in rows:
@@ -69,6 +62,23 @@ def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, rank
         target_kind="hidden",
         target_width=model.config.hidden_size,
     )
+    return rows, meta
+
+
+def refs_of(path: str) -> list[ray.ObjectRef]:
+    rows, meta = rows_of(path)
+    return [ray.put(to_batch(rows[4:], meta)), ray.put(to_batch(rows[:4], meta))]
+
+
+# a model this small is kept whole on every rank; a large one is gathered parameter by parameter
+PARTITIONED = {"zero_optimization": {"stage3_model_persistence_threshold": 0, "stage3_param_persistence_threshold": 0}}
+
+
+@pytest.mark.parametrize(("ranks", "deepspeed"), [(1, {}), (2, {}), (2, PARTITIONED)], ids=["1", "2", "2-partitioned"])
+def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, ranks, deepspeed):
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    settings = config(path, ranks, deepspeed)
+    rows, meta = rows_of(path)
     refs = [ray.put(to_batch(rows[4:], meta)), ray.put(to_batch(rows[:4], meta))]
 
     actors = [rank.as_remote(settings).remote(settings, i) for i in range(ranks)]
@@ -78,6 +88,7 @@ def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, rank
     results = ray.get([a.train.remote(refs, 0, RunUpdates(warmup=0, total=2), spool) for a in actors])
     handle = next(h for h in ray.get([a.publish.remote(7) for a in actors]) if h)
     ray.get([a.save.remote(tmp_path / "saved") for a in actors])
+    ray.get([a.written.remote() for a in actors])
 
     reference = train_reference(settings, path, rows, meta)
     assert results[0]["loss"] == pytest.approx(reference, rel=1e-4)
@@ -86,7 +97,7 @@ def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, rank
     published = load_model(path, torch.float32, "sdpa")
     load_weights(published, ObjectStoreTransport().fetch(handle))
     saved = load_model(str(tmp_path / "saved"), torch.float32, "sdpa")
-    assert saved.config.mask_token_id == tokenizer.mask_token_id
+    assert saved.config.mask_token_id == meta.mask_token_id
     assert saved.config.block_size == BLOCK
     for (name, a), b, trained in zip(
         published.named_parameters(), saved.parameters(), reference_model.parameters(), strict=True
@@ -94,6 +105,47 @@ def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, rank
         assert torch.equal(a, b), name
         torch.testing.assert_close(a, trained, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     assert [b.num_rows for b in read_spool(spool)] == [4, 4]
+
+
+def published_by(actors: list, path: str) -> dict[str, torch.Tensor]:
+    handle = next(h for h in ray.get([a.publish.remote(1) for a in actors]) if h)
+    model = load_model(path, torch.float32, "sdpa")
+    load_weights(model, ObjectStoreTransport().fetch(handle))
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("deepspeed", [{}, PARTITIONED], ids=["whole", "partitioned"])
+def test_what_a_checkpoint_resumes_is_equal_bit_by_bit(tmp_path, ray_local, deepspeed):
+    """Training goes on while the shards are written, and does not reach into them."""
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    settings = config(path, 2, deepspeed)
+    refs = refs_of(path)
+    updates = RunUpdates(warmup=0, total=6)
+
+    def started() -> list:
+        actors = [rank.as_remote(settings).remote(settings, i) for i in range(2)]
+        address = ray.get(actors[0].address.remote())
+        ray.get([a.start.remote(*address) for a in actors])
+        return actors
+
+    def trained(actors: list, first: int) -> dict[str, float]:
+        results: list[dict[str, float]] = ray.get([a.train.remote(refs, first, updates) for a in actors])
+        return {name: value for name, value in results[0].items() if name != "seconds"}
+
+    first = started()
+    trained(first, 0)
+    ray.get([a.save.remote(tmp_path / "saved", tmp_path / "resume") for a in first])
+    results = [trained(first, 2), trained(first, 4)]
+    ray.get([a.written.remote() for a in first])
+    expected = published_by(first, path)
+    for actor in first:
+        ray.kill(actor)
+
+    second = started()
+    ray.get([a.load.remote(tmp_path / "resume") for a in second])
+    assert [trained(second, 2), trained(second, 4)] == results
+    again = published_by(second, path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
 def train_reference(settings: RunConfig, path: str, rows, meta) -> float:
@@ -138,6 +190,7 @@ def test_rows_added_for_the_mask_token_are_the_same_on_every_rank(tmp_path, ray_
     ray.get([a.start.remote(*address) for a in actors])
     handle = next(h for h in ray.get([a.publish.remote(0) for a in actors]) if h)
     ray.get([a.save.remote(tmp_path / "saved") for a in actors])
+    ray.get([a.written.remote() for a in actors])
     expected = load_converted(path, convert(path, BLOCK, "new"), torch.float32, "sdpa")
     published = load_converted(path, convert(path, BLOCK, "new"), torch.float32, "sdpa")
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Checkpoints: the manifest comes last, older ones go, finished ones are copied, and what is incomplete is not used."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -41,8 +42,11 @@ def save(checkpoints: Checkpoints, state: RunState, name: str = "", notes: Notes
     (partial / "resume").mkdir()
     (partial / "resume" / "shard").write_text("states")
     (partial / "model.safetensors").write_text(str(state.batches))
+    folder, _ = checkpoints.finish(name, state)
     with Observers([notes or Notes()]) as observers:
-        return checkpoints.finish(name, state, observers).name
+        checkpoints.copy_missing(observers)
+    checkpoints.prune()
+    return folder.name
 
 
 def test_the_newest_are_kept_and_resumed_from(tmp_path):
@@ -173,6 +177,28 @@ def test_a_resume_that_would_train_something_else_is_refused(tmp_path, override,
         check_same_run(load_config("tiny", ["--output_dir", str(tmp_path), *override]))
 
 
+def test_the_manifest_holds_length_and_sha256_of_every_file(tmp_path):
+    checkpoints = checkpoints_of(tmp_path, 2)
+    save(checkpoints, RunState(batches=5))
+    manifest = json.loads((checkpoints.folder / "batch-000005" / "manifest.json").read_text())
+    assert manifest["files"] == {
+        name: {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in (("model.safetensors", "5"), ("resume/shard", "states"))
+    }
+
+
+def test_a_manifest_that_knows_lengths_only_is_read(tmp_path):
+    """Of an earlier release."""
+    checkpoints = checkpoints_of(tmp_path, 2)
+    save(checkpoints, RunState(batches=5))
+    file = checkpoints.folder / "batch-000005" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"files": {"resume/shard": 6}}))
+    assert checkpoints.latest()
+    truncated(file.parent / "resume" / "shard")
+    with pytest.raises(ConfigError, match="resume/shard has 3 bytes, not 6 bytes"):
+        checkpoints.latest()
+
+
 def truncated(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
@@ -188,6 +214,8 @@ def truncated(file: Path) -> None:
         ("resume/shard", truncated, "resume/shard has 3 bytes, not 6 bytes"),
         ("resume/shard", lambda file: file.unlink(), "resume/shard has no file, not 6 bytes"),
         ("model.safetensors", truncated, "model.safetensors has 1 bytes, not 2 bytes"),
+        ("resume/shard", lambda file: file.write_text("statez"), "resume/shard has the SHA-256 "),
+        ("model.safetensors", lambda file: file.write_text("99"), "model.safetensors has the SHA-256 "),
     ],
 )
 def test_the_newest_whole_checkpoint_counts_and_what_is_wrong_with_a_newer_one_is_said(tmp_path, name, damage, said):

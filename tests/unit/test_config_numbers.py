@@ -176,6 +176,10 @@ def test_zero_has_no_sign():
         ("{optimizer: {type: Lion}}", "optimizer.type ('Lion') can only be 'AdamW' here"),
         ("{optimizer: {params: {lr: 1}}}", "optimizer.params.lr (1) is decided by learner.lr"),
         ("{optimizer: []}", "optimizer: expected DeepSpeed's keys below it, found []"),
+        (
+            "{zero_optimization: {offload_optimizer: {device: nvme}}}",
+            "zero_optimization.offload_optimizer.device ('nvme') is not supported: checkpoints need the optimizer's",
+        ),
         ("{aio: {block_size: .inf}}", "inf is no number to work with"),
         ("3", "learner.deepspeed: expected fields below it, found 3"),
     ],
