@@ -8,12 +8,13 @@ they need libraries of their own, and read pickles all the same.
 | --- | --- | --- |
 | `N.weights` | float32 [n] | sub-group N of the flat weights |
 | `N.exp_avg`, `N.exp_avg_sq` | float32 [n] | moments of AdamW |
-| `N.step` | float32 [] | updates of AdamW |
+| `N.step`, `group-N.step` | float32 or int64 [] | updates of AdamW |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +23,75 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = re.compile(r"(?:group-)?[0-9]+\.step")
+_DTYPES = ((torch.float32, torch.int64), (torch.float32,))  # of steps; of weights and moments
+
 
 def shard(engine: Any) -> dict[str, Tensor]:
-    """The shard of a DeepSpeed ZeRO-3 engine, as it is: nothing is copied."""
-    weights = {f"{i}.weights": flat.detach() for i, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat)}
-    return weights | {name: torch.as_tensor(values[key]) for name, values, key in _states(engine)}
-
-
-def _states(engine: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every state of the optimizer: its name, and where it stands. Some optimizers count steps in a plain number, or
-    once for a group."""
-    optimizer = engine.optimizer.optimizer
-    for i, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
-        for key in sorted(optimizer.state[flat]):
-            yield f"{i}.{key}", optimizer.state[flat], key
-    for i, group in enumerate(optimizer.param_groups):
-        if "step" in group:
-            yield f"group.{i}.step", group, "step"
+    """The shard of a DeepSpeed ZeRO-3 engine, as it is: nothing is copied. Before the first update it is the weights."""
+    tensors = _weights(engine)
+    optimizer = engine.optimizer.state_dict()["optimizer_state_dict"]
+    for i, states in optimizer["state"].items():
+        tensors |= {f"{i}.{key}": torch.as_tensor(value) for key, value in states.items()}
+    for i, group in enumerate(optimizer["param_groups"]):
+        if "step" in group:  # some optimizers count once for a group
+            tensors[f"group-{i}.step"] = torch.as_tensor(group["step"])
+    return tensors
 
 
 def restore(engine: Any, tensors: Mapping[str, Tensor]) -> None:
     """Take over a shard, and gather the weights from all ranks' shards; collective.
 
     Raises:
-        ValueError: it is not of this model, number of ranks and optimizer; names the tensor.
+        ValueError: it is not of this model and number of ranks; names the tensor.
     """
-    check_shard(shard(engine), tensors)
-    for i, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
-        flat.data.copy_(tensors[f"{i}.weights"])
-    for name, values, key in _states(engine):
-        if isinstance(values[key], Tensor):
-            values[key].copy_(tensors[name])
-        else:
-            values[key] = type(values[key])(tensors[name].item())
+    weights = _weights(engine)
+    check_shard(weights, tensors)
     optimizer = engine.optimizer
+    state = optimizer.state_dict()
+    states: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        place, key = name.split(".")
+        if name in weights:
+            continue
+        # a plain number where the optimizer counts in one
+        value = int(tensor) if tensor.dtype == torch.int64 else tensor
+        if place.startswith("group-"):
+            state["optimizer_state_dict"]["param_groups"][int(place[6:])][key] = value
+        else:
+            states.setdefault(int(place), {})[key] = value
+    state["optimizer_state_dict"]["state"] = states
+    state["fp32_flat_groups"] = [tensors[name] for name in weights]
     optimizer.checkpoint_event_prologue()
-    state = {
-        "loss_scaler": optimizer.loss_scaler,
-        "dynamic_loss_scale": optimizer.dynamic_loss_scale,
-        "overflow": False,
-        "fp32_flat_groups": optimizer.fp32_partitioned_groups_flat,
-    }
-    optimizer.load_state_dict([state] * torch.distributed.get_world_size(), load_optimizer_states=False)
+    optimizer.load_state_dict([state] * torch.distributed.get_world_size())
     optimizer.checkpoint_event_epilogue()
 
 
-def check_shard(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse another shard than one with the names, shapes and dtypes of `own`, or with values that are not finite."""
-    if wrong := sorted(own.keys() ^ tensors.keys()):
-        raise ValueError(f"tensor {wrong[0]!r} is {'missing' if wrong[0] in own else 'not known'}")
-    for name, tensor in own.items():
-        saved = tensors[name]
-        if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(
-                f"tensor {name!r} is {saved.dtype} {list(saved.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
-            )
-        if not torch.isfinite(saved).all():
+def _weights(engine: Any) -> dict[str, Tensor]:
+    return {f"{i}.weights": flat.detach() for i, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat)}
+
+
+def check_shard(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no shard beside these `weights`, or that are not finite.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    expected = {name: tensor.shape for name, tensor in weights.items()}
+    if any("exp_avg" in name for name in tensors):
+        expected |= {name.replace("weights", key): shape for name, shape in expected.items() for key in _MOMENTS}
+    for name in expected:
+        if name not in tensors:
+            raise ValueError(f"tensor {name!r} is missing")
+    for name, tensor in tensors.items():
+        shape = torch.Size([]) if _STEP.fullmatch(name) else expected.get(name)
+        if shape is None:
+            raise ValueError(f"tensor {name!r} is not known")
+        if tensor.shape != shape or tensor.dtype not in _DTYPES[name in expected]:
+            dtype = " or ".join(str(dtype) for dtype in _DTYPES[name in expected])
+            raise ValueError(f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}")
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"tensor {name!r} holds values that are not finite")
 
 

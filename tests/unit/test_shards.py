@@ -16,8 +16,16 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_a_shard_is_read_as_it_was_written(tmp_path):
     write_shard(tmp_path / "resume", 1, 2, tensors())
     again = read_shard(tmp_path / "resume", 1, 2)
-    check_shard(tensors(), again)
+    check_shard(weights(), again)
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors().items())
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {"0.weights": torch.zeros(6)}
+
+
+def test_a_shard_from_before_the_first_update_has_no_states():
+    check_shard(weights(), {"0.weights": torch.arange(6.0)})
 
 
 @pytest.mark.parametrize(
@@ -27,13 +35,17 @@ def test_a_shard_is_read_as_it_was_written(tmp_path):
         ({"0.exp_avg": torch.arange(6)}, r"tensor '0.exp_avg' is torch.int64 \[6\]"),
         ({"0.weights": torch.full((6,), torch.nan)}, "tensor '0.weights' holds values that are not finite"),
         ({"1.weights": torch.arange(6.0)}, "tensor '1.weights' is not known"),
-        ({"0.step": None}, "tensor '0.step' is missing"),
+        ({"0.exp_avg_sq": None}, "tensor '0.exp_avg_sq' is missing"),
+        (
+            {"0.step": torch.tensor([3.0])},
+            r"tensor '0.step' is torch.float32 \[1\], expected torch.float32 or torch.int64 \[\]",
+        ),
     ],
 )
 def test_another_shard_is_refused_by_the_name_of_the_tensor(change, said):
     other = {name: tensor for name, tensor in (tensors() | change).items() if tensor is not None}
     with pytest.raises(ValueError, match=said):
-        check_shard(tensors(), other)
+        check_shard(weights(), other)
 
 
 def test_a_file_that_is_missing_damaged_or_of_other_ranks_is_refused(tmp_path):
