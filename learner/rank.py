@@ -121,7 +121,7 @@ class LearnerRank:
         settings = deepspeed_config(learner, on_gpu, whole)
         self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         self.tokenizer = self.conversion.tokenizer
-        self.reader = RecordReader(self.config, self.conversion.config.mask_token_id, self.tokenizer)
+        self.reader = RecordReader(self.config, self.conversion)
         student = load_converted(
             path,
             self.conversion,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from common.config.run import RunConfig
+from common.conversion import Conversion
 from common.trajectory import Trajectory, TrajectoryMeta, from_batch
+from common.trajectory_checks import check_batch
 from common.vocabulary import tokenizer_fingerprint
 
 
@@ -17,11 +20,12 @@ class RecordReader:
     record batch.
     """
 
-    def __init__(self, config: RunConfig, mask_token_id: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: RunConfig, student: Conversion) -> None:
         self.block_sizes = config.block_sizes
+        self.vocabulary = int(student.config.vocab_size)
         self.expected = {
-            "mask_token_id": mask_token_id,
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+            "mask_token_id": student.config.mask_token_id,
+            "tokenizer_fingerprint": tokenizer_fingerprint(student.tokenizer),
             "target_kind": config.target_kind,
         }
 
@@ -29,13 +33,18 @@ class RecordReader:
         """The trajectories of a rollout batch by (ordinal, sample), and what holds for all of them.
 
         Raises:
-            ValueError: a record batch does not fit the run or the others; names the field and both values.
+            ValueError: a record batch does not fit the run or the others, or holds what cannot be; names the field and
+                the values.
         """
         batches = [from_batch(batch) for batch in record_batches]
         meta = batches[0][1]
         if meta.block_size not in self.block_sizes:
             raise ValueError(f"trajectory batch has block_size {meta.block_size}, not one of {self.block_sizes}")
-        for _, other in batches:
+        for batch, (_, other) in zip(record_batches, batches, strict=True):
             other.require(block_size=meta.block_size, target_width=meta.target_width, **self.expected)
-        trajectories = [t for rows, _ in batches for t in rows]
-        return sorted(trajectories, key=lambda t: (t.ordinal, t.sample)), meta
+            check_batch(batch, self.vocabulary)
+        trajectories = sorted((t for rows, _ in batches for t in rows), key=lambda t: (t.ordinal, t.sample))
+        for before, after in pairwise(trajectories):
+            if (before.ordinal, before.sample) == (after.ordinal, after.sample):
+                raise ValueError(f"trajectory batches hold ordinal {after.ordinal}, sample {after.sample} twice")
+        return trajectories, meta

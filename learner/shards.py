@@ -29,7 +29,7 @@ _DTYPES = ((torch.float32, torch.int64), (torch.float32,))  # of steps; of weigh
 
 
 def shard(engine: Any) -> dict[str, Tensor]:
-    """The shard of a DeepSpeed ZeRO-3 engine, as it is: nothing is copied. Before the first update it is the weights."""
+    """The shard of a DeepSpeed ZeRO-3 engine, as it is, not copied; before the first update the weights only."""
     tensors = _weights(engine)
     optimizer = engine.optimizer.state_dict()["optimizer_state_dict"]
     for i, states in optimizer["state"].items():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from common.config.objective import ObjectiveConfig
 from common.states import select_states
-from common.trajectory import Trajectory
+from common.trajectory import Trajectory, TrajectoryMeta
 from learner.packing import MicroBatch, causal_document, coefficients, document, fill_rows, microbatch
 
 EOS = 1
@@ -67,6 +67,19 @@ def random_trajectory(rng: np.random.Generator, block_size: int, longest: int) -
         denoise_forwards=1,
         commit_forwards=0,
     )
+
+
+def annotated(t: Trajectory, meta: TrajectoryMeta, vocabulary: int, rng: np.random.Generator) -> None:
+    """Random targets for the offsets that were asked for."""
+    count, width = len(t.target_offsets), meta.target_width
+    if meta.target_kind == "topk":
+        mass = rng.dirichlet(np.ones(width + 1), count)
+        t.topk_ids = rng.integers(0, vocabulary, count * width).astype(np.int32)
+        t.topk_logprobs = np.log(mass[:, :-1]).astype(np.float32).ravel()
+        t.log_tail_mass = np.log(mass[:, -1]).astype(np.float32)
+    elif meta.target_kind == "hidden":
+        hidden = rng.normal(size=count * width).astype(np.float32)
+        t.hidden = (hidden.view(np.uint32) >> 16).astype(np.uint16) if meta.hidden_dtype == "bfloat16" else hidden
 
 
 def packed_rows(seed: int, *, block_size: int, count: int, longest: int, width: int, rows: int) -> MicroBatch:

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from actors.rollout import RolloutActor
 from common.config.run import RunConfig, StaticUnmasking
-from common.conversion import convert
+from common.conversion import Conversion, convert
 from common.prompts import Prompt
-from common.trajectory import TrajectoryMeta, from_batch, to_batch
+from common.trajectory import Trajectory, TrajectoryMeta, from_batch, to_batch
 from common.vocabulary import tokenizer_fingerprint
 from learner.records import RecordReader
 from tests.models import tiny_qwen3
@@ -18,6 +19,14 @@ from tests.unit.test_trajectory import make
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> str:
     return tiny_qwen3(tmp_path_factory.mktemp("model"))
+
+
+def rows() -> list[Trajectory]:
+    return [replace(t, hidden=np.empty(0, np.float32)) for t in make()]
+
+
+def meta_of(student: Conversion) -> TrajectoryMeta:
+    return TrajectoryMeta(4, student.config.mask_token_id, tokenizer_fingerprint(student.tokenizer))
 
 
 def config(path: str, **changes) -> RunConfig:
@@ -48,16 +57,15 @@ def vocabulary_reads(monkeypatch) -> list[str]:
 
 def test_the_vocabulary_is_read_once_however_many_record_batches_come(path, vocabulary_reads):
     student = convert(path, 4, "auto")
-    mask, tokenizer = student.config.mask_token_id, student.tokenizer
-    meta = TrajectoryMeta(4, mask, tokenizer_fingerprint(tokenizer))
-    batches = [to_batch([replace(t, ordinal=-b) for t in make()], meta) for b in range(16)]
+    meta = meta_of(student)
+    batches = [to_batch([replace(t, ordinal=16 * t.ordinal - b + 15) for t in rows()], meta) for b in range(16)]
     vocabulary_reads.clear()
-    reader = RecordReader(config(path), mask, tokenizer)
+    reader = RecordReader(config(path), student)
     assert len(vocabulary_reads) == 1
     for _ in range(3):
-        rows, read = reader.read(batches)
+        trajectories, read = reader.read(batches)
         assert read == meta
-        assert [t.ordinal for t in rows] == sorted(-b for b in range(16) for _ in range(2))
+        assert [t.ordinal for t in trajectories] == list(range(32))
     assert len(vocabulary_reads) == 1
 
 
@@ -82,18 +90,32 @@ def test_a_rollout_reads_no_vocabulary(path, vocabulary_reads):
 )
 def test_record_batches_of_another_run_are_refused(path, change, message):
     student = convert(path, 4, "auto")
-    mask, tokenizer = student.config.mask_token_id, student.tokenizer
-    meta = TrajectoryMeta(4, mask, tokenizer_fingerprint(tokenizer))
-    reader = RecordReader(config(path), mask, tokenizer)
+    meta = meta_of(student)
+    reader = RecordReader(config(path), student)
     with pytest.raises(ValueError, match=message):
-        reader.read([to_batch(make(), replace(meta, **change))])
+        reader.read([to_batch(rows(), replace(meta, **change))])
 
 
 def test_record_batches_of_two_block_sizes_are_refused(path):
     student = convert(path, 4, "auto")
-    mask, tokenizer = student.config.mask_token_id, student.tokenizer
-    meta = TrajectoryMeta(4, mask, tokenizer_fingerprint(tokenizer))
+    meta = meta_of(student)
     growing = config(path, block_growth={"kind": "steps", "sizes": [8], "at_batches": [1]})
-    reader = RecordReader(growing, mask, tokenizer)
+    reader = RecordReader(growing, student)
     with pytest.raises(ValueError, match="has block_size 8, this run needs 4"):
-        reader.read([to_batch(make(), meta), to_batch(make(), replace(meta, block_size=8))])
+        reader.read([to_batch(rows(), meta), to_batch(rows(), replace(meta, block_size=8))])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response_ids": np.array([0, 1, 288, 3, 4])}, "column 'response_ids' holds 288, outside 0 to 287"),
+        ({"ordinal": 1}, "hold ordinal 1, sample 0 twice"),
+        ({"target_offsets": np.array([7])}, "column 'target_offsets' holds 7, outside the response"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_is_trained_on(path, change, message):
+    student = convert(path, 4, "auto")
+    reader = RecordReader(config(path), student)
+    first, second = rows()
+    with pytest.raises(ValueError, match=message):
+        reader.read([to_batch([replace(first, **change), second], meta_of(student))])
