@@ -1,7 +1,7 @@
 // The charts: one card each, drawn only while they are on the screen; zooming one zooms all.
 
 const ROLE_COLOURS = { rollout: "--rollout", teacher: "--teacher", learner: "--learner", "": "--plain" };
-const COLOURS = ["--plain", "--second", "--learner", "--teacher"];
+const COLOURS = ["--plain", "--second", "--learner", "--teacher", "--publish"];
 const X_TITLES = { response_tokens: "response tokens", batch: "rollout batch", hours: "hours" };
 const touch = matchMedia("(pointer: coarse)").matches;
 
@@ -76,7 +76,7 @@ export class Charts {
     plot.className = "plot";
     element.append(title, help, legend, plot);
     document.querySelector(`[data-section="${chart.section}"]`).append(element);
-    const optional = chart.name === "accuracy";
+    const optional = chart.lines.every((line) => line.style === "points"); // of evaluations, which a run may not have
     element.hidden = optional;
     return { chart, element, plot, visible: false, dirty: false, optional, wired: false };
   }
