@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from actors.evaluation.held_out import HeldOutTargets
 from actors.sampler.attention import slot_attention_reference
 from actors.sampler.cache import AttentionInputs
 from actors.sampler.request import Request
@@ -231,3 +232,17 @@ def test_liger_kernels_change_nothing_but_the_time(path):
     plain = states_and_gradient()
     use_liger_kernels(model)
     torch.testing.assert_close(states_and_gradient(), plain, atol=1e-4, rtol=1e-3)
+
+
+def test_the_held_out_kl_of_a_model_that_decodes_is_that_of_the_cpu(path, tmp_path):
+    original = tiny_qwen3(tmp_path, seed=3)
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(8, 250, 3 + n, np.int32), rng.integers(8, 250, 1 + 2 * n, np.int32)) for n in range(12)]
+    found = []
+    for device in ("cpu", "cuda"):
+        model, _, _ = rollouts(path, device)  # on CUDA packed and compiled
+        targets = HeldOutTargets(load_model(original, torch.float32, "sdpa").to(device), pairs, rows=288)
+        with torch.compiler.set_stance("force_eager"):
+            found.append(targets.sums(model, block_size=BLOCK, mask_token_id=287))
+    assert (found[0].tokens == found[1].tokens).all()
+    np.testing.assert_allclose(found[1].kl, found[0].kl, rtol=1e-3)
