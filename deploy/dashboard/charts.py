@@ -53,7 +53,7 @@ CHARTS = (
     Chart(
         "held_out_kl",
         "learning",
-        "KL on held-out prompts, by offset in the block",
+        "KL on held-out prompts",
         (
             *_evaluated("eval/held_out_kl", "all offsets"),
             *(line for o in range(1, 5) for line in _evaluated(f"eval/held_out_kl_{o}", f"offset {o}")),
