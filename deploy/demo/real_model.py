@@ -56,17 +56,17 @@ INSTRUCTIONS = REPOSITORY / "deploy" / "data" / "instructions.jsonl"
 _CPU = "{{cpus: {cpus}, gpus: 0, threads: 1}}"
 _SMALL_PROMPTS = ["--max-new-tokens", "48", "--teacher.resources", _CPU.format(cpus=1)]
 _SMALL_TRAINING = [
-    "--data.epochs", "1", "--data.max_prompt_tokens", "128", "--pipeline.max_batches", "2", "--pipeline.staleness", "0",
-    "--curriculum.min_tokens", "32", "--curriculum.max_tokens", "32", "--curriculum.batches", "1",
-    "--rollout.prompts_per_batch", "8", "--rollout.slots", "8", "--rollout.dtype", "float32",
+    "--data.epochs", "1", "--data.max_prompt_tokens", "128", "--pipeline.max_batches", "3", "--pipeline.staleness", "0",
+    "--curriculum.min_tokens", "24", "--curriculum.max_tokens", "24", "--curriculum.batches", "1",
+    "--rollout.prompts_per_batch", "4", "--rollout.slots", "4", "--rollout.dtype", "float32",
     "--rollout.resources", _CPU.format(cpus=0.5), "--teacher.dtype", "float32", "--teacher.max_batched_tokens", "2048",
     "--teacher.resources", _CPU.format(cpus=0.5), "--learner.batch_rows", "4", "--learner.dtype", "float32",
     "--learner.max_tokens_per_microbatch", "2048", "--learner.warmup_batches", "0", "--learner.compile", "false",
     "--learner.resources", _CPU.format(cpus=1), "--pipeline.checkpoint_every_batches", "0", "--pipeline.spool", "true",
-    "--evaluation.held_out_prompts", "2", "--evaluation.held_out_tokens", "32",
+    "--evaluation.held_out_prompts", "2", "--evaluation.held_out_tokens", "24",
 ]  # fmt: skip
-_SMALL_SUITES = ["--suite", f"ifeval={INSTRUCTIONS}", "--max-new-tokens", "32", "--slots", "8"]
-SMALL_COUNT, SMALL_LONG_PROMPTS, SMALL_LONG_TOKENS = 18, 2, 48
+_SMALL_SUITES = ["--suite", f"ifeval={INSTRUCTIONS}", "--max-new-tokens", "24", "--slots", "8"]
+SMALL_COUNT, SMALL_LONG_PROMPTS, SMALL_LONG_TOKENS = 14, 2, 32
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_every_command_is_one_of_opdlm_with_options_that_it_has(commands, tmp_pa
         without = overrides[: overrides.index("--resume")]
         config = load_config(preset, without)
         assert (config.model.path, config.output_dir) == ("some/model", tmp_path / "real")
-    assert config.pipeline.max_batches == 2  # the small one, on two cores
+    assert config.pipeline.max_batches == 3  # the small one, on two cores
     cpus = [config.rollout.resources, config.teacher.resources, config.learner.resources]
     assert (sum(r.cpus for r in cpus), sum(r.gpus for r in cpus)) == (2, 0)
 
