@@ -70,8 +70,11 @@ def _training(results: Results) -> str:
         ["KL to the original, mean of the last batches, nats per token", f"{results['kl']:.3f}"],
     ]
     if results["held_out_kl"] is not None:
-        change = f"{results['held_out_kl_before']:.3f} to {results['held_out_kl']:.3f}"
-        rows.append(["held-out KL, first to last, nats per token", change])
+        rows.append(["held-out KL before, nats per token", _number(results["held_out_kl_before"], ".3f")])
+        rows.append(["held-out KL after", f"{results['held_out_kl']:.3f}"])
+    if results["held_out_kl_by_offset"]:
+        by_offset = ", ".join(_number(value, ".3f") for value in results["held_out_kl_by_offset"])
+        rows.append(["held-out KL after, by offset in the block", by_offset])
     return _table(rows, right=(1,))
 
 

@@ -5,7 +5,7 @@
 | `ar`, `static`, `dynamic` | the original, and the student under two decodings: `ifeval` and `gsm8k` in percent, ... |
 | `rows` | every row of the evaluation: scores in percent, with 95% intervals and paired differences to the original |
 | `response_tokens`, `gpu_minutes`, `kl`, `held_out_kl` | of the training; `kl` is the mean of the last 10 batches |
-| `curve` | the training, batch by batch; `ifeval_at`: IFEval of checkpoints, where it was measured |
+| `curve` | the training, batch by batch, from before the first; `ifeval_at`: IFEval of checkpoints, where it was measured |
 | `long` | long responses: how many end, their lengths and repetitions; `examples`: some side by side |
 
 `dynamic` is the highest threshold that reaches `ENOUGH_TOKENS_PER_STEP`, or the highest of all where none does.
@@ -42,12 +42,15 @@ def results_of(folder: Path, run_dir: Path) -> dict[str, Any]:
         FileNotFoundError: there is no training.
     """
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, Any] = {"format_version": FORMAT_VERSION, **training_of(metrics)}
+    finished = run_dir / "summary.json"
+    summary = json.loads(finished.read_text()) if finished.exists() else {}
+    found: dict[str, Any] = {"format_version": FORMAT_VERSION, **training_of(metrics, summary)}
     if (file := folder / "eval.json").exists():
         report = json.loads(file.read_text())
         rows = [row_of(row) for row in report["rows"]]
         found |= {"device": report["device"], "versions": report["versions"], "rows": rows, **main_rows(rows)}
-    found["curve"] = [{name.rpartition("/")[2]: row.get(name) for name in _CURVE} for row in metrics]
+    before = {"response_tokens": 0, "eval/held_out_kl": found["held_out_kl_before"]}
+    found["curve"] = [{name.rpartition("/")[2]: row.get(name) for name in _CURVE} for row in [before, *metrics]]
     found["ifeval_at"] = ifeval_at(folder / "at", metrics)
     if (file := folder / f"long{unscored.SUFFIX}").exists():
         report, every = unscored.load(file)
@@ -55,15 +58,18 @@ def results_of(folder: Path, run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def training_of(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def training_of(metrics: Sequence[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
+    """`summary` is empty while the run is not finished; what it alone knows is None then."""
     last = metrics[-1]
     held_out = [row["eval/held_out_kl"] for row in metrics if row.get("eval/held_out_kl") is not None]
+    before, after = (summary.get(name) or {} for name in ("held_out_kl_init", "held_out_kl"))
     return {
         "response_tokens": last["response_tokens"],
         "gpu_minutes": 60 * last["gpu_hours"],
         "kl": statistics.fmean(row["kl"] for row in metrics[-_LAST_BATCHES:]),
         "held_out_kl": held_out[-1] if held_out else None,
-        "held_out_kl_before": held_out[0] if held_out else None,
+        "held_out_kl_before": before.get("mean"),
+        "held_out_kl_by_offset": after.get("by_offset"),
         "batches": len(metrics),
         "updates": last["updates"],
         "seconds": sum(row["seconds/batch"] for row in metrics),

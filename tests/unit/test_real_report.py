@@ -73,6 +73,8 @@ def folder(tmp_path):
     (tmp_path / "at").mkdir()
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(batch(i)) + "\n" for i in range(4)))
+    kl = {"held_out_kl_init": {"mean": 4.0, "by_offset": [3, 5]}, "held_out_kl": {"mean": 0.5, "by_offset": [0.4, 0.6]}}
+    (run_dir / "summary.json").write_text(json.dumps(kl))
     (tmp_path / "eval.json").write_text(json.dumps({"device": "a card", "versions": {"torch": "2"}, "rows": ROWS}))
     at = [row("student", "static 1", 0.2, 0.99), row("student", "dynamic 0.9", 0.19, 1.4)]
     (tmp_path / "at" / "batch-000002.json").write_text(json.dumps({"rows": at}))
@@ -94,8 +96,9 @@ def test_the_json_says_what_the_runs_files_say(folder):
     assert (found["dynamic"]["decoding"], found["dynamic"]["tokens_per_step"]) == ("dynamic 0.7", 1.9)
     assert (found["response_tokens"], found["gpu_minutes"], found["seconds"]) == (4000, pytest.approx(2.4), 120)
     assert found["kl"] == pytest.approx((2 + 1 + 2 / 3 + 0.5) / 4)
-    assert (found["held_out_kl_before"], found["held_out_kl"]) == (1.5, 0.5)
-    assert [point["held_out_kl"] for point in found["curve"]] == [None, 1.5, None, 0.5]
+    assert (found["held_out_kl_before"], found["held_out_kl"], found["held_out_kl_by_offset"]) == (4, 0.5, [0.4, 0.6])
+    points = [(point["response_tokens"], point["held_out_kl"], point["kl"]) for point in found["curve"]]
+    assert points[:3] == [(0, 4, None), (1000, None, 2), (2000, 1.5, 1)]
     assert found["ifeval_at"] == [{"response_tokens": 2000, "static 1": 20.0, "dynamic 0.9": 19.0}]
     original, static, dynamic = found["long"]["rows"]
     assert (original["ended"], static["ended"], dynamic["ended"]) == (50, 100, 0)
@@ -142,7 +145,7 @@ def test_the_report_fills_in_the_page_and_says_what_is_reached(folder, tmp_path,
         assert "| static minus AR, points, 95% | at least -1.5 | -1.0 (-3.0 to +1.0) | yes |" in text
         assert "| -0.5, at 1.90 | yes |" in text
         assert "| response length, of AR's: static, dynamic 0.7 | within 10% | 0.95, 1.25 | **no** |" in text
-        assert "| response tokens | 4,000 |" in text and "1.500 to 0.500" in text
+        assert "| response tokens | 4,000 |" in text and "by offset in the block | 0.400, 0.600 |" in text
     assert "**Prompt.** &lt;question&gt; 1\\|" in page
     assert "To be filled in" not in page and "images/real-curves.png" in page
     raw = (docs / "benchmarks" / "real.json").read_text()
@@ -153,7 +156,7 @@ def test_the_report_fills_in_the_page_and_says_what_is_reached(folder, tmp_path,
 
 
 def test_a_run_that_is_not_evaluated_yet_leaves_the_other_parts_alone(folder):
-    for name in ("eval.json", "long.unscored.json.gz", "at/batch-000002.json"):
+    for name in ("eval.json", "long.unscored.json.gz", "at/batch-000002.json", "smollm2-135m/summary.json"):
         (folder / name).unlink()
     real_report.write(folder, folder / "smollm2-135m", None)
     page = real_report.page(PAGE.read_text(), json.loads((folder / "real.json").read_text()))
