@@ -27,9 +27,10 @@ def write(folder: Path, run_dir: Path, docs: Path | None) -> None:
     results = results_of(folder, run_dir)
     _write_json(results, folder / "real.json")
     plot(results, folder / "real.png")
-    for name, text in parts(results).items():
-        if name not in ("curves", "examples"):
-            print(f"\n{text}", flush=True)
+    made = parts(results)
+    for name in ("training", "long", "bars", "results"):
+        if name in made:
+            print(f"\n{made[name]}", flush=True)
     print(f"\nresults: {folder / 'real.json'}, curves: {folder / 'real.png'}", flush=True)
     if docs:
         _write_json(results, docs / "benchmarks" / "real.json")

@@ -5,7 +5,7 @@
 | `ar`, `static`, `dynamic` | the original, and the student under two decodings: `ifeval` and `gsm8k` in percent, ... |
 | `rows` | every row of the evaluation: scores in percent, with 95% intervals and paired differences to the original |
 | `response_tokens`, `gpu_minutes`, `kl`, `held_out_kl` | of the training; `kl` is the mean of the last 10 batches |
-| `curve` | the training, batch by batch, from before the first; `ifeval_at`: IFEval of checkpoints, where it was measured |
+| `curve` | before the training and after each batch; `ifeval_at`: IFEval of checkpoints, where it was measured |
 | `long` | long responses: how many end, their lengths and repetitions; `examples`: some side by side |
 
 `dynamic` is the highest threshold that reaches `ENOUGH_TOKENS_PER_STEP`, or the highest of all where none does.
