@@ -181,7 +181,7 @@ def _evaluation(name: str, command: list[str], output: Path) -> Step:
 
 
 def report(options: Options) -> None:
-    """Score what was kept without scores, if this machine can, then write the results and show the table."""
+    """Score what was kept without scores, if this machine can, then report on all that is there."""
     for output in (options.folder / "eval.json", *_kept(options.folder / "at")):
         if _unscored(output).exists() and not output.exists():
             if missing := missing_packages():
@@ -190,7 +190,7 @@ def report(options: Options) -> None:
                     f"--steps report on a machine that has opdlm[eval], with the folder {options.folder}",
                     flush=True,
                 )
-                return
+                continue
             _opdlm(["score", str(_unscored(output))])
     real_report.write(options.folder, options.run_dir, options.docs)
 
