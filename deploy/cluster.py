@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import rollout
 from actors.teacher import actor as teacher
+from common.compiled_code import compiled_code_environment
 from common.config.errors import ConfigError
 from common.config.run import RayConfig, RunConfig
 from common.conversion import counted_tokens, student_of
@@ -61,14 +63,15 @@ class Pools:
         return {actor: f"{role}-{i}" for role, actors in named.items() for i, actor in enumerate(actors)}
 
 
-def connect(settings: RayConfig, object_store_mib: int | None = None) -> None:
+def connect(settings: RayConfig, object_store_mib: int | None = None, cache_dir: Path | None = None) -> None:
     """Connect to `address`, or to the cluster whose job this process is; else start Ray on this machine, with an
-    object store of so many MiB.
+    object store of so many MiB. All actors keep their compiled code in `cache_dir` (common/compiled_code.py).
 
     Raises:
         ConfigError: no cluster answers there.
     """
     environment = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
+    environment |= compiled_code_environment(cache_dir)
     runtime = {"env_vars": environment}
     if ray_exists(settings):
         address = settings.address or os.environ["RAY_ADDRESS"]

@@ -76,7 +76,7 @@ def run(
         clear_run_dir(config)
     with RunLock(config.run_dir) as lock:
         write_resolved_config(config)
-        connect(config.ray, prepared.object_store_mib)
+        connect(config.ray, prepared.object_store_mib, config.cache_dir)
         try:
             return Pipeline(prepared, lock).run()
         finally:

@@ -532,6 +532,12 @@ class RunConfig(Section):
         description="parent of the runs' folders; relative: to the current folder",
         json_schema_extra=OPERATION,
     )
+    cache_dir: OutputFolder | None = Field(
+        None,
+        description="folder on every machine where compiled code is kept for later runs, which then start in seconds; "
+        "default: opdlm/compiled in the user's cache ($XDG_CACHE_HOME or ~/.cache)",
+        json_schema_extra=OPERATION,
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="of prompt order, sampling and state selection")
     block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid, at first")
     block_growth: BlockGrowth = Field(NoGrowth(), description="how it grows during training")

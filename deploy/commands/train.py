@@ -77,6 +77,8 @@ def train(
     if accept_changed_data and not resume:
         raise ConfigError("--accept-changed-data has no effect on a new run; add --resume auto")
     check_writable("output_dir", settings.run_dir)
+    if settings.cache_dir:
+        check_writable("cache_dir", settings.cache_dir)
     summary = run(settings, overwrite, resume == "auto", accept_changed_data)
     if "student" in summary:
         console.print(summary_table(summary))

@@ -282,16 +282,14 @@ def _config(
 def _run(config: dict[str, Any], batches: int, caches: Path, gpus: int, fields: tuple[str, ...]) -> _Run:
     """So many batches in a process and a Ray of its own, which find and leave compiled code in `caches`."""
     environment = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", **child_environment()}
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCH_EXTENSIONS_DIR"):
-        environment[name] = str(caches / name.lower())
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
     with tempfile.TemporaryDirectory() as out:
         file = Path(out) / "loop.yaml"
         file.write_text(yaml.safe_dump(config))
         command = [
-            sys.executable, "-m", "deploy", "train", str(file), "--output_dir", out, "--pipeline.max_batches",
-            str(batches), *fields,
+            sys.executable, "-m", "deploy", "train", str(file), "--output_dir", out, "--cache_dir", str(caches),
+            "--pipeline.max_batches", str(batches), *fields,
         ]  # fmt: skip
         start = time.time()
         subprocess.run(command, check=True, stdout=sys.stderr, env=environment)

@@ -123,6 +123,7 @@ def test_dry_run_starts_nothing(opdlm, tmp_path, monkeypatch):
         (["make-tiny-arlm", "--out", "/proc/x"], "--out: cannot write in '/proc/x'"),
         (["respond", "tiny", "--output", "/proc/x.parquet"], "--output: cannot write in '/proc'"),
         (["train", "tiny", "--output_dir", "/proc/x"], "output_dir: cannot write in '/proc/x/tiny'"),
+        (["train", "tiny", "--output_dir", "OUT", "--cache_dir", "/proc/x"], "cache_dir: cannot write in '/proc/x'"),
         (["jobs", "--address", "nonsense"], "--address: 'nonsense' is no address"),
         (["submit", "tiny", "--working-dir", "nope"], "'nope' does not exist"),
     ],
