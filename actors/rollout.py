@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,7 @@ from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
 from common.conversion import counted_tokens, load_converted, student_of
 from common.device import device_for
-from common.grid import grid_ceil
-from common.prompts import Prompt
+from common.prompts import Prompt, longest_response
 from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
 from common.seeds import state_rng
@@ -43,8 +43,9 @@ class RolloutActor:
     """A Ray actor that samples trajectories with the weights version that it was last told to run.
 
     Life cycle: constructed with version 0, the ARLM's weights. `rollout` streams record batches of finished
-    trajectories, their states selected. `fetch_weights` runs beside it in a thread of its own; all other calls run one
-    after the other, so `swap_weights` takes effect between two rollout batches:
+    trajectories, their states selected. `fetch_weights` and `deal`, which brings it more prompts, run beside it in
+    threads of their own; all other calls run one after the other, so `swap_weights` takes effect between two rollout
+    batches:
 
         actor = as_remote(config).remote(config, 0)
         stream = actor.rollout.options(num_returns="streaming").remote(prompts, 64, 4, unmasking)
@@ -85,7 +86,9 @@ class RolloutActor:
         self.busy_seconds = 0.0
         self.spans = BusySpans()
         self.tokens = 0
-        self.token_rows = 0  # of rollouts, without evaluations
+        self.token_rows = 0  # of rollouts, without evaluations, and so are
+        self.slot_seconds = 0.0
+        self._dealt: dict[int | None, SimpleQueue[list[Prompt] | None]] = {}  # by rollout batch
 
     def ready(self) -> dict[str, Any]:
         return {
@@ -127,12 +130,22 @@ class RolloutActor:
         self.meta = replace(self.meta, block_size=block_size)
 
     def rollout(
-        self, prompts: list[Prompt], max_new_tokens: int, block_size: int, unmasking: Unmasking
+        self,
+        prompts: list[Prompt],
+        max_new_tokens: int,
+        block_size: int,
+        unmasking: Unmasking,
+        batch: int | None = None,
+        longest: int = 0,
     ) -> Iterator[pa.RecordBatch | BatchInfo]:
         """Stream finished trajectories in record batches of `rollout.stream_rows` rows, the last one shorter.
 
         Prompts with offline responses take these and are not sampled; they come first. Where there is no teacher, each
         record batch is followed by its BatchInfo.
+
+        Args:
+            batch: the rollout batch of which more prompts come by `deal`; None: these are all.
+            longest: the longest possible x0 of those, in tokens.
         """
         rollout = self.config.rollout
         self.set_block_size(block_size)
@@ -140,25 +153,33 @@ class RolloutActor:
         caps = self.config.data.domain_max_tokens
 
         def limit(prompt: Prompt) -> int:
-            """To the end of the block in which it is reached: every position of a block is trained."""
-            tokens = min(max_new_tokens, caps.get(prompt.domain, max_new_tokens))
-            return grid_ceil(len(prompt.ids) + tokens, block_size) - len(prompt.ids)
+            return longest_response(prompt, max_new_tokens, caps, block_size)
 
-        requests = [
-            Request(p.ordinal, sample, p.ids, limit(p), p.domain)
-            for p in prompts
-            if not p.responses
-            for sample in range(rollout.samples_per_prompt)
-        ]
+        def requests(prompts: list[Prompt]) -> list[Request]:
+            return [
+                Request(p.ordinal, sample, p.ids, limit(p), p.domain)
+                for p in prompts
+                if not p.responses
+                for sample in range(rollout.samples_per_prompt)
+            ]
+
+        more: Callable[[bool], list[Request] | None] | None = None
+        if batch is not None:
+            dealt = self._deals(batch)
+
+            def more(wait: bool) -> list[Request] | None:
+                came = dealt.get() if wait or not dealt.empty() else []
+                return None if came is None else requests(came)
+
         offline = (
             offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id, self.end_tokens)
             for p in prompts
             for sample in range(len(p.responses))
         )
         start = time.perf_counter()
-        rows_before = self.sampler.token_rows
+        rows_before, slot_seconds_before = self.sampler.token_rows, self.sampler.slot_seconds
         pending: list[Trajectory] = []
-        for trajectory in chain(offline, self.sampler.generate(requests, decoding)):
+        for trajectory in chain(offline, self.sampler.generate(requests(prompts), decoding, more, longest)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             select_states(trajectory, self.config.objective, block_size, self.end_tokens, rng)
             pending.append(trajectory)
@@ -169,8 +190,18 @@ class RolloutActor:
                 start, pending = time.perf_counter(), []
         self._was_busy(time.perf_counter() - start)
         self.token_rows += self.sampler.token_rows - rows_before
+        self.slot_seconds += self.sampler.slot_seconds - slot_seconds_before
+        self._dealt.pop(batch, None)
         if pending:
             yield from self._finished(pending)
+
+    @ray.method(concurrency_group="deals")
+    def deal(self, batch: int, prompts: list[Prompt] | None) -> None:
+        """More prompts, none with offline responses, for rollouts of a batch, begun or not; None: these were all."""
+        self._deals(batch).put(prompts)
+
+    def _deals(self, batch: int) -> SimpleQueue[list[Prompt] | None]:
+        return self._dealt.setdefault(batch, SimpleQueue())  # one step, since two threads come here
 
     def _was_busy(self, seconds: float) -> None:
         self.busy_seconds += seconds
@@ -192,6 +223,7 @@ class RolloutActor:
             "tokens": self.tokens,
             "forwards": self.sampler.forwards,
             "token_rows": self.token_rows,
+            "slot_seconds": self.slot_seconds,
             "weights_version": self.sampler.weights_version,
             "weights_pause_seconds": self.inbox.pause_seconds,
         }
@@ -253,4 +285,4 @@ class RolloutActor:
 
 
 def as_remote(config: RunConfig) -> Any:
-    return as_ray_actor(RolloutActor, config.rollout.resources, concurrency_groups={"weights": 1})
+    return as_ray_actor(RolloutActor, config.rollout.resources, concurrency_groups={"weights": 1, "deals": 1})

@@ -18,6 +18,7 @@ from common.config.run import DataConfig
 from common.conversations import Conversation, LeftOut, Turn, conversation_of, template_for, whole_characters
 from common.datasets.errors import PromptError
 from common.datasets.rows import open_rows
+from common.grid import grid_ceil
 
 _CHUNK = 1024  # prompts tokenised together
 
@@ -35,6 +36,13 @@ class Prompt:
     domain: str = ""
     answer: str | None = None
     responses: tuple[np.ndarray, ...] = ()
+
+
+def longest_response(prompt: Prompt, max_new_tokens: int, caps: dict[str, int], block_size: int) -> int:
+    """The longest response to a prompt, in tokens, under the limits by domain: to the end of the block in which it is
+    reached, since every position of a block is trained."""
+    tokens = min(max_new_tokens, caps.get(prompt.domain, max_new_tokens))
+    return grid_ceil(len(prompt.ids) + tokens, block_size) - len(prompt.ids)
 
 
 @dataclass(frozen=True)

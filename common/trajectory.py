@@ -236,6 +236,7 @@ class BatchInfo:
     """What the pipeline needs to know about a record batch, so that it need not read it."""
 
     keys: list[tuple[int, int]]  # (ordinal, sample)
+    lengths: list[int]  # of their responses
     oldest_version: int | None  # None: all are offline responses
     offline_rows: int
     response_tokens: int
@@ -257,6 +258,7 @@ def batch_info(batch: pa.RecordBatch) -> BatchInfo:
     read = [t for t in trajectories if len(t.target_offsets)] if meta.target_kind != "none" else []
     return BatchInfo(
         keys=[(t.ordinal, t.sample) for t in trajectories],
+        lengths=[len(t.response_ids) for t in trajectories],
         oldest_version=min((t.weights_version for t in trajectories if not t.is_offline), default=None),
         offline_rows=sum(t.is_offline for t in trajectories),
         response_tokens=sum(len(t.response_ids) for t in trajectories),

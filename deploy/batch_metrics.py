@@ -28,6 +28,7 @@ class BatchMetrics:
         self.calls = calls
         self.epoch_prompts = epoch_prompts
         self.previous_stats: dict[str, dict[str, Any]] = {}
+        self._rollouts_done = 0.0  # Unix time, of the batch before
         self._asked: dict[ray.ObjectRef, str] = {}
         self._spans: list[Span] = []
 
@@ -56,6 +57,7 @@ class BatchMetrics:
         state.seconds += seconds
         rank_stats, teacher_stats = self._stats(self.pools.ranks), self._stats(self.pools.teachers)
         paused, computed = self._totals("weights_pause_seconds"), self._totals("token_rows")
+        in_use = self._totals("slot_seconds")
         rollout_busy = self._busy(batch.actor_stats)
         pauses = [total - paused.get(name, 0.0) for name, total in self._totals("weights_pause_seconds").items()]
         state.rollout_token_rows += sum(
@@ -93,6 +95,7 @@ class BatchMetrics:
             if teacher_seconds
             else 0.0,
             "learner/tokens_per_second": learner["packed_tokens"] / max(learner["seconds"], 1e-9),
+            "rollout/slots_in_use": self._slots_in_use(batch, in_use),
             "queue/rollout": len(batch.expected),
             "queue/teacher": batch.peak_teacher_queue,
             "queue/learner": len(batch.refs),
@@ -111,6 +114,15 @@ class BatchMetrics:
             **window.shares("teacher", fmean(teacher_busy), targets),
             **window.shares("learner", learner["seconds"], learner["seconds"] + waited),
         }
+
+    def _slots_in_use(self, batch: RolloutBatch, before: dict[str, float]) -> float:
+        """Mean share of all actors' slots with a running sequence, from the end of the rollouts before to that of the
+        batch's own; `before` are the counters of then."""
+        after = self._totals("slot_seconds")
+        used = sum(_grown(before.get(name, 0.0), seconds) for name, seconds in after.items())
+        seconds = batch.rollouts_done - max(batch.started, self._rollouts_done)
+        self._rollouts_done = batch.rollouts_done
+        return min(used / max(len(after) * self.config.rollout.slots * seconds, 1e-9), 1.0)
 
     def _totals(self, counter: str) -> dict[str, float]:
         """A counter of the actors that have it, as they reported it last."""

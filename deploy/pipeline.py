@@ -28,6 +28,7 @@ from deploy.checkpoints import FINAL, RunState
 from deploy.cluster import Pools, connect, start_pools
 from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
+from deploy.dealing import ResponseLengths
 from deploy.errors import RunError, WorkerError
 from deploy.evaluator import Evaluator
 from deploy.files import replace_text
@@ -108,6 +109,7 @@ class Pipeline:
         self.state = prepared.checkpoint[1] if prepared.checkpoint else RunState()
         self.checkpoints = prepared.checkpoints
         self.in_flight = RolloutsInFlight()
+        self.response_lengths = ResponseLengths()
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}  # of the newest version, by the calls that load it
         prompts, size = prepared.prompts.prompts, config.rollout.prompts_per_batch
@@ -276,7 +278,9 @@ class Pipeline:
         samples, responses = config.rollout.samples_per_prompt, self.prepared.prompts.responses
         prompts = with_responses(self.batches[index], share, responses, samples, config.seed)
         unmasking = unmasking_at(config.rollout, index)
-        return RolloutBatch(index, prompts, config.rollout, limit, block_size, unmasking, self.pools, self.calls)
+        return RolloutBatch(
+            index, prompts, config, limit, block_size, unmasking, self.pools, self.calls, self.response_lengths
+        )
 
     def _check(self, batch: RolloutBatch) -> None:
         """Every (ordinal, sample) exactly once, and none older than the staleness bound."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import ray
 
-from common.config.run import RolloutConfig, Unmasking
-from common.prompts import Prompt
+from common.config.run import RunConfig, Unmasking
+from common.prompts import Prompt, longest_response
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
+from deploy.dealing import Deck, ResponseLengths
 from deploy.errors import StuckError
 from deploy.remote_calls import RemoteCalls
 
@@ -27,25 +28,27 @@ class RolloutBatch:
     once, or queue behind what the actors still do), `advance` with what is ready until `done`, then `refs` are the
     record batches for the learner:
 
-        batch = RolloutBatch(0, prompts, config.rollout, limit, block_size, unmasking, pools, calls)
+        batch = RolloutBatch(0, prompts, config, limit, block_size, unmasking, pools, calls, lengths)
         while not batch.done:
             batch.advance(ray.wait(batch.waiting)[0])
         ranks[0].train.remote(batch.refs, ...)
 
-    The prompts are dealt out in turn, so that every actor gets its share whatever the order.
+    Every actor gets a first share, and more prompts as it sends trajectories on (`deploy/dealing.py`).
     """
 
     def __init__(
         self,
         index: int,
         prompts: list[Prompt],
-        rollout: RolloutConfig,
+        config: RunConfig,
         max_new_tokens: int,
         block_size: int,
         unmasking: Unmasking,
         pools: Pools,
         calls: RemoteCalls,
+        lengths: ResponseLengths,
     ) -> None:
+        rollout, caps = config.rollout, config.data.domain_max_tokens
         self.index = index
         self.max_new_tokens = max_new_tokens
         self.block_size = block_size
@@ -67,13 +70,28 @@ class RolloutBatch:
         self._load = dict.fromkeys(pools.teachers, 0)
         self._of_teacher: dict[ray.ObjectRef, Any] = {}
         self.actor_stats: dict[ray.ObjectRef, str] = {}
-        for i, actor in enumerate(pools.rollouts):
-            share = prompts[i :: len(pools.rollouts)]
+        self._lengths = lengths
+        self._prompt_of = {prompt.ordinal: prompt for prompt in prompts}
+        limits = {p.ordinal: longest_response(p, max_new_tokens, caps, block_size) for p in prompts}
+        room = rollout.slots + 2 * rollout.stream_rows  # a record batch not yet full, and one that is under way
+        self._deck = Deck(
+            prompts,
+            rollout.samples_per_prompt,
+            len(pools.rollouts),
+            room,
+            lambda prompt: lengths.expected(prompt, limits[prompt.ordinal]),
+        )
+        shares = self._deck.first()
+        more = () if self._deck.empty else (index, max(len(p.ids) + limits[p.ordinal] for p in prompts))
+        self._awaiting: dict[Any, int] = {}  # actors that may get more prompts, by their streams
+        for i, (actor, share) in enumerate(zip(pools.rollouts, shares, strict=True)):
             if share:
-                order = (share, max_new_tokens, block_size, unmasking)
+                order = (share, max_new_tokens, block_size, unmasking, *more)
                 stream = actor.rollout.options(num_returns="streaming").remote(*order)
                 self._generators[stream] = self._names[actor]
                 self._streams[stream] = self._names[actor]
+                if more:
+                    self._awaiting[stream] = i
             self.actor_stats[actor.stats.remote()] = self._names[actor]  # answers when the rollout is through
 
     @property
@@ -111,7 +129,7 @@ class RolloutBatch:
             elif item in self._annotating:
                 self._raise_failed_streams()  # a failed stream's last batch makes its teacher call fail too
                 batch, name = self._annotating.pop(item)
-                self.infos.append(self._calls.result(item, name, TARGETS))
+                self._note(self._calls.result(item, name, TARGETS))
                 self.refs.append(batch)
                 self._load[self._of_teacher.pop(item)] -= 1
                 if self.done:
@@ -126,6 +144,7 @@ class RolloutBatch:
                 self._raise_failed_streams()
             return
         self._calls.observers.heard(self._streams[generator])
+        self._deal_after(generator)
         if not self._pools.teachers:
             self._take_finished(generator, batch)
             return
@@ -136,12 +155,30 @@ class RolloutBatch:
         self._annotating[info] = (annotated, self._names[teacher])
         self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
 
+    def _deal_after(self, generator: Any) -> None:
+        """More prompts for an actor that has sent a record batch on; with the last ones all are told that they have
+        all."""
+        if generator not in self._awaiting:
+            return
+        i, actors = self._awaiting[generator], self._pools.rollouts
+        if share := self._deck.after(i, self._stream_rows):
+            actors[i].deal.remote(self.index, share)
+        if self._deck.empty:
+            for waiting in self._awaiting.values():
+                actors[waiting].deal.remote(self.index, None)
+            self._awaiting.clear()
+
+    def _note(self, info: BatchInfo) -> None:
+        self.infos.append(info)
+        for (ordinal, _), length in zip(info.keys, info.lengths, strict=True):
+            self._lengths.note(self._prompt_of[ordinal], length)
+
     def _take_finished(self, generator: Any, batch: ray.ObjectRef) -> None:
         """A batch that needs no targets, and its metrics, which the actor sends right behind it."""
         info = next(generator, None)
         if info is None:
             self._raise_failed_streams()
-        self.infos.append(self._calls.result(info, self._generators[generator], ROLLOUTS))
+        self._note(self._calls.result(info, self._generators[generator], ROLLOUTS))
         self.refs.append(batch)
 
     def _raise_failed_streams(self) -> None:

@@ -17,6 +17,7 @@ prompts are short beside its responses, and the shapes of passes would no longer
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -47,6 +48,8 @@ from common.trajectory import EndTokens, Trajectory
 
 FEWEST_ROWS = 8  # of a pass on CUDA: with fewer it takes as long
 MOST_GRAPHED_TOKENS = 4096  # of a prefill that is a graph: one of more keeps the GPU busy for longer than its launches
+# further requests that have come, where the argument is true after waiting for some; None: no more will come
+More = Callable[[bool], list[Request] | None]
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +89,7 @@ class Sampler:
     prompts of at most `max_batched_tokens` tokens together, padding included, or one longer prompt. Stop strings are
     looked for on the host after each block of a request that has some, and need the `tokenizer`. `forwards` counts the
     passes. `token_rows` counts the tokens computed for sequences that have ended: prompts in prefills, and B tokens for
-    each denoising forward and each commit.
+    each denoising forward and each commit. `slot_seconds` adds up how long each slot had a running sequence.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Sampler:
         self.on_cuda = self.device.type == "cuda"
         self.weights_version = 0
         self.forwards = self.token_rows = 0
+        self.slot_seconds = 0.0
         self.ahead = int(self.on_cuda)  # passes in progress while the host reads an earlier one
         self.few_shapes = self.on_cuda  # passes and prefills are padded, so that few graphs serve all
         self._use_graphs = self.on_cuda and cuda_graphs
@@ -146,30 +150,44 @@ class Sampler:
             self._cache = self._state = None
 
     @torch.inference_mode()
-    def generate(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Trajectory]:
+    def generate(
+        self, requests: Iterable[Request], decoding: Decoding, more: More | None = None, longest: int = 0
+    ) -> Iterator[Trajectory]:
         """Yield each trajectory as it ends; its forwards count every pass that it took part in.
+
+        Args:
+            more: asked before every pass for requests, without stop strings, that have come meanwhile.
+            longest: the longest possible x0 of these, in tokens.
 
         Raises:
             FloatingPointError: the model gave a non-finite logit at a sampled position.
             ValueError: a request has stop strings, and the sampler no tokenizer to find them with.
         """
         waiting = deque(requests)
-        if not waiting:
+        if not waiting and not more:
             return
         has_stops = any(request.stop for request in waiting)
         stops = self.stops if has_stops else None
         if has_stops and not stops:
             raise ValueError("requests with stop strings need a sampler with a tokenizer")
-        state, cache = self._memory(max(self._end(r) for r in waiting))
+        state, cache = self._memory(max([longest, *(self._end(r) for r in waiting)]))
         rule, threshold = without_threshold(decoding.unmasking)
         decoding = replace(decoding, unmasking=rule)
         state.threshold.fill_(threshold)
-        while waiting or state.active:
+        then = time.perf_counter()
+        while waiting or state.active or more:
+            if more:
+                came = more(not waiting and not state.active)
+                waiting.extend(came or ())
+                more = None if came is None else more
+                if not waiting and not state.active:
+                    continue
             free = np.flatnonzero(~state.running).tolist() if waiting else []
             admitted = {slot: waiting.popleft() for slot in free[: len(waiting)]}
             if admitted:
                 state.admit(admitted, self._keys(admitted), self.mask_token_id, self._end)
                 self._prefill(state, cache, admitted)
+            in_use = int(state.running.sum())
             self._launch(state, decoding)
             while len(state.in_progress) > self.ahead:
                 ended = state.read()
@@ -178,6 +196,9 @@ class Sampler:
                 for trajectory in state.take(ended, self.eos_token_id, self.weights_version, stops):
                     self.token_rows += self.block_size * (trajectory.denoise_forwards + trajectory.commit_forwards)
                     yield trajectory
+            now = time.perf_counter()
+            self.slot_seconds += in_use * (now - then)
+            then = now
 
     def _end(self, request: Request) -> int:
         """Length of the longest possible x0: whole blocks."""

@@ -46,6 +46,9 @@ METRICS: dict[str, MetricSpec] = {
     "weights_version": MetricSpec("", "version published after this batch"),
     "staleness": MetricSpec("versions", "learner version minus the oldest version in the batch when trained"),
     "rollout/tokens_per_second": MetricSpec("tokens/s", "response tokens per busy second of the slowest actor"),
+    "rollout/slots_in_use": MetricSpec(
+        "share", "slots of the rollout actors with a running sequence, mean over the time of the batch's rollouts"
+    ),
     "teacher/tokens_per_second": MetricSpec("tokens/s", "prompt and response tokens read per busy second"),
     "learner/tokens_per_second": MetricSpec("tokens/s", "packed tokens, clean and noised, per training second"),
     "queue/rollout": MetricSpec("trajectories", "admitted at the start of the batch"),

@@ -34,7 +34,7 @@ SMALL = [
         [
             "--teacher.backend", "transformers", "--teacher.target", "topk", "--objective.topk_tail", "renorm",
             "--rollout.actors", "3", "--teacher.actors", "2", "--learner.resources.cpus", "0.25",
-            "--pipeline.staleness", "1",
+            "--pipeline.staleness", "1", "--rollout.slots", "2", "--rollout.stream_rows", "1",  # dealt as they get free
         ],
     ],
     ids=["vllm-hidden", "vllm-topk-one-actor-one-rank", "transformers-topk-three-actors-two-teachers-stale"],
@@ -49,6 +49,8 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     assert metrics[-1]["kl"] < 0.7 * metrics[0]["kl"]
     assert [m["weights_version"] for m in metrics] == list(range(1, BATCHES + 1))
 
+    assert all(0.1 < m["rollout/slots_in_use"] <= 1 for m in metrics)
+
     assert [m["batch"] for m in metrics if m["eval/exact_match"] is not None] == [3, BATCHES - 1]
     # the last block is decoded to its end, but at most 72 tokens of a response count
     assert metrics[-1]["eval/tokens_per_step"] >= 72 / 75
@@ -60,7 +62,7 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
     for index in range(BATCHES):
         batches = read_spool(folder / "spool" / f"batch-{index:06d}.arrow")
         rows = [t for batch in batches for t in from_batch(batch)[0]]
-        # prompts are dealt to all actors in turn, so one version in a batch means that every actor runs it
+        # every actor gets a share, so one version in a batch means that every actor runs it
         assert {t.weights_version for t in rows} == {max(index - staleness, 0)}
         ordinals += [t.ordinal for t in rows]
         asked |= {tuple(t.prompt_ids) for t in rows}

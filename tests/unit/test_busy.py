@@ -66,6 +66,24 @@ def test_overhead_is_what_no_actor_covers():
     assert Window(5.0, 5.0).overhead([]) == 0.0
 
 
+def test_slots_in_use_are_counted_from_the_end_of_the_rollouts_before():
+    from deploy import batch_metrics
+
+    config = SimpleNamespace(rollout=SimpleNamespace(slots=4))
+    metrics = batch_metrics.BatchMetrics(config, None, None, 1, RunCost(0, 0, 0))
+    before = {"rollout-0": 30.0, "rollout-1": 50.0}
+    metrics.previous_stats = {
+        "rollout-0": {"slot_seconds": 50.0}, "rollout-1": {"slot_seconds": 62.0}, "teacher-0": {},
+    }  # fmt: skip
+    batch = SimpleNamespace(started=100.0, rollouts_done=108.0)
+    assert metrics._slots_in_use(batch, before) == pytest.approx((20 + 12) / (2 * 4 * 8))
+    later = SimpleNamespace(started=104.0, rollouts_done=118.0)  # admitted while the one before was under way
+    assert metrics._slots_in_use(later, before) == pytest.approx((20 + 12) / (2 * 4 * 10))
+    metrics.previous_stats["rollout-0"] = {"slot_seconds": 3.0}  # it was restarted
+    again = SimpleNamespace(started=118.0, rollouts_done=128.0)
+    assert metrics._slots_in_use(again, before) == pytest.approx((3 + 12) / (2 * 4 * 10))
+
+
 def test_metrics_join_the_spans_of_all_roles(monkeypatch):
     """Answers that are queued behind rollouts come later, and only where rollouts overlap training."""
     from deploy import batch_metrics

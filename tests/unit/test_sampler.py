@@ -1,6 +1,7 @@
 """Invariant 2: the batched, cached, fused sampler equals the slow one-sequence reference."""
 
 import textwrap
+import time
 from dataclasses import replace
 from itertools import cycle
 
@@ -148,6 +149,28 @@ def test_the_slots_of_a_pass():
     running[9] = True
     assert sorted(pass_rows(running)) == list(range(20))
     assert pass_rows(np.ones(3, bool)).tolist() == [0, 1, 2]
+
+
+def test_requests_that_come_while_others_run_change_nothing(model):
+    decoding = Decoding(StaticUnmasking(), 1.0)
+    base = {t.ordinal: t.response_ids.tolist() for t in sampler(model).generate(requests(), decoding)}
+    late, waited = [[r] for r in requests()[2:]], []
+
+    def more(wait: bool) -> list[Request] | None:
+        waited.append(wait)
+        if wait or len(waited) % 3 == 0:
+            return late.pop(0) if late else None
+        return []
+
+    of = sampler(model)
+    start = time.perf_counter()
+    made = {t.ordinal: t.response_ids.tolist() for t in of.generate(requests()[:2], decoding, more, longest=64)}
+    assert made == base
+    assert 0.1 < of.slot_seconds / (of.slots * (time.perf_counter() - start)) < 1
+    late += [[r] for r in requests()]
+    waited.clear()
+    assert {t.ordinal for t in of.generate([], decoding, more, longest=64)} == set(base)
+    assert waited[0] and not all(waited)
 
 
 def test_a_sampler_follows_a_changing_threshold(model):
