@@ -20,6 +20,8 @@ COMMAND = [
     "--evaluation.problems", "null", "--pipeline.max_batches", str(BATCHES), "--rollout.prompts_per_batch", "8",
     "--rollout.samples_per_prompt", "2", "--pipeline.checkpoint_every_batches", str(EVERY),
     "--pipeline.spool", "true", "--learner.warmup_batches", "1",
+    "--evaluation.held_out_prompts", "4", "--evaluation.held_out_tokens", "24",
+    "--evaluation.every_batches", str(BATCHES),
 ]  # fmt: skip
 
 
@@ -90,6 +92,8 @@ def test_a_run_stopped_then_killed_equals_the_uninterrupted_one(tmp_path, uninte
     for a, b in zip(uninterrupted, resumed, strict=True):
         for name in ("loss", "kl", "lr", "response_tokens", "updates", "weights_version", "response_limit"):
             assert b[name] == pytest.approx(a[name], rel=1e-5), (name, a["batch"])
+    # on the prompts, and the original's responses, that the first part of the run has held out
+    assert resumed[-1]["eval/held_out_kl"] == pytest.approx(uninterrupted[-1]["eval/held_out_kl"], rel=1e-4)
     assert (tmp_path / "tiny" / "summary.json").exists()
     assert (tmp_path / "tiny" / "checkpoints" / "final" / "model.safetensors").exists()
     assert (copies / "final" / "model.safetensors").exists()
