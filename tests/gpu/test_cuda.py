@@ -145,7 +145,9 @@ def test_a_changed_threshold_needs_no_new_graphs(path):
     low, high = rounds(0.05), rounds(0.6)
     assert low != high
     assert [rounds(0.05), rounds(0.6)] == [low, high]  # in graphs, whatever the threshold was at the capture
-    assert all(decoding.unmasking.threshold == 0 for _, _, decoding in sampler._graphs._captured)
+    decodings = [key[-1] for key in sampler._graphs._captured if key[0] != "prompts"]
+    assert decodings and all(decoding.unmasking.threshold == 0 for decoding in decodings)
+    assert any(key[0] == "prompts" for key in sampler._graphs._captured)
 
 
 def sampled_logprobs(model, rows: list[Trajectory]) -> np.ndarray:
