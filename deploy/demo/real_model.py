@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -252,9 +253,22 @@ def run(found: list[Step]) -> None:
 
 def _opdlm(arguments: list[str]) -> None:
     print(f"$ opdlm {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "deploy", *arguments], check=False).returncode
-    if status:
+    if status := status_of([sys.executable, "-m", "deploy", *arguments]):
         sys.exit(status)
+
+
+def status_of(command: list[str]) -> int:
+    """The exit status of a command, 128 + the signal that ended it. A stop is passed on and waited for: training writes
+    a checkpoint first."""
+    process = subprocess.Popen(command)
+    stops = (signal.SIGTERM, signal.SIGINT)
+    previous = {stop: signal.signal(stop, lambda *_: process.terminate()) for stop in stops}
+    try:
+        status = process.wait()
+    finally:
+        for stop, handler in previous.items():
+            signal.signal(stop, handler)
+    return status if status >= 0 else 128 - status
 
 
 def _names(text: str) -> list[str]:

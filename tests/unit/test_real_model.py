@@ -2,7 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 from typer.main import get_command
@@ -19,11 +22,11 @@ def commands(monkeypatch):
     """The commands that would run, which run nothing."""
     seen: list[list[str]] = []
 
-    def keep(command, check):
+    def keep(command):
         seen.append(command[3:])
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(real_model.subprocess, "run", keep)
+    monkeypatch.setattr(real_model, "status_of", keep)
     return seen
 
 
@@ -113,12 +116,37 @@ def test_responses_that_cannot_be_checked_here_are_kept_and_scored_where_they_ca
 
 
 def test_a_command_that_fails_ends_it_with_its_status(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        real_model.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, returncode=2)
-    )
+    monkeypatch.setattr(real_model, "status_of", lambda command: 2)
     with pytest.raises(SystemExit) as ended:
         real_model.run(real_model.steps(Options(tmp_path, "some/model")))
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_the_command_and_waits_for_its_checkpoint(tmp_path, sent):
+    started, saved = tmp_path / "started", tmp_path / "saved"
+    command = f"""
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path({str(saved)!r}).touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(started)!r}).touch()
+time.sleep(60)
+"""
+    sequence = f"""
+import sys
+from deploy.demo.real_model import status_of
+sys.exit(status_of([sys.executable, "-c", {command!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", sequence], cwd=REPOSITORY)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(sent)
+    assert process.wait(timeout=30) == 143
+    assert saved.exists()
 
 
 def test_the_instructions_that_travel_with_the_code_can_be_asked_and_checked():
