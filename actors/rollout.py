@@ -49,7 +49,7 @@ class RolloutActor:
 
         actor = as_remote(config).remote(config, 0)
         stream = actor.rollout.options(num_returns="streaming").remote(prompts, 64, 4, unmasking)
-        batches = [ray.get(ref) for ref in stream]            # made with version 0
+        items = [ray.get(ref) for ref in stream]              # made with version 0
         actor.fetch_weights.remote(handle)                    # of version 1
         assert ray.get(actor.swap_weights.remote(1)) == 1     # what is sampled from now on is made with version 1
     """
@@ -124,6 +124,10 @@ class RolloutActor:
         self.sampler.weights_version = version
         return version
 
+    def weights_version(self) -> int:
+        """The version that runs once all that was queued before is done."""
+        return self.sampler.weights_version
+
     def set_block_size(self, block_size: int) -> None:
         """The block size of rollouts and evaluation from now on."""
         self.sampler.set_block_size(block_size)
@@ -137,15 +141,17 @@ class RolloutActor:
         unmasking: Unmasking,
         batch: int | None = None,
         longest: int = 0,
+        keys: set[tuple[int, int]] | None = None,
     ) -> Iterator[pa.RecordBatch | BatchInfo]:
-        """Stream finished trajectories in record batches of `rollout.stream_rows` rows, the last one shorter.
+        """Stream finished trajectories in record batches of `rollout.stream_rows` rows, the last one shorter; behind
+        each record batch comes its BatchInfo.
 
-        Prompts with offline responses take these and are not sampled; they come first. Where there is no teacher, each
-        record batch is followed by its BatchInfo.
+        Prompts with offline responses take these and are not sampled; they come first.
 
         Args:
             batch: the rollout batch of which more prompts come by `deal`; None: these are all.
             longest: the longest possible x0 of those, in tokens.
+            keys: the (ordinal, sample) of `prompts` that are made; None: all.
         """
         rollout = self.config.rollout
         self.set_block_size(block_size)
@@ -154,6 +160,9 @@ class RolloutActor:
 
         def limit(prompt: Prompt) -> int:
             return longest_response(prompt, max_new_tokens, caps, block_size)
+
+        def wanted(prompt: Prompt | Request, sample: int) -> bool:
+            return keys is None or (prompt.ordinal, sample) in keys
 
         def requests(prompts: list[Prompt]) -> list[Request]:
             return [
@@ -175,11 +184,13 @@ class RolloutActor:
             offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id, self.end_tokens)
             for p in prompts
             for sample in range(len(p.responses))
+            if wanted(p, sample)
         )
+        first = [request for request in requests(prompts) if wanted(request, request.sample)]
         start = time.perf_counter()
         rows_before, slot_seconds_before = self.sampler.token_rows, self.sampler.slot_seconds
         pending: list[Trajectory] = []
-        for trajectory in chain(offline, self.sampler.generate(requests(prompts), decoding, more, longest)):
+        for trajectory in chain(offline, self.sampler.generate(first, decoding, more, longest)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             select_states(trajectory, self.config.objective, block_size, self.end_tokens, rng)
             pending.append(trajectory)
@@ -210,8 +221,11 @@ class RolloutActor:
     def _finished(self, trajectories: list[Trajectory]) -> Iterator[pa.RecordBatch | BatchInfo]:
         batch = to_batch(trajectories, self.meta)
         yield batch
-        if self.config.target_kind == "none":
-            yield batch_info(batch)
+        yield batch_info(batch)
+
+    def progress(self) -> int:
+        """Passes so far."""
+        return self.sampler.forwards
 
     def stats(self) -> dict[str, Any]:
         """Counters since the actor started; `tokens` are those of finished responses. `spans` says when it sampled or

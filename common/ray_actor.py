@@ -1,4 +1,4 @@
-"""A class as a Ray actor with the resources of the config."""
+"""A class as a Ray actor with the resources of the config, which sends heartbeats."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from common.config.run import Resources
+from common.heartbeat import Heartbeat
 
 
 def as_ray_actor(
@@ -15,9 +16,22 @@ def as_ray_actor(
 ) -> Any:
     """The Ray actor class; `environment` adds variables to its processes, `options` are those of `ray.remote`.
 
+    Its processes send heartbeats from their first moment, with the value of its method `progress` where it has one.
     OMP_NUM_THREADS is set before the process loads any library: OpenMP reads it once.
     """
     variables = {"OMP_NUM_THREADS": str(resources.threads), **(environment or {})}
     return ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, runtime_env={"env_vars": variables}, **options)(
-        actor_class
+        _with_heartbeat(actor_class)
     )
+
+
+def _with_heartbeat(actor_class: type) -> type:
+    class Beating(actor_class):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            heartbeat = Heartbeat()
+            heartbeat.start()
+            super().__init__(*arguments, **named)
+            heartbeat.progress = getattr(self, "progress", lambda: 0)
+
+    Beating.__name__ = Beating.__qualname__ = actor_class.__name__  # the process's title
+    return Beating

@@ -59,7 +59,7 @@ class BatchMetrics:
         paused, computed = self._totals("weights_pause_seconds"), self._totals("token_rows")
         in_use = self._totals("slot_seconds")
         rollout_busy = self._busy(batch.actor_stats)
-        pauses = [total - paused.get(name, 0.0) for name, total in self._totals("weights_pause_seconds").items()]
+        pauses = [_grown(paused.get(name, 0.0), total) for name, total in self._totals("weights_pause_seconds").items()]
         state.rollout_token_rows += sum(
             _grown(computed.get(name, 0), rows) for name, rows in self._totals("token_rows").items()
         )
@@ -142,7 +142,9 @@ class BatchMetrics:
         return busy
 
     def _reported(self, stats: dict[ray.ObjectRef, str]) -> list[dict[str, Any]]:
-        reported = self.calls.wait(stats, "reporting statistics", shown=False)
+        reported = self.calls.wait(
+            stats, "reporting statistics", shown=False, again=lambda name: self.pools.actor(name).stats.remote()
+        )
         self._spans += [span for stats_of_one in reported for span in stats_of_one["spans"]]
         return reported
 

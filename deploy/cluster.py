@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from common.config.run import RayConfig, RunConfig
 from common.conversion import counted_tokens, student_of
 from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, ray_exists
 from deploy.remote_calls import RemoteCalls
-from deploy.roles import COUNT_FIELDS, ROLES, Role
+from deploy.roles import COUNT_FIELDS, ROLES, Role, role_of
 from learner import rank
 
 # quiet and offline-safe by default; a user's own setting wins
@@ -50,6 +52,7 @@ class Pools:
     teachers: list[Any]
     ranks: list[Any]
     groups: Groups = field(default_factory=dict)
+    create: Callable[[Role, int], Any] | None = None
 
     def stop(self) -> None:
         """End all actors and give their resources back."""
@@ -59,8 +62,31 @@ class Pools:
             remove_placement_group(group)
 
     def names(self) -> dict[Any, str]:
+        return {actor: f"{role}-{i}" for role in ROLES for i, actor in enumerate(self._of(role))}
+
+    def actor(self, name: str) -> Any:
+        return self._of(role_of(name))[int(name.rpartition("-")[2])]
+
+    def replace(self, name: str) -> Any:
+        """Kill the actor of that name; a new one takes its place as soon as its resources are free."""
+        assert self.create
+        role, index = role_of(name), int(name.rpartition("-")[2])
+        ray.kill(self._of(role)[index])
+        self._of(role)[index] = self.create(role, index)
+        return self._of(role)[index]
+
+    def _of(self, role: Role) -> list[Any]:
         named: dict[Role, list[Any]] = {"rollout": self.rollouts, "teacher": self.teachers, "learner": self.ranks}
-        return {actor: f"{role}-{i}" for role, actors in named.items() for i, actor in enumerate(actors)}
+        return named[role]
+
+
+def actor_id(actor: Any) -> str:
+    return str(actor._actor_id.hex())
+
+
+def asked(ref: ray.ObjectRef) -> str:
+    """The id of the actor that a call was made to."""
+    return str(ref.task_id().actor_id().hex())
 
 
 def connect(settings: RayConfig, object_store_mib: int | None = None, cache_dir: Path | None = None) -> None:
@@ -89,15 +115,28 @@ def connect(settings: RayConfig, object_store_mib: int | None = None, cache_dir:
     # Ray 2.60 turns token mode on by itself once a token file exists; a private local Ray needs none
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(
-        address="local",  # never a head that happens to run on this machine
-        num_cpus=settings.num_cpus,
-        object_store_memory=(settings.object_store_mib or object_store_mib or LEAST_STORE_MIB) * 2**20,
-        include_dashboard=False,
-        runtime_env=runtime,
-        log_to_driver=False,
-        logging_level="warning",
-    )
+    with _deaf_children():
+        ray.init(
+            address="local",  # never a head that happens to run on this machine
+            num_cpus=settings.num_cpus,
+            object_store_memory=(settings.object_store_mib or object_store_mib or LEAST_STORE_MIB) * 2**20,
+            include_dashboard=False,
+            runtime_env=runtime,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, never get SIGTERM: `timeout`, Slurm and shells send it to the
+    whole process group, and a driver without its actors could not write its last checkpoint. They end with the driver.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited, and kept by exec
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def reserve(config: RunConfig, placement: Placement, calls: RemoteCalls, roles: Sequence[Role]) -> Groups:
@@ -169,25 +208,22 @@ def start_pools(
     """
     groups = reserve(config, placement, calls, roles)
 
-    def create(role: Role, actor_class: Any, *arguments: Any, **options: Any) -> list[Any]:
-        count = groups[role].bundle_count if role in groups else 0
-        return [
-            actor_class.options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(groups[role], placement_group_bundle_index=i)
-            ).remote(*arguments, i, **options)
-            for i in range(count)
-        ]
-
     shape = config.objective.shape
     tokens = counted_tokens(student_of(config), config.teacher_path) if "teacher" in groups else None
-    pools = Pools(
-        rollouts=create("rollout", rollout.as_remote(config), config),
-        teachers=create(
-            "teacher", teacher.as_remote(config), config.teacher, config.teacher_path, shape=shape, tokens=tokens
-        ),
-        ranks=create("learner", rank.as_remote(config), config),
-        groups=groups,
-    )
+    classes: dict[Role, Any] = {"rollout": rollout, "teacher": teacher, "learner": rank}
+
+    def create(role: Role, index: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(groups[role], placement_group_bundle_index=index)
+        actor_class = classes[role].as_remote(config).options(scheduling_strategy=place)
+        if role == "teacher":
+            return actor_class.remote(config.teacher, config.teacher_path, index, shape=shape, tokens=tokens)
+        return actor_class.remote(config, index)
+
+    def of_role(role: Role) -> list[Any]:
+        return [create(role, i) for i in range(groups[role].bundle_count if role in groups else 0)]
+
+    pools = Pools(of_role("rollout"), of_role("teacher"), of_role("learner"), groups, create)
+    calls.repair.watch(pools)
     names, timeout = pools.names(), config.pipeline.start_timeout_s
     starts = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
     if pools.ranks:

@@ -87,6 +87,12 @@ class Deck:
             share.append(self._deal(actor))
         return share
 
+    def rest(self) -> list[Prompt]:
+        """All that is left; the deck is empty then."""
+        rest = list(self._left)
+        self._left.clear()
+        return rest
+
     def _deal(self, actor: int) -> Prompt:
         self._under_way[actor] += self.samples
         return self._left.popleft()

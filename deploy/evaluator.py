@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import ray
 
 from actors.evaluation.evaluation import Evaluation
 from actors.evaluation.held_out import HeldOutSums
@@ -45,11 +47,11 @@ class Evaluator:
             return
         prompts, count = self.held_out.prompts, len(self.pools.rollouts)
         order = self.held_out.max_new_tokens, self.config.teacher_path
-        calls = {
-            actor.answer_held_out.remote(prompts[i::count], *order): name
-            for i, (actor, name) in enumerate(self._with_share(prompts))
-        }
-        parts = self.calls.wait(calls, "answering held-out prompts with the original", until_stop=True)
+
+        def ask(actor: Any, part: slice) -> ray.ObjectRef:
+            return actor.answer_held_out.remote(prompts[part], *order)
+
+        parts = self._of_all(prompts, "answering held-out prompts with the original", ask)
         self.held_out.keep([parts[i % count][i // count] for i in range(len(prompts))])
 
     def before(self) -> dict[str, Any]:
@@ -109,11 +111,11 @@ class Evaluator:
         prompts, responses = self.held_out.prompts, self.held_out.responses()
         assert responses
         count, teacher = len(self.pools.rollouts), self.config.teacher_path
-        calls = {
-            actor.held_out_kl.remote(prompts[i::count], responses[i::count], teacher, block_size): name
-            for i, (actor, name) in enumerate(self._with_share(prompts))
-        }
-        parts = self.calls.wait(calls, "reading held-out prompts", background=background, until_stop=True)
+
+        def ask(actor: Any, part: slice) -> ray.ObjectRef:
+            return actor.held_out_kl.remote(prompts[part], responses[part], teacher, block_size)
+
+        parts = self._of_all(prompts, "reading held-out prompts", ask, background)
         sums = HeldOutSums(np.empty((len(prompts), block_size)), np.empty((len(prompts), block_size), dtype=np.int64))
         for i, part in enumerate(parts):  # in the order of the prompts, so that the sum depends on nothing else
             sums.kl[i::count], sums.tokens[i::count] = part.kl, part.tokens
@@ -135,15 +137,26 @@ class Evaluator:
         self, method: str, action: str, *arguments: Any, background: Background | None = None
     ) -> dict[str, float]:
         """Metrics over all problems, each rollout actor taking its share."""
-        count = len(self.pools.rollouts)
-        calls = {
-            getattr(actor, method).remote(self.problems[i::count], *arguments): name
-            for i, (actor, name) in enumerate(self._with_share(self.problems))
-        }
-        results = self.calls.wait(calls, action, background=background, until_stop=True)
-        return sum(results, Evaluation()).metrics()
 
-    def _with_share(self, rows: list[Prompt]) -> list[tuple[Any, str]]:
-        """The rollout actors that have any of the rows, with their names; actor i of n has rows i, i + n, ...."""
-        names = self.pools.names()
-        return [(actor, names[actor]) for actor in self.pools.rollouts[: len(rows)]]
+        def ask(actor: Any, part: slice) -> ray.ObjectRef:
+            return getattr(actor, method).remote(self.problems[part], *arguments)
+
+        return sum(self._of_all(self.problems, action, ask, background), Evaluation()).metrics()
+
+    def _of_all(
+        self,
+        rows: list[Prompt],
+        action: str,
+        ask: Callable[[Any, slice], ray.ObjectRef],
+        background: Background | None = None,
+    ) -> list[Any]:
+        """The answers of all rollout actors that have any of the rows, each asked for its part of them: actor i of n has
+        rows i, i + n, .... A replacement is asked for the part of the actor before it."""
+        count, names = len(self.pools.rollouts), self.pools.names()
+        parts = {names[actor]: slice(i, None, count) for i, actor in enumerate(self.pools.rollouts[: len(rows)])}
+
+        def again(name: str) -> ray.ObjectRef:
+            return ask(self.pools.actor(name), parts[name])
+
+        calls = {again(name): name for name in parts}
+        return self.calls.wait(calls, action, background=background, until_stop=True, again=again)

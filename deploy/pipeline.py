@@ -23,13 +23,14 @@ from common.config.fingerprint import evaluation_fingerprint
 from common.config.run import RunConfig
 from common.config.yaml_loader import written
 from common.responses import offline_share, with_responses
+from common.weights.transport import WeightsHandle
 from deploy.batch_metrics import BatchMetrics
 from deploy.checkpoints import FINAL, RunState
 from deploy.cluster import Pools, connect, start_pools
 from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
 from deploy.dealing import ResponseLengths
-from deploy.errors import RunError, WorkerError
+from deploy.errors import RunError
 from deploy.evaluator import Evaluator
 from deploy.files import replace_text
 from deploy.monitoring.observer import Observers
@@ -41,6 +42,7 @@ from deploy.monitoring.run_log import RunLog
 from deploy.monitoring.status import RunStatus
 from deploy.monitoring.wandb_log import WandbLog
 from deploy.preflight import PreparedRun, finished_summary, identity, prepare
+from deploy.recovery import Supervisor
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
 from deploy.run_cost import RunCost
@@ -112,6 +114,7 @@ class Pipeline:
         self.response_lengths = ResponseLengths()
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}  # of the newest version, by the calls that load it
+        self.newest: WeightsHandle | None = None  # what a rollout actor that comes later loads
         prompts, size = prepared.prompts.prompts, config.rollout.prompts_per_batch
         self.batches = [prompts[i : i + size] for i in range(0, len(prompts), size)][: config.pipeline.max_batches]
         self.run_updates = count_updates(config, len(prompts))
@@ -130,7 +133,9 @@ class Pipeline:
             self.observers = stack.enter_context(self._observers())
             self.saving = Saving(config.pipeline, self.checkpoints, self.observers, self.state.batches)
             stack.callback(self.saving.wait, _LAST_SAVING_SECONDS)
-            self.calls = RemoteCalls(config.pipeline.stage_timeout_s, self.observers, self.stop)
+            self.supervisor = Supervisor(config, self.observers, self.stop)
+            self.supervisor.prepare = self._catch_up
+            self.calls = RemoteCalls(config.pipeline.stage_timeout_s, self.observers, self.stop, self.supervisor)
             if page.url:
                 self.observers.note(f"the run's page is at {page.url}")
             try:
@@ -312,9 +317,9 @@ class Pipeline:
         start = time.perf_counter()
         self._collect_acknowledgements()  # of the version before, queued behind rollouts that are trained on by now
         handle = self._on_ranks("publish", "publishing weights", self.version)[0]
+        self.newest = handle
         for actor, name in self._named(self.pools.rollouts):
-            self.acknowledgements[actor.fetch_weights.remote(handle)] = name
-            self.acknowledgements[actor.swap_weights.remote(self.version)] = name
+            self.acknowledgements |= self._load_newest(actor, name)
         self.batch_metrics.ask(self.pools.rollouts)
         if not self._evaluation_due() and not self.stop.requested:
             self._admit()
@@ -325,12 +330,29 @@ class Pipeline:
     def _collect_acknowledgements(self) -> None:
         """Every rollout actor confirms that it has fetched, and runs, the version that was last queued on it."""
         names = list(self.acknowledgements.values())
-        versions = self.calls.wait(self.acknowledgements, "loading weights", background=self.in_flight)
+        versions = self.calls.wait(
+            self.acknowledgements,
+            "loading weights",
+            background=self.in_flight,
+            again=lambda name: self.pools.actor(name).weights_version.remote(),  # a new actor has loaded them
+        )
         for name, version in zip(names, versions, strict=True):
             if version != max(versions):
-                raise WorkerError(f"{name} runs weights version {version}, expected {max(versions)}")
+                raise RuntimeError(f"{name} runs weights version {version}, expected {max(versions)}")
             self.observers.heard(name, weights_version=version)
         self.acknowledgements = {}
+
+    def _load_newest(self, actor: Any, name: str) -> dict[ray.ObjectRef, str]:
+        assert self.newest
+        return {
+            actor.fetch_weights.remote(self.newest): name,
+            actor.swap_weights.remote(self.newest.version): name,
+        }
+
+    def _catch_up(self, name: str) -> None:
+        """Queue the version published last on a rollout actor that is new."""
+        if self.newest:
+            self._load_newest(self.pools.actor(name), name)
 
     def _on_ranks(self, method: str, action: str, *arguments: Any) -> list[Any]:
         """Call all ranks together; batches in flight go on meanwhile."""
@@ -405,7 +427,7 @@ class Pipeline:
             self.saving.wait()
 
     def _stop(self) -> NoReturn:
-        """End with the signal's status; what was trained is in a checkpoint first."""
+        """End with the signal's status or with the error; what was trained is in a checkpoint first."""
         done, of = self.state.batches, len(self.batches)
         if self.checkpoints.has(FINAL):
             raise self.stop.error("stopped after training; --resume auto evaluates the trained student") from None

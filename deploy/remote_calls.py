@@ -1,9 +1,12 @@
-"""Remote waits with a deadline: past it, the run says which actor is stuck and on what."""
+"""Remote waits with a deadline: past it, the run says which actor is stuck and on what.
+
+A call that can be asked `again` outlives its actor: it is asked of the replacement.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import ray
@@ -13,6 +16,8 @@ from deploy.monitoring.observer import Observers
 from deploy.stop_signals import StopSignals
 
 _POLL_SECONDS = 0.2
+
+Again = Callable[[str], ray.ObjectRef]  # asks the actor that now has a name once more
 
 
 class Background(Protocol):
@@ -30,16 +35,44 @@ class Background(Protocol):
         """Handle all that is ready now, without waiting."""
 
 
+class Repair:
+    """What becomes of actors that fail. Here nobody replaces them; deploy/recovery.py does."""
+
+    def watch(self, pools: Any) -> None:
+        """These are the actors from now on."""
+
+    def look(self, working: Mapping[str, str]) -> None:
+        """Replace actors that hang; called from every wait. `working`: what is waited for, by the actors' names."""
+
+    def failed(self, name: str, ref: ray.ObjectRef, error: WorkerError) -> None:
+        """Replace the actor whose call failed, unless that was done.
+
+        Raises:
+            WorkerError: it is not replaced.
+        """
+        raise error
+
+    def answered(self, name: str) -> None:
+        """A call gave its result."""
+
+
 class RemoteCalls:
     """Waits for calls to actors, and tells the observers who works and who has answered.
 
     `timeout_s` is how long nothing may arrive. A wait with `until_stop` ends when the run is asked to stop.
     """
 
-    def __init__(self, timeout_s: float, observers: Observers | None = None, stop: StopSignals | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        observers: Observers | None = None,
+        stop: StopSignals | None = None,
+        repair: Repair | None = None,
+    ) -> None:
         self.timeout_s = timeout_s
         self.observers = observers or Observers()
         self.stop = stop or StopSignals()
+        self.repair = repair or Repair()
 
     def wait(
         self,
@@ -50,6 +83,7 @@ class RemoteCalls:
         background: Background | None = None,
         until_stop: bool = False,
         shown: bool = True,
+        again: Again | None = None,
     ) -> list[Any]:
         """Results of the calls in the order of `pending`, whose values name the actors; `background` goes on meanwhile.
 
@@ -57,31 +91,43 @@ class RemoteCalls:
 
         Raises:
             StuckError: the deadline passed; names the actors that did not answer.
-            WorkerError: a call failed or its actor died; names the actor.
+            WorkerError: a call failed or its actor died, and cannot be asked `again`; names the actor.
             StopRequested: the run was asked to stop, and the wait is `until_stop`.
         """
         timeout_s = timeout_s or self.timeout_s
+        calls = list(pending.items())
+        open_places = {ref: place for place, (ref, _) in enumerate(calls)}
         if shown:
-            others = background.working if background else {}
-            self.observers.active({**others, **dict.fromkeys(pending.values(), action)})
+            self.observers.active(self._working(calls, open_places, action, background))
         waited = 0.0
-        open_refs = list(pending)
-        while open_refs:
+        while open_places:
             if until_stop:
                 self.stop.check()
+            self.repair.look(self._working(calls, open_places, action, background))
             start = time.perf_counter()
             if watched := background.waiting if background else []:
-                ray.wait([*open_refs, *watched], num_returns=1, timeout=_POLL_SECONDS)
-            ready, open_refs = ray.wait(open_refs, num_returns=len(open_refs), timeout=0 if watched else _POLL_SECONDS)
+                ray.wait([*open_places, *watched], num_returns=1, timeout=_POLL_SECONDS)
+            ready, _ = ray.wait(
+                list(open_places), num_returns=len(open_places), timeout=0 if watched else _POLL_SECONDS
+            )
             for ref in ready:
-                self.result(ref, pending[ref], action)
+                place = open_places.pop(ref)
+                name = calls[place][1]
+                try:
+                    self.result(ref, name, action)
+                except WorkerError as error:
+                    if again is None:
+                        raise
+                    self.repair.failed(name, ref, error)
+                    calls[place] = again(name), name
+                    open_places[calls[place][0]] = place
             if background:
                 background.advance()
             waited = 0.0 if ready else waited + time.perf_counter() - start
-            if open_refs and waited >= timeout_s:
-                names = ", ".join(sorted({pending[ref] for ref in open_refs}))
+            if open_places and waited >= timeout_s:
+                names = ", ".join(sorted({calls[place][1] for place in open_places.values()}))
                 raise StuckError(f"{action}: no answer from {names} within {timeout_s:.0f} s")
-        return [ray.get(ref) for ref in pending]
+        return [ray.get(ref) for ref, _ in calls]
 
     def result(self, ref: ray.ObjectRef, name: str, action: str) -> Any:
         """The result of a finished call.
@@ -96,4 +142,15 @@ class RemoteCalls:
         except ray.exceptions.RayError as error:
             raise WorkerError(f"{name} died while {action}: {error}") from error
         self.observers.heard(name)
+        self.repair.answered(name)
         return result
+
+    def _working(
+        self,
+        calls: list[tuple[ray.ObjectRef, str]],
+        open_places: Mapping[ray.ObjectRef, int],
+        action: str,
+        background: Background | None,
+    ) -> dict[str, str]:
+        others = background.working if background else {}
+        return {**others, **dict.fromkeys((calls[place][1] for place in open_places.values()), action)}

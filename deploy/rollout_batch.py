@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from common.config.run import RunConfig, Unmasking
+from common.config.shown import shown
 from common.prompts import Prompt, longest_response
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools
 from deploy.dealing import Deck, ResponseLengths
-from deploy.errors import StuckError
+from deploy.errors import StuckError, WorkerError
 from deploy.remote_calls import RemoteCalls
 
 _POLL_SECONDS = 0.2
+_FETCH_SECONDS = 60.0
+_FAILURES = 2  # of the same work, before it is split or set aside
 ROLLOUTS, TARGETS = "generating", "computing targets"  # what actors do for a batch
+
+
+Key = tuple[int, int]  # (ordinal, sample)
+
+
+@dataclass(eq=False)
+class Share:
+    """What one call asked of one rollout actor; it is settled when all of it has its targets."""
+
+    name: str
+    prompts: list[Prompt]
+    keys: set[Key]  # that have not come back with targets
+    stream: Any
+    fresh: ray.ObjectRef | None = None  # a record batch whose BatchInfo has not come yet
+    ended: bool = False
+    at_teachers: int = 0
+
+    def ordinals(self) -> set[int]:
+        return {ordinal for ordinal, _ in self.keys}
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A record batch at a teacher."""
+
+    share: Share
+    plain: ray.ObjectRef
+    annotated: ray.ObjectRef
+    name: str
+    info: BatchInfo
 
 
 class RolloutBatch:
@@ -34,6 +68,10 @@ class RolloutBatch:
         ranks[0].train.remote(batch.refs, ...)
 
     Every actor gets a first share, and more prompts as it sends trajectories on (`deploy/dealing.py`).
+
+    When an actor fails, record batches that it had handed over stay. What is missing of a share is asked again once all
+    that it handed over has come back from the teachers, so nothing can come twice. Work that failed twice in company is
+    then asked one prompt at a time; a prompt that fails twice alone is set aside: it leaves `expected`.
     """
 
     def __init__(
@@ -57,19 +95,19 @@ class RolloutBatch:
         self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
         self.refs: list[ray.ObjectRef] = []
         self.infos: list[BatchInfo] = []
+        self.set_aside: list[Prompt] = []
         self.started = time.time()
         self.rollouts_done = self.targets_done = 0.0
         self.peak_teacher_queue = 0
         self._pools = pools
         self._calls = calls
         self._stream_rows = rollout.stream_rows
-        self._names = pools.names()
-        self._streams: dict[Any, str] = {}
-        self._generators: dict[Any, str] = {}
-        self._annotating: dict[ray.ObjectRef, tuple[ray.ObjectRef, str]] = {}
-        self._load = dict.fromkeys(pools.teachers, 0)
-        self._of_teacher: dict[ray.ObjectRef, Any] = {}
+        self._streams: dict[Any, Share] = {}
+        self._annotating: dict[ray.ObjectRef, Annotation] = {}
+        self._failures: Counter[int] = Counter()  # of calls in which a prompt was with others, by ordinal
+        self._failures_alone: Counter[int] = Counter()
         self.actor_stats: dict[ray.ObjectRef, str] = {}
+        self._samples = rollout.samples_per_prompt
         self._lengths = lengths
         self._prompt_of = {prompt.ordinal: prompt for prompt in prompts}
         limits = {p.ordinal: longest_response(p, max_new_tokens, caps, block_size) for p in prompts}
@@ -84,19 +122,17 @@ class RolloutBatch:
         shares = self._deck.first()
         more = () if self._deck.empty else (index, max(len(p.ids) + limits[p.ordinal] for p in prompts))
         self._awaiting: dict[Any, int] = {}  # actors that may get more prompts, by their streams
-        for i, (actor, share) in enumerate(zip(pools.rollouts, shares, strict=True)):
-            if share:
-                order = (share, max_new_tokens, block_size, unmasking, *more)
-                stream = actor.rollout.options(num_returns="streaming").remote(*order)
-                self._generators[stream] = self._names[actor]
-                self._streams[stream] = self._names[actor]
+        names = pools.names()
+        for i, (actor, dealt) in enumerate(zip(pools.rollouts, shares, strict=True)):
+            if dealt:
+                stream = self._ask(names[actor], dealt, self._keys(dealt), *more)
                 if more:
                     self._awaiting[stream] = i
-            self.actor_stats[actor.stats.remote()] = self._names[actor]  # answers when the rollout is through
+            self.actor_stats[actor.stats.remote()] = names[actor]  # answers when the rollout is through
 
     @property
     def done(self) -> bool:
-        return not self._generators and not self._annotating
+        return not self._streams and not self._annotating
 
     @property
     def streamed_rows(self) -> int:
@@ -115,83 +151,170 @@ class RolloutBatch:
     @property
     def waiting(self) -> list[Any]:
         """What `ray.wait` may wait for."""
-        return [*self._generators, *self._annotating]
+        return [*self._streams, *self._annotating]
+
+    @property
+    def working(self) -> dict[str, str]:
+        """The actors that this batch waits for, and what they do."""
+        teachers = {annotation.name for annotation in self._annotating.values()}
+        rollouts = {share.name for share in self._streams.values()}
+        return dict.fromkeys(rollouts, ROLLOUTS) | dict.fromkeys(teachers, TARGETS)
 
     def advance(self, ready: list[Any]) -> None:
         """Handle what is ready.
 
         Raises:
-            WorkerError: a rollout actor or a teacher failed.
+            WorkerError: a rollout actor or a teacher failed, and is not replaced.
         """
         for item in ready:
-            if item in self._generators:
-                self._take_from(item)
+            if item in self._streams:
+                self._take_from(item, self._streams[item])
             elif item in self._annotating:
-                self._raise_failed_streams()  # a failed stream's last batch makes its teacher call fail too
-                batch, name = self._annotating.pop(item)
-                self._note(self._calls.result(item, name, TARGETS))
-                self.refs.append(batch)
-                self._load[self._of_teacher.pop(item)] -= 1
-                if self.done:
-                    self.targets_done = time.time()
+                self._take_targets(item, self._annotating.pop(item))
 
-    def _take_from(self, generator: Any) -> None:
-        batch = next(generator, None)
-        if batch is None:
-            del self._generators[generator]
-            if not self._generators:
-                self.rollouts_done = self.targets_done = time.time()
-                self._raise_failed_streams()
-            return
-        self._calls.observers.heard(self._streams[generator])
-        self._deal_after(generator)
-        if not self._pools.teachers:
-            self._take_finished(generator, batch)
-            return
-        teacher = min(self._pools.teachers, key=lambda t: self._load[t])
-        annotated, info = teacher.annotate_with_info.options(num_returns=2).remote(batch)
-        self._load[teacher] += 1
-        self._of_teacher[info] = teacher
-        self._annotating[info] = (annotated, self._names[teacher])
-        self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
+    def _ask(self, name: str, prompts: list[Prompt], keys: set[Key], *more: int) -> Any:
+        """Begin a share; `more`, the batch and the longest length, where further prompts may be dealt to it."""
+        order = (prompts, self.max_new_tokens, self.block_size, self.unmasking, *more)
+        stream = self._pools.actor(name).rollout.options(num_returns="streaming").remote(*order, keys=keys)
+        self._streams[stream] = Share(name, prompts, keys, stream)
+        return stream
 
-    def _deal_after(self, generator: Any) -> None:
+    def _keys(self, prompts: list[Prompt]) -> set[Key]:
+        return {(prompt.ordinal, sample) for prompt in prompts for sample in range(self._samples)}
+
+    def _deal_after(self, stream: Any, share: Share) -> None:
         """More prompts for an actor that has sent a record batch on; with the last ones all are told that they have
         all."""
-        if generator not in self._awaiting:
+        if stream not in self._awaiting:
             return
-        i, actors = self._awaiting[generator], self._pools.rollouts
-        if share := self._deck.after(i, self._stream_rows):
-            actors[i].deal.remote(self.index, share)
+        if dealt := self._deck.after(self._awaiting[stream], self._stream_rows):
+            share.prompts = [*share.prompts, *dealt]
+            share.keys |= self._keys(dealt)
+            self._pools.actor(share.name).deal.remote(self.index, dealt)
         if self._deck.empty:
-            for waiting in self._awaiting.values():
-                actors[waiting].deal.remote(self.index, None)
+            for waiting in self._awaiting:
+                self._pools.actor(self._streams[waiting].name).deal.remote(self.index, None)
             self._awaiting.clear()
 
-    def _note(self, info: BatchInfo) -> None:
+    def _deal_no_more(self, stream: Any, share: Share) -> None:
+        """An actor has failed: what is still in the deck is for the others; where there are none, for its
+        replacement."""
+        if self._awaiting.pop(stream, None) is not None and not self._awaiting:
+            rest = self._deck.rest()
+            self._ask(share.name, rest, self._keys(rest))
+
+    def _take_from(self, stream: Any, share: Share) -> None:
+        """The next item of a stream: a record batch, behind it its BatchInfo; an error comes in the place of either."""
+        item = next(stream, None)
+        try:
+            if item is None:
+                if share.fresh:  # an error in the place of a record batch has nothing behind it
+                    self._calls.result(share.fresh, share.name, ROLLOUTS)
+                self._end(share)
+            elif share.fresh is None and item != stream.completed():
+                share.fresh = item
+            else:
+                info = self._calls.result(item, share.name, ROLLOUTS)
+                plain, share.fresh = share.fresh, None
+                self._deal_after(stream, share)
+                self._pass_on(share, plain, info)
+        except WorkerError as error:
+            self._calls.repair.failed(share.name, stream.completed(), error)
+            self._count_failure(share.ordinals() - self._at_teachers(share))
+            self._deal_no_more(stream, share)
+            self._end(share)
+
+    def _pass_on(self, share: Share, plain: Any, info: BatchInfo) -> None:
+        if not self._pools.teachers:
+            self._finish(share, plain, info)
+            return
+        names = self._pools.names()
+        load = Counter(annotation.name for annotation in self._annotating.values())
+        teacher = min(self._pools.teachers, key=lambda t: load[names[t]])
+        annotated, annotated_info = teacher.annotate_with_info.options(num_returns=2).remote(plain)
+        share.at_teachers += 1
+        self._annotating[annotated_info] = Annotation(share, plain, annotated, names[teacher], info)
+        self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
+
+    def _take_targets(self, ref: ray.ObjectRef, annotation: Annotation) -> None:
+        share, name = annotation.share, annotation.name
+        share.at_teachers -= 1
+        try:
+            self._finish(share, annotation.annotated, self._calls.result(ref, name, TARGETS))
+        except WorkerError as error:
+            if is_lost(annotation.plain):  # with the node that made it
+                self._settle(share)
+                return
+            self._calls.repair.failed(name, ref, error)
+            ordinals = {ordinal for ordinal, _ in annotation.info.keys}
+            if self._count_failure(ordinals):
+                self._settle(share)  # asked again in smaller parts
+            else:
+                self._pass_on(share, annotation.plain, annotation.info)
+
+    def _finish(self, share: Share, batch: ray.ObjectRef, info: BatchInfo) -> None:
         self.infos.append(info)
         for (ordinal, _), length in zip(info.keys, info.lengths, strict=True):
             self._lengths.note(self._prompt_of[ordinal], length)
-
-    def _take_finished(self, generator: Any, batch: ray.ObjectRef) -> None:
-        """A batch that needs no targets, and its metrics, which the actor sends right behind it."""
-        info = next(generator, None)
-        if info is None:
-            self._raise_failed_streams()
-        self._note(self._calls.result(info, self._generators[generator], ROLLOUTS))
         self.refs.append(batch)
+        share.keys -= set(info.keys)
+        self._settle(share)
 
-    def _raise_failed_streams(self) -> None:
-        ended = {stream.completed(): name for stream, name in self._streams.items()}
-        ready, _ = ray.wait(list(ended), num_returns=len(ended), timeout=0)
-        for ref in ready:
-            self._calls.result(ref, ended[ref], ROLLOUTS)
+    def _end(self, share: Share) -> None:
+        del self._streams[share.stream]
+        share.ended = True
+        self._settle(share)
 
-    @property
-    def working(self) -> dict[str, str]:
-        """The actors that this batch waits for, and what they do."""
-        teachers = {name for _, name in self._annotating.values()}
-        return dict.fromkeys(self._generators.values(), ROLLOUTS) | dict.fromkeys(teachers, TARGETS)
+    def _settle(self, share: Share) -> None:
+        """Ask again for what is missing of a share that has ended."""
+        now = time.time()
+        if share.ended and not share.at_teachers and share.keys:
+            self._ask_again(share)
+        if not self._streams:
+            self.rollouts_done = self.rollouts_done or now
+            self.targets_done = now
+        else:
+            self.rollouts_done = 0.0
+
+    def _ask_again(self, share: Share) -> None:
+        together = []
+        for prompt in share.prompts:
+            keys = {key for key in share.keys if key[0] == prompt.ordinal}
+            if self._failures_alone[prompt.ordinal] >= _FAILURES:
+                self._set_aside(prompt, keys)
+            elif keys and self._failures[prompt.ordinal] >= _FAILURES:
+                self._ask(share.name, [prompt], keys)
+            elif keys:
+                together.append(prompt)
+        if together:
+            ordinals = {prompt.ordinal for prompt in together}
+            self._ask(share.name, together, {key for key in share.keys if key[0] in ordinals})
+
+    def _set_aside(self, prompt: Prompt, keys: set[Key]) -> None:
+        self.expected -= keys
+        self.set_aside.append(prompt)
+        self._calls.observers.note(
+            f"prompt {prompt.ordinal} is set aside, because a process failed on it twice: {shown(prompt.question)}",
+            "warning",
+        )
+
+    def _count_failure(self, ordinals: set[int]) -> bool:
+        """Whether work on these prompts has failed often enough for it to be split, or set aside."""
+        counter = self._failures_alone if len(ordinals) == 1 else self._failures
+        counter.update(ordinals)
+        return any(counter[ordinal] >= _FAILURES for ordinal in ordinals)
+
+    def _at_teachers(self, share: Share) -> set[int]:
+        return {key[0] for a in self._annotating.values() if a.share is share for key in a.info.keys}
+
+
+def is_lost(ref: ray.ObjectRef) -> bool:
+    """Whether an object that was there is gone, with its node or with the process that made it."""
+    try:
+        ray.get(ref, timeout=_FETCH_SECONDS)
+    except ray.exceptions.RayError:
+        return True
+    return False
 
 
 class RolloutsInFlight:
@@ -244,6 +367,7 @@ class RolloutsInFlight:
         moved = time.perf_counter()
         while not oldest.done:
             calls.stop.check()
+            calls.repair.look(self.working)
             ready, _ = ray.wait(self.waiting, num_returns=1, timeout=_POLL_SECONDS)
             self._handle(ready)
             rows = len(oldest.expected)

@@ -1,4 +1,4 @@
-"""SIGTERM (`ray job stop`) and Ctrl-C: the run ends after the batch at hand, with a checkpoint."""
+"""SIGTERM (`ray job stop`), Ctrl-C, or a spent budget: the run ends after the batch at hand, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from deploy.errors import Stopped
+from deploy.errors import RunError, Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -23,19 +23,27 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self.failure: RunError | None = None
 
     @property
     def requested(self) -> bool:
-        return self.received != 0
+        return self.received != 0 or self.failure is not None
+
+    def fail(self, error: RunError) -> None:
+        """Ask the run to stop because of an error; the first one counts."""
+        self.failure = self.failure or error
 
     def check(self) -> None:
         """Raises:
-        StopRequested: a signal has come.
+        StopRequested: a signal has come, or an error that the run cannot go on with.
         """
         if self.requested:
             raise StopRequested
 
-    def error(self, message: str) -> Stopped:
+    def error(self, message: str) -> RunError:
+        """What the run ends with; `message` says what is saved."""
+        if self.failure:
+            return RunError(f"{self.failure}; {message}")
         return Stopped(message, 128 + self.received)
 
     def __enter__(self) -> StopSignals:

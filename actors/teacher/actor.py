@@ -139,6 +139,10 @@ class TeacherActor:
             "load_seconds": self.load_seconds,
         }
 
+    def progress(self) -> int:
+        """Sequences read so far."""
+        return self.sequences
+
     def stats(self) -> dict[str, Any]:
         """Counters since the actor started; `queue_depth` is the number of record batches in it now. `spans` says when
         it computed targets since the last call (common/busy.py)."""

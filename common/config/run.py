@@ -18,6 +18,7 @@ from common.config.dashboard import DashboardConfig
 from common.config.deepspeed import check_deepspeed
 from common.config.objective import ObjectiveConfig
 from common.config.paths import InputPath, OutputFolder, OutputUrl, TemplateText
+from common.config.recovery import RecoveryConfig
 from common.config.schedule import BlockGrowth, CurriculumConfig, NoGrowth, ThresholdRamp
 from common.config.section import OPERATION, Section, plain_values
 from common.config.shown import shown
@@ -551,6 +552,7 @@ class RunConfig(Section):
     publish: PublishConfig = Field(PublishConfig(), json_schema_extra=OPERATION)
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
+    recovery: RecoveryConfig = Field(RecoveryConfig(), json_schema_extra=OPERATION)
     ray: RayConfig = Field(RayConfig(), json_schema_extra=OPERATION)
     wandb: WandbConfig = Field(WandbConfig(), json_schema_extra=OPERATION)
     dashboard: DashboardConfig = Field(DashboardConfig(), json_schema_extra=OPERATION)

@@ -37,16 +37,19 @@ def newest(folder: Path) -> int:
 
 
 def interrupt(folder: Path, arguments: list[str], sent: signal.Signals, after: int) -> int:
-    """Start the run or go on with it, send a signal to its driver after some batches; returns the exit status."""
+    """Start the run or go on with it, send a signal after some batches; returns the exit status.
+
+    SIGTERM goes to the whole process group, as `timeout` and Slurm send it; SIGKILL to the driver alone.
+    """
     with (folder / "log").open("w") as log:
         command = [*COMMAND, *arguments, "--resume", "auto"]
-        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         deadline = time.monotonic() + 240
         while len(metrics(folder)) < after:
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.05)
         left_behind = psutil.Process(run.pid).children(recursive=True)
-        run.send_signal(sent)
+        os.killpg(run.pid, sent) if sent == signal.SIGTERM else run.send_signal(sent)
         status = run.wait(timeout=90)
     for process in left_behind:  # a killed driver cannot take its Ray along
         if process.is_running():

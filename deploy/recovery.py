@@ -1,0 +1,187 @@
+"""Repair while the run goes on: an actor that died, failed, hangs or is silent is replaced by a new one.
+
+The supervisor is part of the control loop: every wait asks it to `look` at the heartbeats, and tells it of every call
+that failed. There is one way of repair: whatever is wrong with an actor, it is killed, so its calls fail, and whoever
+waits for them asks the replacement again.
+
+Deadlines follow from what was seen. An actor may stand still for ten times the longest pause that its role made between
+two steps (passes, sequences, micro-batches) so far; before the first step of a role only `pipeline.stage_timeout_s`
+ends the wait, since the first step may compile for minutes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.config.run import RunConfig
+from common.heartbeat import forget, last_beat
+from deploy.cluster import Pools, actor_id, asked
+from deploy.errors import RunError, WorkerError
+from deploy.monitoring.observer import Observers
+from deploy.remote_calls import Repair
+from deploy.roles import ROLES, Role, role_of
+from deploy.stop_signals import StopSignals
+
+LOOK_SECONDS = 1.0
+SILENT_SECONDS, LOADING_SILENT_SECONDS = 15.0, 60.0  # imports and model loading may hold all threads for a while
+AWAY_SECONDS = 5.0
+LEAST_STILL_SECONDS = 30.0
+STILL_FACTOR = 10
+HOUR = 3600.0
+
+# what an actor's progress counts; other work has no steps, and is watched by the deadline of its wait alone
+COUNTED = frozenset({"generating", "computing targets", "training", "evaluating the student"})
+
+
+@dataclass
+class Pulse:
+    """What was heard of one actor; times are this process's monotonic seconds."""
+
+    created: float
+    heard: float | None = None
+    moved: float = 0.0
+    beat: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> bool:
+        return bool(self.beat.get("loaded"))
+
+
+class Supervisor(Repair):
+    """Watches the actors of `pools` and replaces them, within the budget of each role.
+
+    Life cycle: constructed with the run; `watch` when actors are started; then `look` and `failed` from every wait.
+    When a budget is spent the run is asked to stop, as by a signal: it ends with a checkpoint where that is possible.
+
+    `restarts` counts replaced processes by role. `prepare` is called with the name of each new rollout actor, before
+    anything else is asked of it.
+    """
+
+    def __init__(
+        self, config: RunConfig, observers: Observers, stop: StopSignals, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.observers = observers
+        self.stop = stop
+        self.pools = Pools([], [], [])
+        self.prepare: Callable[[str], None] = lambda name: None
+        self.restarts = dict.fromkeys(ROLES, 0)
+        self.last_repair_seconds: float | None = None
+        self._clock = clock
+        self._pulses: dict[str, Pulse] = {}
+        self._pauses: dict[Role, float] = {}
+        self._recent: dict[Role, deque[float]] = {role: deque() for role in ROLES}
+        self._first: str | None = None
+        self._broken: dict[str, float] = {}  # since when, of actors that have not answered since they were replaced
+        self._looked = clock()
+
+    def watch(self, pools: Pools) -> None:
+        self.pools = pools
+        self._pulses = {}
+
+    def look(self, working: Mapping[str, str]) -> None:
+        """Read the heartbeats, at most once a second, and replace whoever is silent or stands still.
+
+        Raises:
+            RunError: the cluster has no place for a replacement; says what is missing.
+        """
+        now = self._clock()
+        if (away := now - self._looked) < LOOK_SECONDS:
+            return
+        self._looked = now
+        if away > AWAY_SECONDS:  # this process stood still itself: nobody else is to blame
+            for pulse in self._pulses.values():
+                pulse.heard = now if pulse.heard else None
+                pulse.moved = now
+        for actor, name in self.pools.names().items():
+            pulse = self._pulses.setdefault(actor_id(actor), Pulse(now, moved=now))
+            self._feel(actor, name, pulse, working.get(name), now)
+            if wrong := self._wrong(name, pulse, now):
+                self._replace(name, f"{name} {wrong}", since=pulse.heard or now)
+
+    def failed(self, name: str, ref: Any, error: WorkerError) -> None:
+        """A call failed. If nobody has replaced its actor yet, do it now.
+
+        Raises:
+            WorkerError: actors of this role are not replaced.
+        """
+        if asked(ref) != actor_id(self.pools.actor(name)):
+            return
+        if role_of(name) == "learner":
+            raise error
+        self._replace(name, str(error), since=self._clock())
+
+    def answered(self, name: str) -> None:
+        """An actor gave a result: if it is a replacement, the fault is repaired."""
+        if since := self._broken.pop(name, None):
+            self.last_repair_seconds = self._clock() - since
+            self.observers.note(f"{name} works again, {self.last_repair_seconds:.1f} s after the fault")
+
+    def _feel(self, actor: Any, name: str, pulse: Pulse, work: str | None, now: float) -> None:
+        beat = last_beat(actor_id(actor)) or {}
+        if beat and beat.get("beat") != pulse.beat.get("beat"):
+            if pulse.heard is None:
+                self.observers.heard(name, pid=beat["pid"])
+            pulse.heard = now
+        moved = beat.get("progress") != pulse.beat.get("progress")
+        pulse.beat = beat
+        if work not in COUNTED or not pulse.loaded:
+            pulse.moved = now
+        elif moved:
+            role = role_of(name)
+            self._pauses[role] = max(self._pauses.get(role, 0.0), now - pulse.moved)
+            pulse.moved = now
+
+    def _wrong(self, name: str, pulse: Pulse, now: float) -> str | None:
+        if pulse.heard is None:
+            timeout = self.config.ray.placement_timeout_s
+            if now - pulse.created > timeout:
+                raise RunError(
+                    f"{name} found no place in the cluster within ray.placement_timeout_s ({timeout:g} s); "
+                    f"{self._first or 'it never started'}; add a node, then go on with --resume auto"
+                )
+            return None
+        silent = now - pulse.heard
+        if silent > (SILENT_SECONDS if pulse.loaded else LOADING_SILENT_SECONDS):
+            return f"gave no sign of life for {silent:.0f} s"
+        pause = self._pauses.get(role_of(name))
+        still = now - pulse.moved
+        if pause is not None and still > max(LEAST_STILL_SECONDS, STILL_FACTOR * pause):
+            return f"made no progress for {still:.0f} s; its longest pause before was {pause:.1f} s"
+        return None
+
+    def _replace(self, name: str, cause: str, since: float) -> None:
+        role, budget = role_of(name), self.config.recovery.restarts
+        self._count(role, cause)
+        self._broken[name] = since
+        forget(actor_id(self.pools.actor(name)))
+        self._pulses.pop(actor_id(self.pools.actor(name)), None)
+        self.pools.replace(name)
+        self.observers.note(
+            f"{cause.splitlines()[0]}; {name} is replaced ({len(self._recent[role])} of {budget} this hour)",
+            "warning",
+        )
+        if role == "rollout":
+            self.prepare(name)
+
+    def _count(self, role: Role, cause: str) -> None:
+        """Count a fault of a role; past the budget, ask the run to stop."""
+        now, budget = self._clock(), self.config.recovery.restarts
+        first_line = cause.splitlines()[0]
+        self._first = self._first or first_line
+        self.restarts[role] += 1
+        recent = self._recent[role]
+        recent.append(now)
+        while now - recent[0] > HOUR:
+            recent.popleft()
+        if len(recent) > budget:
+            self.stop.fail(
+                RunError(
+                    f"{first_line}; the budget of {budget} replaced {role} processes an hour (recovery.restarts) is "
+                    f"spent. The first fault of the run was: {self._first}"
+                )
+            )
