@@ -150,7 +150,7 @@ class Evaluator:
         ask: Callable[[Any, slice], ray.ObjectRef],
         background: Background | None = None,
     ) -> list[Any]:
-        """The answers of all rollout actors that have any of the rows, each asked for its part of them: actor i of n has
+        """The answers of all rollout actors that have any of the rows, each asked for its part: actor i of n has the
         rows i, i + n, .... A replacement is asked for the part of the actor before it."""
         count, names = len(self.pools.rollouts), self.pools.names()
         parts = {names[actor]: slice(i, None, count) for i, actor in enumerate(self.pools.rollouts[: len(rows)])}

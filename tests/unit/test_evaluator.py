@@ -46,7 +46,7 @@ def test_metrics_are_the_optional_metrics_of_the_registry(monkeypatch):
     waited: list[Any] = []
 
     def answers(self: Any, calls: Any, action: str, **options: Any) -> list[Evaluation]:
-        waited.append(options)
+        waited.append((options["background"], options["until_stop"]))
         return [sums]
 
     monkeypatch.setattr(RemoteCalls, "wait", answers)
@@ -54,7 +54,7 @@ def test_metrics_are_the_optional_metrics_of_the_registry(monkeypatch):
     metrics = evaluator(1).metrics(4, in_flight)
     optional = {name for name, spec in METRICS.items() if spec.optional}
     assert metrics.keys() == {name for name in optional if "held_out" not in name}
-    assert waited == [{"background": in_flight, "until_stop": True}]  # rollouts in flight go on meanwhile
+    assert waited == [(in_flight, True)]  # rollouts in flight go on meanwhile
     assert metrics["eval/exact_match"] == 0.75
     assert metrics["eval/tokens_per_step"] == 2
     assert metrics["eval/forwards_per_token_with_commits"] == 0.75

@@ -21,7 +21,9 @@ def test_a_rollout_runs_to_the_end_of_the_block_in_which_it_reaches_its_limit():
     ]
     body = rng.integers(10, 200, 40).astype(np.int32)
     prompts += [Prompt(5, "q", prompts[0].ids, responses=(body,))]
-    rows = [t for batch in actor.rollout(prompts, 8, BLOCK, DynamicUnmasking()) for t in from_batch(batch)[0]]
+    streamed = list(actor.rollout(prompts, 8, BLOCK, DynamicUnmasking()))
+    rows = [t for batch in streamed[::2] for t in from_batch(batch)[0]]
+    assert [key for info in streamed[1::2] for key in info.keys] == [(t.ordinal, t.sample) for t in rows]
     ends = {0: 16, 1: 16, 2: 24, 3: 24, 4: 24, 5: 16}
     assert {t.ordinal: len(t.x0) for t in rows if t.finish_reason == "length"}.items() <= ends.items()
     for t in rows:
@@ -29,6 +31,22 @@ def test_a_rollout_runs_to_the_end_of_the_block_in_which_it_reaches_its_limit():
         assert (len(t.tail_ids) == 0) or t.finish_reason == "eos"
     assert sum(t.finish_reason == "length" for t in rows) >= 4
     assert next(t for t in rows if t.ordinal == 5).response_ids.tolist() == body[:11].tolist()
+
+
+def test_of_a_share_only_what_is_missing_is_made_and_equals_what_was_lost():
+    config = load_config("tiny", ["--rollout.samples_per_prompt", "2"])
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(i, "q", rng.integers(10, 200, 9).astype(np.int32)) for i in range(3)]
+    prompts += [Prompt(3, "q", prompts[0].ids, responses=(prompts[1].ids, prompts[2].ids))]
+    missing = {(0, 1), (2, 0), (3, 1)}
+
+    def responses(keys):
+        streamed = list(RolloutActor(config, 0).rollout(prompts, 8, 4, DynamicUnmasking(), keys))
+        return {(t.ordinal, t.sample): t.response_ids.tolist() for b in streamed[::2] for t in from_batch(b)[0]}
+
+    whole, again = responses(None), responses(missing)
+    assert len(whole) == 8
+    assert again == {key: whole[key] for key in missing}
 
 
 def test_an_actor_that_takes_anothers_place_has_the_same_held_out_kl():

@@ -48,7 +48,7 @@ def test_token_rows_are_those_of_prefills_steps_and_commits_without_evaluations(
     prompts = [Prompt(i, "q", rng.integers(10, 200, n).astype(np.int32), answer="1") for i, n in enumerate(lengths)]
     for batch in (1, 2):
         actor.evaluate(prompts, StaticUnmasking(), 8, 4)
-        rows = [t for b in actor.rollout(prompts, 8, 4, StaticUnmasking()) for t in from_batch(b)[0]]
+        rows = [t for b in list(actor.rollout(prompts, 8, 4, StaticUnmasking()))[::2] for t in from_batch(b)[0]]
         assert len(rows) == 6
         forwards = sum(t.denoise_forwards + t.commit_forwards for t in rows)
         prefilled = 4 + 8 + 12  # complete prompt blocks, once for both samples, which are admitted together
