@@ -26,7 +26,7 @@ Progress = Callable[[], int]  # a number that grows while the actor gets somewhe
 
 
 class Heartbeat:
-    """The beats of this process's actor, from `start` until the process ends; `progress` is set when it has loaded."""
+    """The beats of this process's actor, from `start` until the process ends; `loaded` once in between."""
 
     def __init__(self) -> None:
         self.progress: Progress | None = None
@@ -37,6 +37,11 @@ class Heartbeat:
         """The first beat is sent on return: from now on silence means that something is wrong."""
         self._beat()
         threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True).start()
+
+    def loaded(self, progress: Progress) -> None:
+        """The actor has its model; `progress` tells from now on how far it is."""
+        self.progress = progress
+        self._beat()
 
     def _keep_beating(self) -> None:
         while True:

@@ -31,7 +31,7 @@ def _with_heartbeat(actor_class: type) -> type:
             heartbeat = Heartbeat()
             heartbeat.start()
             super().__init__(*arguments, **named)
-            heartbeat.progress = getattr(self, "progress", lambda: 0)
+            heartbeat.loaded(getattr(self, "progress", lambda: 0))
 
     Beating.__name__ = Beating.__qualname__ = actor_class.__name__  # the process's title
     return Beating

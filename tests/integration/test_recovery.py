@@ -21,6 +21,7 @@ from common.ray_actor import as_ray_actor
 from common.trajectory import TrajectoryMeta, batch_info, from_batch, read_spool, to_batch
 from deploy import recovery
 from deploy.cluster import Pools
+from deploy.dealing import ResponseLengths
 from deploy.errors import RunError
 from deploy.monitoring.observer import Note, Observer, Observers
 from deploy.recovery import Supervisor
@@ -95,7 +96,7 @@ def rolled_out(folder: Path, wrong: str, restarts: int = 10) -> tuple[RolloutBat
         calls = RemoteCalls(60.0, observers, stop, supervisor)
         prompts = [Prompt(i, f"question {i}", np.zeros(3, np.int32)) for i in range(8)]
         in_flight = RolloutsInFlight()
-        in_flight.append(RolloutBatch(0, prompts, config.rollout, 8, 4, StaticUnmasking(), pools, calls))
+        in_flight.append(RolloutBatch(0, prompts, config, 8, 4, StaticUnmasking(), pools, calls, ResponseLengths()))
         try:
             batch = in_flight.finish_oldest(calls)
         finally:

@@ -114,6 +114,7 @@ def rolled_out(actors, prompts, slots, expected, fixed=False):
         if batch is None:
             del streams[i]
             continue
+        next(streams[i])  # the record batch's BatchInfo
         found.update({(t.ordinal, t.sample): t for t in from_batch(batch)[0]})
         if open_deck:
             if share := deck.after(i, 2):

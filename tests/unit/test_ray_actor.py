@@ -25,5 +25,6 @@ def test_resources_and_environment_of_a_role(role, module, more, gpus):
     options = module.as_remote(config)._default_options
     assert (options["num_cpus"], options["num_gpus"]) == (3, gpus)
     assert options["runtime_env"]["env_vars"] == {"OMP_NUM_THREADS": "2", **(more if not gpus else {})}
-    # weights are fetched beside a rollout, so in a thread of their own
-    assert options.get("concurrency_groups") == ({"weights": 1} if role == "rollout" else None)
+    # what comes in beside a rollout, and files written beside training, have threads of their own
+    beside = {"rollout": {"weights": 1, "deals": 1}, "learner": {"files": 1}}
+    assert options.get("concurrency_groups") == beside.get(role)

@@ -41,7 +41,7 @@ def test_of_a_share_only_what_is_missing_is_made_and_equals_what_was_lost():
     missing = {(0, 1), (2, 0), (3, 1)}
 
     def responses(keys):
-        streamed = list(RolloutActor(config, 0).rollout(prompts, 8, 4, DynamicUnmasking(), keys))
+        streamed = list(RolloutActor(config, 0).rollout(prompts, 8, 4, DynamicUnmasking(), keys=keys))
         return {(t.ordinal, t.sample): t.response_ids.tolist() for b in streamed[::2] for t in from_batch(b)[0]}
 
     whole, again = responses(None), responses(missing)
