@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import psutil
@@ -47,28 +48,40 @@ class FakeRollout:
 
     def __init__(self, folder: Path, wrong: str) -> None:
         self.folder, self.wrong = folder, wrong
+        self.dealt: SimpleQueue[list[Prompt] | None] = SimpleQueue()
 
-    def rollout(self, prompts, limit, block_size, unmasking, keys):
-        rng = np.random.default_rng(0)
-        for prompt in prompts:
+    def rollout(self, prompts, limit, block_size, unmasking, batch=None, longest=0, keys=None):
+        rng, more = np.random.default_rng(0), batch is not None
+        while prompts or more:
+            if not prompts:
+                prompts = self.dealt.get()
+                more = prompts is not None
+                keys = {(p.ordinal, sample) for p in prompts or () for sample in range(2)}
+                continue
+            prompt, *prompts = prompts
             for key in sorted(k for k in keys if k[0] == prompt.ordinal):
-                mark = self.folder / self.wrong
-                if (
-                    prompt.ordinal == 3
-                    and self.wrong != "nothing"
-                    and (self.wrong.startswith("always") or not mark.exists())
-                ):
-                    mark.touch()
-                    if self.wrong == "hangs once":
-                        os.kill(os.getpid(), signal.SIGSTOP)
-                    if self.wrong == "raises once":
-                        raise ValueError("a bad day")
-                    os._exit(1)
+                if prompt.ordinal == 3:
+                    self.go_wrong()
                 trajectory = random_trajectory(rng, 4, 8)
                 trajectory.ordinal, trajectory.sample = key
-                batch = to_batch([trajectory], TrajectoryMeta(4, 1, "fingerprint"))
-                yield batch
-                yield batch_info(batch)
+                record_batch = to_batch([trajectory], TrajectoryMeta(4, 1, "fingerprint"))
+                yield record_batch
+                yield batch_info(record_batch)
+
+    def go_wrong(self) -> None:
+        mark = self.folder / self.wrong
+        if self.wrong == "nothing" or (self.wrong.endswith("once") and mark.exists()):
+            return
+        mark.touch()
+        if self.wrong == "hangs once":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.wrong == "raises once":
+            raise ValueError("a bad day")
+        os._exit(1)
+
+    @ray.method(concurrency_group="deals")
+    def deal(self, batch, prompts):
+        self.dealt.put(prompts)
 
     def stats(self):
         return {}
@@ -82,12 +95,17 @@ class Heard(Observer):
         self.notes.append(note.text)
 
 
-def rolled_out(folder: Path, wrong: str, restarts: int = 10) -> tuple[RolloutBatch, list[str], Supervisor]:
+def rolled_out(
+    folder: Path, wrong: str, restarts: int = 10, slots: int = 32
+) -> tuple[RolloutBatch, list[str], Supervisor]:
     """A rollout batch of 8 prompts with two samples each, over two actors that are replaced when they fail."""
-    actor_class = as_ray_actor(FakeRollout, Resources(cpus=0.5))
+    actor_class = as_ray_actor(FakeRollout, Resources(cpus=0.5), concurrency_groups={"deals": 1})
     pools = Pools([], [], [], create=lambda role, index: actor_class.remote(folder, wrong))
     pools.rollouts = [pools.create("rollout", i) for i in range(2)]
-    config = load_config("tiny", ["--rollout.samples_per_prompt", "2", "--recovery.restarts", str(restarts)])
+    config = load_config("tiny", [
+        "--rollout.samples_per_prompt", "2", "--rollout.slots", str(slots), "--rollout.stream_rows", "1",
+        "--recovery.restarts", str(restarts),
+    ])  # fmt: skip
     heard = Heard([])
     with Observers([heard]) as observers:
         stop = StopSignals()
@@ -107,20 +125,21 @@ def rolled_out(folder: Path, wrong: str, restarts: int = 10) -> tuple[RolloutBat
 
 
 @pytest.mark.usefixtures("one_ray")
+@pytest.mark.parametrize("slots", [1, 32])  # with few, prompts are dealt out while rollouts go on
 @pytest.mark.parametrize("wrong", ["nothing", "dies once", "raises once", "hangs once"])
-def test_what_a_failed_actor_had_not_handed_over_is_asked_again(tmp_path, wrong, monkeypatch):
+def test_what_a_failed_actor_had_not_handed_over_is_asked_again(tmp_path, wrong, slots, monkeypatch):
     monkeypatch.setattr(recovery, "SILENT_SECONDS", 6.0)
-    batch, notes, supervisor = rolled_out(tmp_path, wrong)
+    batch, notes, supervisor = rolled_out(tmp_path, wrong, slots=slots)
     assert len(batch.expected) == 16 and not batch.set_aside
     assert supervisor.restarts == {"rollout": int(wrong != "nothing"), "teacher": 0, "learner": 0}
     said = {
         "nothing": "",
-        "dies once": "rollout-1 died while generating",
-        "raises once": "rollout-1 failed while generating: ValueError('a bad day')",
-        "hangs once": "rollout-1 gave no sign of life for",
+        "dies once": " died while generating",
+        "raises once": " failed while generating: ValueError('a bad day')",
+        "hangs once": " gave no sign of life for",
     }
     assert said[wrong] in " ".join(notes)
-    assert ("rollout-1 works again" in " ".join(notes)) == (wrong != "nothing")
+    assert (" works again" in " ".join(notes)) == (wrong != "nothing")
 
 
 @pytest.mark.usefixtures("one_ray")
