@@ -88,6 +88,9 @@ class RolloutActor:
         self.tokens = 0
         self.token_rows = 0  # of rollouts, without evaluations, and so are
         self.slot_seconds = 0.0
+        if self.sampler.on_cuda:  # while the other roles load
+            rollout = config.rollout
+            self.sampler.warm_up(Decoding(rollout.unmasking, rollout.temperature, rollout.top_k, rollout.top_p))
         self._dealt: dict[int | None, SimpleQueue[list[Prompt] | None]] = {}  # by rollout batch
 
     def ready(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from common.grid import grid_floor
 @dataclass
 class Feedback:
     """What training has told the schedules: times the length gate opened, block size growths, and the divergences,
-    nats, of the rollout batches since the last growth."""
+    nats, of the last rollout batches since the last growth."""
 
     gates: int = 0
     growths: int = 0
@@ -29,7 +29,7 @@ class Feedback:
         gate = {"kl_gated": divergence, "entropy_gated": entropy}.get(curriculum.schedule, math.inf)
         self.gates += gate < curriculum.gate_nats
         if isinstance(growth, PlateauGrowth) and self.growths < len(growth.sizes):
-            self.divergences.append(divergence)
+            self.divergences = [*self.divergences[1 - 2 * growth.window :], divergence]  # no more are looked at
             if _plateau(self.divergences, growth):
                 self.growths, self.divergences = self.growths + 1, []
 

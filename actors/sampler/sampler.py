@@ -149,6 +149,16 @@ class Sampler:
             self.block_size = block_size
             self._cache = self._state = None
 
+    def warm_up(self, decoding: Decoding) -> None:
+        """Compile what `generate` with these settings needs, before there are prompts: on CUDA that takes most of the
+        first batch's time where no earlier run has left compiled code. Counters and later trajectories stay as they
+        would be without."""
+        before = self.forwards, self.token_rows, self.slot_seconds
+        prompt = np.zeros(2 * self.block_size + 1, np.int64)
+        for _ in self.generate([Request(i, 0, prompt, 4 * self.block_size) for i in range(self.slots)], decoding):
+            pass
+        self.forwards, self.token_rows, self.slot_seconds = before
+
     @torch.inference_mode()
     def generate(
         self, requests: Iterable[Request], decoding: Decoding, more: More | None = None, longest: int = 0

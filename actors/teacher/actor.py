@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -33,11 +34,13 @@ from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info,
 
 def build_backend(config: TeacherConfig, model_path: str, tokens: int | None = None) -> TeacherBackend:
     """Load the configured engine, which computes with `config.resources.threads` threads; see TeacherBackend for
-    `tokens`.
+    `tokens`. It has answered once, so that what an engine does at its first request is done.
     """
     torch.set_num_threads(config.resources.threads)
     backend = VllmBackend if config.backend == "vllm" else TransformersBackend
-    return backend(config, model_path, tokens)
+    loaded = backend(config, model_path, tokens)
+    loaded.targets([TargetRequest(np.zeros(2, np.int32), np.ones(1, np.int32))])
+    return loaded
 
 
 def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape: TeacherTarget = AS_IT_IS) -> None:

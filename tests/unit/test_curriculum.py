@@ -87,6 +87,14 @@ def test_blocks_grow_on_a_plateau_with_a_fresh_window_each():
     assert not feedback.divergences
 
 
+def test_the_feedback_of_a_long_run_stays_short():
+    config = run(block_growth={"kind": "plateau", "sizes": [8, 16], "window": 3, "min_improvement": 0.1})
+    feedback = Feedback()
+    for batch in range(100):
+        feedback.after_batch(config, 0.8**batch, 0.0)
+    assert feedback.growths == 0 and feedback.divergences == [0.8**batch for batch in range(94, 100)]
+
+
 def test_growth_must_multiply_the_block():
     for sizes in ([6], [4], [8, 12]):
         with pytest.raises(ValidationError, match="no larger multiple"):

@@ -337,3 +337,17 @@ def test_entropy_is_of_the_raw_softmax():
     _, _, entropy = sample_tokens(logits, torch.full((3, 4), 0.5), Decoding(EntropyBoundUnmasking()), 8)
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(entropy, expected)
+
+
+@pytest.mark.parametrize("unmasking", [StaticUnmasking(), DynamicUnmasking(threshold=0.2)])
+def test_a_warm_up_leaves_no_trace_in_counters_and_trajectories(model, unmasking):
+    warm, cold = sampler(model), sampler(model)
+    decoding = Decoding(unmasking, 1.0)
+    warm.warm_up(decoding)
+    assert (warm.forwards, warm.token_rows, warm.slot_seconds) == (0, 0, 0.0)
+    assert warm._state is not None, "it has run"
+    made = [{t.ordinal: t for t in s.generate(requests(), decoding)} for s in (warm, cold)]
+    for ordinal, t in made[1].items():
+        assert made[0][ordinal].response_ids.tolist() == t.response_ids.tolist()
+        assert made[0][ordinal].denoise_forwards == t.denoise_forwards
+    assert warm.forwards == cold.forwards and warm.token_rows == cold.token_rows
