@@ -175,12 +175,17 @@ class RolloutActor:
                 for sample in range(rollout.samples_per_prompt)
             ]
 
+        start = time.perf_counter()
         more: Callable[[bool], list[Request] | None] | None = None
         if batch is not None:
             dealt = self._deals(batch)
 
             def more(wait: bool) -> list[Request] | None:
+                nonlocal start
+                if wait:  # not busy meanwhile
+                    self._was_busy(time.perf_counter() - start)
                 came = dealt.get() if wait or not dealt.empty() else []
+                start = time.perf_counter() if wait else start
                 return None if came is None else requests(came)
 
         offline = (
@@ -190,7 +195,6 @@ class RolloutActor:
             if wanted(p, sample)
         )
         first = [request for request in requests(prompts) if wanted(request, request.sample)]
-        start = time.perf_counter()
         rows_before, slot_seconds_before = self.sampler.token_rows, self.sampler.slot_seconds
         pending: list[Trajectory] = []
         for trajectory in chain(offline, self.sampler.generate(first, decoding, more, longest)):

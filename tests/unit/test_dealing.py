@@ -1,6 +1,8 @@
 """Dealing prompts out: what every actor gets, that trajectories do not depend on it, how full it keeps the slots."""
 
+import time
 from collections import Counter
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -160,3 +162,16 @@ def test_slots_in_use(actor_of):
     assert Counter(t.finish_reason for t in again.values())["length"] > 100  # the lengths are those given
     assert known >= 0.7
     assert known > unknown and known > fixed
+
+
+def test_an_actor_that_waits_for_prompts_is_not_busy(actor_of):
+    class Slow(SimpleQueue):
+        def get(self):
+            time.sleep(1.0)
+            return super().get()
+
+    actor = actor_of(0, 4)
+    actor._dealt[3] = Slow()
+    actor.deal(3, None)
+    assert list(actor.rollout([], LIMIT, BLOCK, StaticUnmasking(), 3, 64)) == []
+    assert actor.busy_seconds < 0.9
