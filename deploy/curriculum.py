@@ -16,22 +16,38 @@ from common.grid import grid_floor
 
 @dataclass
 class Feedback:
-    """What training has told the schedules: times the length gate opened, block size growths, and the divergences,
-    nats, of the last rollout batches since the last growth."""
+    """What training has told the schedules: steps of the gated length, whether it has stopped growing, block size
+    growths, and the divergences, nats, of the last rollout batches since the last growth."""
 
     gates: int = 0
+    stopped: bool = False
     growths: int = 0
     divergences: list[float] = field(default_factory=list)
 
     def after_batch(self, config: RunConfig, divergence: float, entropy: float) -> None:
         """Take in the mean divergence and student entropy, nats per trained position, of a rollout batch."""
-        curriculum, growth = config.curriculum, config.block_growth
-        gate = {"kl_gated": divergence, "entropy_gated": entropy}.get(curriculum.schedule, math.inf)
-        self.gates += gate < curriculum.gate_nats
+        growth = config.block_growth
+        if config.curriculum.gate_on == "training":
+            self._pass_gate(config.curriculum, divergence, entropy)
         if isinstance(growth, PlateauGrowth) and self.growths < len(growth.sizes):
             self.divergences = [*self.divergences[1 - 2 * growth.window :], divergence]  # no more are looked at
             if _plateau(self.divergences, growth):
                 self.growths, self.divergences = self.growths + 1, []
+
+    def after_evaluation(self, config: CurriculumConfig, divergence: float, entropy: float) -> None:
+        """Take in the held-out KL and the student's held-out entropy, nats per token."""
+        if config.gate_on == "held_out":
+            self._pass_gate(config, divergence, entropy)
+
+    def _pass_gate(self, config: CurriculumConfig, divergence: float, entropy: float) -> None:
+        """One step on where the gate is open; where it is closed and that stops the ladder, back to the step before,
+        the last one at which it was open."""
+        if not config.gated or self.stopped:
+            return
+        if config.gate_is_open(entropy if config.schedule == "entropy_gated" else divergence):
+            self.gates += 1
+        elif config.stops_when_closed:
+            self.gates, self.stopped = max(self.gates - 1, 0), True
 
 
 def _plateau(divergences: list[float], growth: PlateauGrowth) -> bool:
@@ -62,9 +78,9 @@ def response_limit(config: CurriculumConfig, batch: int, block_size: int, gates:
     """Longest response, in tokens, of rollout batch `batch` (from 0); a multiple of `block_size`.
 
     With p = min(1, batch / batches): `linear` grows with p, `cos` with 1 - cos(pi p / 2), from min_tokens to
-    max_tokens (section 7 of the method's specification). A gated limit grows by step_tokens per opened gate.
+    max_tokens (section 7 of the method's specification). A gated limit is `gates` times step_tokens longer.
     """
-    if config.schedule in ("kl_gated", "entropy_gated"):
+    if config.gated:
         tokens: float = min(config.min_tokens + gates * config.step_tokens, config.max_tokens)
     else:
         p = min(1.0, batch / config.batches)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors.evaluation.evaluation import Evaluation
@@ -103,6 +102,7 @@ class Evaluator:
             shown = zip(OFFSETS, kl["by_offset"], strict=False)  # there are as many as the block is long
             metrics |= {f"eval/held_out_kl_{offset}": value for offset, value in shown if value is not None}
             metrics["eval/held_out_kl"] = kl["mean"]
+            metrics["eval/held_out_entropy"] = kl["entropy"]
         return {**metrics, "seconds/evaluation": time.perf_counter() - start}
 
     def held_out_kl(self, block_size: int, background: Background | None = None) -> dict[str, Any]:
@@ -116,9 +116,9 @@ class Evaluator:
             return actor.held_out_kl.remote(prompts[part], responses[part], teacher, block_size)
 
         parts = self._of_all(prompts, "reading held-out prompts", ask, background)
-        sums = HeldOutSums(np.empty((len(prompts), block_size)), np.empty((len(prompts), block_size), dtype=np.int64))
+        sums = HeldOutSums.zeros(len(prompts), block_size)
         for i, part in enumerate(parts):  # in the order of the prompts, so that the sum depends on nothing else
-            sums.kl[i::count], sums.tokens[i::count] = part.kl, part.tokens
+            sums.kl[i::count], sums.entropy[i::count], sums.tokens[i::count] = part.kl, part.entropy, part.tokens
         return sums.metrics()
 
     def _decoding_metrics(self, block_size: int, background: Background) -> dict[str, float]:

@@ -390,6 +390,9 @@ class Pipeline:
             found.append(f"{metrics['eval/tokens_per_step']:.2f} tokens per step")
         if self.prepared.held_out:
             found.append(f"held-out KL {metrics['eval/held_out_kl']:.4f}")
+            self.state.feedback.after_evaluation(
+                self.config.curriculum, metrics["eval/held_out_kl"], metrics["eval/held_out_entropy"]
+            )
         self.observers.note(f"after {done} batches: {', '.join(found)}", state="training")
         return metrics
 

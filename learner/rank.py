@@ -184,6 +184,7 @@ class LearnerRank:
         if spool and self.rank == 0:
             write_spool(spool, record_batches)
         read = time.perf_counter()
+        curriculum = self.config.curriculum
         builder = BatchBuilder(
             meta=meta,
             normalization=self.config.objective.normalization,
@@ -196,7 +197,7 @@ class LearnerRank:
             objective=self.config.objective,
             windows=attention_windows(self.conversion.config),
             graphs=self.engine.graphs,
-            want_entropy=self.config.curriculum.schedule == "entropy_gated",
+            want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
         )
         rows = self.config.learner.batch_rows
         shares = [trajectories[i : i + rows] for i in range(0, len(trajectories), rows)]

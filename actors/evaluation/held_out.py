@@ -9,7 +9,7 @@ too. With p the original's next-token distribution and q the student's, both ove
 at every token i of a response, its end token included; neither the prompt nor what is behind the response counts. The
 offset of i is its place in its block of the grid, 1 to B. KL_o is the mean over all tokens at offset o, and the
 held-out KL is the mean of KL_1 ... KL_B: that of a block masked whole. An offset at which no response has a token is
-left out.
+is left out. The held-out entropy is that of q, averaged in the same way.
 
 The original is read once: its final hidden states at the responses and its LM head are kept, in host memory. This is
 less than its weights and saves loading them for each evaluation. (Stored logits would take V / d times as much.)
@@ -48,18 +48,27 @@ HEAD_ROWS = 256  # positions at which both distributions exist at the same time
 
 @dataclass(frozen=True)
 class HeldOutSums:
-    """For n prompts, by offset in blocks of B: the KL's sum, float64 [n, B], and the response tokens, int64 [n, B]."""
+    """For n prompts, by offset in blocks of B: the sums of KL and of the student's entropy, float64 [n, B], and the
+    response tokens, int64 [n, B]."""
 
     kl: np.ndarray
+    entropy: np.ndarray
     tokens: np.ndarray
 
+    @classmethod
+    def zeros(cls, prompts: int, block_size: int) -> HeldOutSums:
+        shape = prompts, block_size
+        return cls(np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64))
+
     def metrics(self) -> dict[str, Any]:
-        """For `summary.json`: `mean` and `by_offset` 1 to B in nats (None where there is no token), and of how many
-        prompts and tokens. Prompts are added up in their order, so that it does not matter which process had which."""
-        kl, tokens = self.kl.sum(axis=0), self.tokens.sum(axis=0)
-        measured = kl[tokens > 0] / tokens[tokens > 0]
+        """For `summary.json`: `mean` and `by_offset` 1 to B in nats (None where there is no token), the mean `entropy`,
+        and of how many prompts and tokens. Prompts are added up in their order, so that it does not matter which
+        process had which."""
+        kl, entropy, tokens = (column.sum(axis=0) for column in (self.kl, self.entropy, self.tokens))
+        measured = tokens > 0
         return {
-            "mean": float(measured.mean()),
+            "mean": float((kl[measured] / tokens[measured]).mean()),
+            "entropy": float((entropy[measured] / tokens[measured]).mean()),
             "by_offset": [float(k / n) if n else None for k, n in zip(kl, tokens, strict=True)],
             "prompts": len(self.tokens),
             "tokens": int(tokens.sum()),
@@ -118,8 +127,7 @@ class HeldOutTargets:
     @torch.inference_mode()
     def sums(self, student: PreTrainedModel, *, block_size: int, mask_token_id: int) -> HeldOutSums:
         """The student's KL with every block masked whole."""
-        shape = len(self.pairs), block_size
-        kl, tokens = np.zeros(shape), np.zeros(shape, dtype=np.int64)
+        sums = HeldOutSums.zeros(len(self.pairs), block_size)
         rows: list[NoisedRow[BlockState]] = []
         for index, (prompt, response) in enumerate(self.pairs):
             x = np.concatenate([prompt, response])
@@ -141,12 +149,15 @@ class HeldOutTargets:
             chosen = [rows[i] for i in group]
             position = np.concatenate([row.position[row.at] for row in chosen])
             at = np.repeat([row.index for row in chosen], [len(row.at) for row in chosen]), position % block_size
-            np.add.at(kl, at, self._kl(student, chosen, head))
-            np.add.at(tokens, at, 1)
-        return HeldOutSums(kl, tokens)
+            kl, entropy = self._measured(student, chosen, head)
+            np.add.at(sums.kl, at, kl)
+            np.add.at(sums.entropy, at, entropy)
+            np.add.at(sums.tokens, at, 1)
+        return sums
 
-    def _kl(self, student: PreTrainedModel, rows: list[NoisedRow[BlockState]], head: Tensor) -> np.ndarray:
-        """float64 [K], nats, at the scored positions; logits of HEAD_ROWS of them exist at a time."""
+    def _measured(self, student: PreTrainedModel, rows: list[NoisedRow[BlockState]], head: Tensor) -> np.ndarray:
+        """KL and entropy, float64 [2, K], nats, at the scored positions; logits of HEAD_ROWS of them exist at a
+        time."""
         hidden = scored_hidden_states(student, rows)
         teacher = torch.cat(
             [self.hidden[row.index][row.position[row.at] - len(self.pairs[row.index][0])] for row in rows]
@@ -155,5 +166,6 @@ class HeldOutTargets:
         for of_student, of_teacher in zip(hidden.split(HEAD_ROWS), teacher.split(HEAD_ROWS), strict=True):
             log_t = head_logits(of_teacher.to(head.device), head, self.tokens).log_softmax(-1)
             log_s = head_logits(of_student, lm_head_weight(student)).log_softmax(-1)
-            parts.append(kl_divergence(log_t, log_s).double().cpu())
-        return torch.cat(parts).numpy()
+            entropy = -(log_s.exp() * log_s).sum(-1)
+            parts.append(torch.stack([kl_divergence(log_t, log_s), entropy]).double().cpu())
+        return torch.cat(parts, dim=1).numpy()

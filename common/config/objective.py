@@ -205,7 +205,14 @@ class ExtraTerms(Section):
         return self.sharpening > 0 or self.rank > 0
 
 
-# kinds of (source, state, target) that each method allows; the first is what it sets
+_ROLLED_OUT = ("per_block", "global", "all_rounds", "mixture", "random", "complementary")
+
+
+def _cell(source: tuple[str, ...], state: tuple[str, ...], divergence: str) -> dict[str, tuple[str, ...]]:
+    return {"source": source, "state": state, "target": ("teacher",), "divergence": (divergence,)}
+
+
+# kinds of the choices that each method allows; the first is what it sets
 _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "opdlm": {
         "source": ("student",),
@@ -215,16 +222,23 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "opdlm_off": {"source": ("student",), "state": ("random", "complementary"), "target": ("teacher",)},
     "off_policy_distillation": {"source": ("offline",), "state": ("random", "complementary"), "target": ("teacher",)},
     "sft": {"source": ("offline",), "state": ("random", "complementary"), "target": ("hard",)},
+    # the four cells of prefixes from teacher or student times forward or reverse KL (arXiv 2605.16826)
+    "kd": _cell(("offline",), ("random", "complementary"), "forward_kl"),
+    "offline_rl": _cell(("offline",), ("random", "complementary"), "reverse_kl"),
+    "dagger": _cell(("student",), _ROLLED_OUT, "forward_kl"),
+    "opd": _cell(("student",), _ROLLED_OUT, "reverse_kl"),
 }
 
 
 class ObjectiveConfig(Section):
     """Which states are trained, and how the student is compared with the target there."""
 
-    method: Literal["opdlm", "opdlm_off", "off_policy_distillation", "sft"] | None = Field(
+    method: (
+        Literal["opdlm", "opdlm_off", "off_policy_distillation", "sft", "kd", "offline_rl", "dagger", "opd"] | None
+    ) = Field(
         None,
-        description="sets source, state and target by the name of a published method; the offline ones need "
-        "data.responses. Default: the choices below as they are",
+        description="sets source, state, target and, for the last four, divergence by the name of a published method; "
+        "the offline ones need data.responses. Default: the choices below as they are",
     )
     source: Source = Field(StudentSource(), description="where trajectories come from")
     state: StateSelection = PerBlockState()

@@ -640,6 +640,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _gate_is_measured(self) -> RunConfig:
+        if not self.curriculum.gated or self.curriculum.gate_on != "held_out":
+            return self
+        for field, remedy in (("held_out_prompts", "256"), ("every_batches", "10")):
+            if not getattr(self.evaluation, field):
+                raise ValueError(
+                    f"curriculum.schedule {self.curriculum.schedule!r} measures held-out prompts, but "
+                    f"evaluation.{field} is 0; set evaluation.{field} to e.g. {remedy}, or curriculum.gate_on to "
+                    "'training'"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _source_has_responses(self) -> RunConfig:
         if self.objective.source.kind != "student" and self.data.responses is None:
             raise ValueError(

@@ -18,13 +18,41 @@ class CurriculumConfig(Section):
     schedule: Literal["constant", "linear", "cos", "kl_gated", "entropy_gated"] = Field(
         "cos",
         description="how the limit grows; cos: 1 - cos(pi p / 2), slow at first; constant: max_tokens throughout; "
-        "gated: by step_tokens after each batch whose mean divergence, or student entropy, is below gate_nats",
+        "gated: by step_tokens each time the gate, on the divergence or on the student's entropy, is found open",
     )
     min_tokens: int = Field(100, ge=1, description="limit of the first rollout batch")
     max_tokens: int = Field(4000, ge=1, le=10**7, description="limit of the last rollout batches")
     batches: int = Field(100, ge=1, description="rollout batches until max_tokens is reached (linear, cos)")
-    gate_nats: float = Field(0.2, gt=0, description="the gate of the gated schedules, nats per trained position")
+    gate_nats: float = Field(0.2, gt=0, description="level of the gate of the gated schedules, nats per token")
+    gate_on: Literal["held_out", "training"] = Field(
+        "held_out",
+        description="what the gate measures: the held-out prompts, at each evaluation, or the trained positions of "
+        "each rollout batch",
+    )
+    gate_opens: Literal["above", "below"] | None = Field(
+        None,
+        description="the gate is open at gate_nats or above, or below it; default: above for entropy_gated, which "
+        "guards against the collapse of entropy, below for kl_gated",
+    )
+    gate_closed: Literal["stop", "wait"] | None = Field(
+        None,
+        description="when the gate is found closed: back to the last limit at which it was open, for good; or wait "
+        "until it opens; default: stop for entropy_gated, wait for kl_gated",
+    )
     step_tokens: int = Field(100, ge=1, description="growth of the gated schedules, tokens")
+
+    @property
+    def gated(self) -> bool:
+        return self.schedule in ("kl_gated", "entropy_gated")
+
+    def gate_is_open(self, nats: float) -> bool:
+        """At so many nats per token of what the gate measures."""
+        opens = self.gate_opens or ("above" if self.schedule == "entropy_gated" else "below")
+        return nats >= self.gate_nats if opens == "above" else nats < self.gate_nats
+
+    @property
+    def stops_when_closed(self) -> bool:
+        return (self.gate_closed or ("stop" if self.schedule == "entropy_gated" else "wait")) == "stop"
 
     @model_validator(mode="after")
     def _ordered(self) -> CurriculumConfig:

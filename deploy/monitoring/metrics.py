@@ -102,5 +102,8 @@ METRICS: dict[str, MetricSpec] = {
     "eval/held_out_kl_2": _held_out_kl("second token of a block"),
     "eval/held_out_kl_3": _held_out_kl("third token of a block"),
     "eval/held_out_kl_4": _held_out_kl("fourth token of a block"),
+    "eval/held_out_entropy": MetricSpec(
+        "nats/token", "the student's entropy, at the tokens and averaged as eval/held_out_kl", optional=True
+    ),
     "seconds/evaluation": MetricSpec("s", "wall time of the evaluation, not part of seconds/batch", optional=True),
 }

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 GROWN = [
     "--block_growth.kind", "steps", "--block_growth.sizes", "[8, 16]", "--block_growth.at_batches", "[1, 2]",
     "--curriculum.schedule", "entropy_gated", "--curriculum.gate_nats", "100", "--curriculum.step_tokens", "16",
+    "--curriculum.gate_on", "training", "--curriculum.gate_opens", "below",
     "--curriculum.min_tokens", "16", "--curriculum.max_tokens", "64", "--data.limit", "40", "--data.epochs", "1",
     "--rollout.threshold_ramp.end", "0.8", "--rollout.threshold_ramp.ramp_batches", "2",
     "--objective.clip_nats", "5", "--objective.importance_weight", "true", "--objective.terms.sharpening", "0.01",

@@ -103,22 +103,59 @@ def test_growth_must_multiply_the_block():
         run(block_growth={"kind": "steps", "sizes": [8], "at_batches": [1, 2]})
 
 
-@pytest.mark.parametrize(("schedule", "metrics"), [("kl_gated", (0.1, 9.0)), ("entropy_gated", (9.0, 0.1))])
-def test_a_gate_opens_below_its_level(schedule, metrics):
+HELD_OUT = {"held_out_prompts": 8, "every_batches": 1}
+
+
+def gated(schedule: str, **changes) -> RunConfig:
     curriculum = {"schedule": schedule, "min_tokens": 16, "max_tokens": 64, "gate_nats": 0.2, "step_tokens": 20}
-    config = run(curriculum=curriculum)
-    feedback = Feedback()
+    return run(curriculum=curriculum | changes, evaluation=HELD_OUT)
 
-    def limit() -> int:
-        return response_limit(config.curriculum, 7, 4, feedback.gates)
 
-    feedback.after_batch(config, 0.3, 0.3)
-    assert limit() == 16
-    feedback.after_batch(config, *metrics)
-    assert limit() == 36
-    for _ in range(3):
-        feedback.after_batch(config, *metrics)
-    assert limit() == 64
+def limits(config: RunConfig, divergences: list[float], entropies: list[float]) -> list[int]:
+    """The limit after each measurement of what the gate looks at; what it does not look at is told 100 times too."""
+    feedback, found = Feedback(), []
+    for divergence, entropy in zip(divergences, entropies, strict=True):
+        if config.curriculum.gate_on == "held_out":
+            feedback.after_batch(config, 100 * divergence, 100 * entropy)
+            feedback.after_evaluation(config.curriculum, divergence, entropy)
+        else:
+            feedback.after_evaluation(config.curriculum, 100 * divergence, 100 * entropy)
+            feedback.after_batch(config, divergence, entropy)
+        found.append(response_limit(config.curriculum, 7, 4, feedback.gates))
+    return found
+
+
+LOW, HIGH = 0.1, 0.2  # below the level, and at it
+
+
+@pytest.mark.parametrize("gate_on", ["held_out", "training"])
+@pytest.mark.parametrize("schedule", ["kl_gated", "entropy_gated"])
+@pytest.mark.parametrize("opens", ["above", "below"])
+def test_all_four_cells_of_gates(gate_on, schedule, opens):
+    config = gated(schedule, gate_on=gate_on, gate_opens=opens, gate_closed="wait")
+    shut, wide = (LOW, HIGH) if opens == "above" else (HIGH, LOW)
+    measured, other = [shut, wide, shut, wide, wide, wide], [wide, shut, wide, shut, shut, shut]
+    order = (measured, other) if schedule == "kl_gated" else (other, measured)
+    assert limits(config, *order) == [16, 36, 36, 56, 64, 64]
+
+
+def test_the_defaults_are_the_papers_direction_for_entropy_and_progress_for_the_divergence():
+    """2605.16826: the limit grows only while the held-out entropy is at least H_min, else it stays at the last stable
+    length. A divergence is high at first, so its gate waits until it is low."""
+    assert limits(gated("entropy_gated"), [9.0] * 6, [HIGH, HIGH, LOW, HIGH, HIGH, HIGH]) == [36, 56, 36, 36, 36, 36]
+    assert limits(gated("kl_gated"), [HIGH, LOW, HIGH, LOW], [9.0] * 4) == [16, 36, 36, 56]
+
+
+def test_a_ladder_that_never_opened_stays_at_its_foot():
+    assert limits(gated("entropy_gated"), [9.0] * 3, [LOW, HIGH, HIGH]) == [16, 16, 16]
+
+
+@pytest.mark.parametrize("field", ["held_out_prompts", "every_batches"])
+def test_a_held_out_gate_needs_its_measurements(field):
+    curriculum = {"schedule": "entropy_gated", "min_tokens": 16, "max_tokens": 64}
+    with pytest.raises(ValidationError, match=rf"evaluation\.{field} is 0; set evaluation\.{field} to e\.g\. "):
+        run(curriculum=curriculum, evaluation=HELD_OUT | {field: 0})
+    run(curriculum=curriculum | {"gate_on": "training"})
 
 
 def test_threshold_is_held_and_then_ramped():

@@ -37,7 +37,7 @@ def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def direct(student, original, pairs, block_size: int, tokens: int | None = None) -> HeldOutSums:
     """One forward for every block, masks written out, the definition of the KL as a sum over the vocabulary."""
-    kl, counts = np.zeros((len(pairs), block_size)), np.zeros((len(pairs), block_size), dtype=np.int64)
+    sums = HeldOutSums.zeros(len(pairs), block_size)
     for index, (prompt, response) in enumerate(pairs):
         x = [*prompt.tolist(), *response.tolist()]
         with torch.no_grad():
@@ -48,14 +48,16 @@ def direct(student, original, pairs, block_size: int, tokens: int | None = None)
             q = block_causal_logits(student, state, block_size).log_softmax(-1)
             for i in range(max(begin, len(prompt)), min(begin + block_size, len(x))):
                 p = predicted[i - 1]
-                kl[index, i - begin] += float((p * (p.log() - q[i, : len(p)])).sum())
-                counts[index, i - begin] += 1
-    return HeldOutSums(kl, counts)
+                sums.kl[index, i - begin] += float((p * (p.log() - q[i, : len(p)])).sum())
+                sums.entropy[index, i - begin] -= float((q[i].exp() * q[i]).sum())
+                sums.tokens[index, i - begin] += 1
+    return sums
 
 
 def assert_equal(found: HeldOutSums, expected: HeldOutSums) -> None:
     assert found.tokens.tolist() == expected.tokens.tolist()
     np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-9)
+    np.testing.assert_allclose(found.entropy, expected.entropy, rtol=1e-9)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 8])
@@ -72,12 +74,13 @@ def test_batches_and_rows_of_any_size_and_processes_with_any_share_give_the_same
         targets = HeldOutTargets(original, pairs, rows=288, token_budget=budget)
         assert_equal(targets.sums(student, block_size=4, mask_token_id=MASK), whole)
     for processes in (2, 3):
-        kl, tokens = np.zeros_like(whole.kl), np.zeros_like(whole.tokens)
+        parts = HeldOutSums.zeros(len(pairs), 4)
         for i in range(processes):
             share = HeldOutTargets(original, pairs[i::processes], rows=288)
             part = share.sums(student, block_size=4, mask_token_id=MASK)
-            kl[i::processes], tokens[i::processes] = part.kl, part.tokens
-        found, expected = HeldOutSums(kl, tokens).metrics(), whole.metrics()
+            for name, column in vars(part).items():
+                getattr(parts, name)[i::processes] = column
+        found, expected = parts.metrics(), whole.metrics()
         assert found.pop("by_offset") == pytest.approx(expected.pop("by_offset"), rel=1e-12)
         assert found == pytest.approx(expected, rel=1e-12)
 
@@ -89,7 +92,13 @@ def test_the_offset_is_the_place_in_the_block_of_the_grid(student, original):
     first, _, third, fourth = sums.kl[0].tolist()
     mean = (first + third + fourth) / 3
     by_offset = [first, None, third, fourth]
-    assert sums.metrics() == {"mean": pytest.approx(mean), "by_offset": by_offset, "prompts": 1, "tokens": 3}
+    assert sums.metrics() == {
+        "mean": pytest.approx(mean),
+        "entropy": pytest.approx(sums.entropy.sum() / 3),
+        "by_offset": by_offset,
+        "prompts": 1,
+        "tokens": 3,
+    }
 
 
 def test_it_is_zero_where_both_predict_the_same_and_known_where_one_is_uniform(student, original, pairs, tmp_path):
@@ -98,6 +107,7 @@ def test_it_is_zero_where_both_predict_the_same_and_known_where_one_is_uniform(s
     uniform.get_output_embeddings().weight.data.zero_()
     nothing = HeldOutTargets(uniform, pairs, rows=288).sums(uniform, block_size=4, mask_token_id=MASK)
     np.testing.assert_allclose(nothing.kl, 0, atol=1e-12)
+    assert nothing.metrics()["entropy"] == pytest.approx(np.log(288), rel=1e-12)
     sums = HeldOutTargets(original, pairs, rows=288).sums(uniform, block_size=4, mask_token_id=MASK)
     entropy = 0.0  # KL(p || uniform) = log V - H(p)
     for prompt, response in pairs:

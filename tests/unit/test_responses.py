@@ -211,6 +211,23 @@ def test_methods_by_name(method, source, state, target):
     assert ObjectiveConfig.model_validate(objective.model_dump()) == objective
 
 
+@pytest.mark.parametrize(
+    ("method", "source", "kind"),
+    [
+        ("kd", "offline", "forward_kl"),
+        ("offline_rl", "offline", "reverse_kl"),
+        ("dagger", "student", "forward_kl"),
+        ("opd", "student", "reverse_kl"),
+    ],
+)
+def test_all_four_cells_of_prefixes_and_divergences(method, source, kind):
+    objective = ObjectiveConfig(method=method)
+    assert (objective.source.kind, objective.divergence.kind, objective.target.kind) == (source, kind, "teacher")
+    other = "forward_kl" if kind == "reverse_kl" else "reverse_kl"
+    with pytest.raises(ValueError, match=f"method '{method}' means divergence.kind {kind}, but it is '{other}'"):
+        ObjectiveConfig(method=method, divergence={"kind": other})
+
+
 def test_contradictions_are_refused():
     with pytest.raises(ValidationError, match="has no realised rounds"):
         ObjectiveConfig(source={"kind": "offline"})
