@@ -29,7 +29,8 @@ class GraphedLayers:
         self.windows = windows
         self.attention = attention
         self.parameters = [p for p in student.model.parameters() if p.requires_grad]
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # one for all: memory that a capture has freed serves the next on its stream
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         # autograd runs a backward only where an input wants a gradient
         self._anchor = torch.zeros((), device=student.device, requires_grad=True)
@@ -56,22 +57,23 @@ class _Graph:
 
     def __init__(self, layers: GraphedLayers, layout: Tensor) -> None:
         self.layout = layout.clone()
-        stream = torch.cuda.Stream()
+        pool, stream = layers.pool, layers.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles, and fills the libraries' workspaces
                 hidden = layers.read(self.layout)
                 torch.autograd.grad(hidden, layers.parameters, torch.zeros_like(hidden), allow_unused=True)
+            del hidden
         torch.cuda.current_stream().wait_stream(stream)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=layers._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.forward, pool=pool, stream=stream, capture_error_mode="thread_local"):
             hidden = layers.read(self.layout)
         self.grad_hidden = torch.zeros_like(hidden)
-        with torch.cuda.graph(self.backward, pool=layers._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.backward, pool=pool, stream=stream, capture_error_mode="thread_local"):
             found = torch.autograd.grad(hidden, layers.parameters, self.grad_hidden, allow_unused=True)
             pairs = [(p.grad, g) for p, g in zip(layers.parameters, found, strict=True) if g is not None]
             torch._foreach_add_([grad for grad, _ in pairs], [found for _, found in pairs])
-        self.hidden = hidden.detach()
+        self.hidden = hidden.detach()  # without the activations, whose memory the other graphs use too
 
 
 class _Replay(torch.autograd.Function):
