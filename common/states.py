@@ -58,7 +58,8 @@ def select_states(
     """
     block = response_blocks(trajectory, block_size)
     trainable = trainable_offsets(trajectory, eos_token_id, objective.exclude_eos)
-    copies = [_trained_blocks(m, block, trainable) for m in _masks(trajectory, objective, block, trainable, rng)]
+    masks = _masks(trajectory, objective, block, trainable, block_size, rng)
+    copies = [_trained_blocks(mask, block, trainable) for mask in masks]
     copies = [(masked, ratio) for masked, ratio in copies if masked.any()]
 
     offsets = [np.flatnonzero(masked) for masked, _ in copies]
@@ -85,6 +86,7 @@ def _masks(
     objective: ObjectiveConfig,
     block: np.ndarray,
     trainable: np.ndarray,
+    block_size: int,
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each noised copy: masked, bool, and mask ratio, float, both [response + tail]."""
@@ -92,9 +94,9 @@ def _masks(
     if isinstance(state, MixtureState):
         state = _one_of(state, rng)
     if isinstance(state, RandomState):
-        return [_random_mask(state, block, rng)]
+        return [_random_mask(state, block, block_size, rng)]
     if isinstance(state, ComplementaryState):
-        masked, ratio = _random_mask(state.masks, block, rng)
+        masked, ratio = _random_mask(state.masks, block, block_size, rng)
         return [(masked, ratio), (~masked, np.maximum(1 - ratio, _LEAST_RATIO))]
     return _visited_masks(trajectory.reveal_round, state, block, trainable, rng)
 
@@ -124,7 +126,9 @@ def _visited_masks(
     return [(masked, _share(masked, index)) for masked in masks]
 
 
-def _random_mask(state: RandomState, block: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _random_mask(
+    state: RandomState, block: np.ndarray, block_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """A mask at a random ratio per block or per sequence, and that ratio."""
     _, first, index = np.unique(block, return_index=True, return_inverse=True)
     draws = index.max(initial=0) + 1 if state.scope == "block" else 1
@@ -135,7 +139,22 @@ def _random_mask(state: RandomState, block: np.ndarray, rng: np.random.Generator
     if state.at_least_one:
         lowest = np.lexsort((noise, block))[first]  # of each block
         masked[lowest[np.bincount(index, weights=masked) == 0]] = True
+    if state.position_bias:
+        place = np.arange(len(block)) - first[index]  # from the block's first position here: a constant factor less
+        weight = np.exp(state.position_bias * (1 - ratio) * place / block_size)
+        masked = _weighted_choice(np.bincount(index, weights=masked), weight, index, first, rng)
     return masked, np.maximum(ratio, _LEAST_RATIO)
+
+
+def _weighted_choice(
+    count: np.ndarray, weight: np.ndarray, index: np.ndarray, first: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """bool [response + tail]: `count` positions of each block, drawn one by one without replacement, each time in
+    proportion to their weights: those that come first among exponential times with these rates."""
+    order = np.lexsort((rng.exponential(size=len(weight)) / weight, index))  # blocks stay where they are
+    rank = np.empty(len(weight), np.int64)
+    rank[order] = np.arange(len(weight)) - first[index]
+    return rank < count[index]
 
 
 def _share(masked: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ def reference_rollout(
     threshold: float = 0.9,
     per_step: int = 1,
     bound: float = 0.1,
+    lower: float = 0.6,
     temperature: float = 0.0,
     key: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[list[int], list[int], int]:
@@ -48,6 +49,7 @@ def reference_rollout(
         known = len(ids) - start
         block: list[int | None] = list(ids[start:]) + [None] * (block_size - known)
         revealed = [-1] * block_size
+        seen: list[float] = []  # confidences of what was revealed in this block
         step = 0
         while any(t is None for t in block):
             state = ids[:start] + [mask_token_id if t is None else t for t in block]
@@ -70,8 +72,9 @@ def reference_rollout(
                     choice = int((cdf < u * cdf[-1]).sum())
                 entropy = -(log_p[j].exp() * log_p[j]).sum().item()
                 candidates[j] = (choice, log_p[j, choice].exp().item(), entropy)
-            for j in chosen_positions(candidates, rule, threshold, per_step, bound):
+            for j in chosen_positions(candidates, rule, threshold, per_step, bound, seen, lower):
                 block[j] = candidates[j][0]
+                seen.append(candidates[j][1])
                 revealed[j] = step
             step += 1
         ids = ids[:start] + [t for t in block if t is not None]
@@ -82,9 +85,19 @@ def reference_rollout(
 
 
 def chosen_positions(
-    candidates: dict[int, tuple[int, float, float]], rule: str, threshold: float, per_step: int, bound: float
+    candidates: dict[int, tuple[int, float, float]],
+    rule: str,
+    threshold: float,
+    per_step: int,
+    bound: float,
+    seen: list[float],
+    lower: float,
 ) -> list[int]:
     by_confidence = sorted(candidates, key=lambda j: (-candidates[j][1], j))
+    if rule == "adaptive":
+        level = sum(seen) / len(seen) if seen else candidates[by_confidence[0]][1]
+        level = max(lower, min(threshold, level))
+        return sorted({by_confidence[0]} | {j for j in candidates if candidates[j][1] >= level})
     if rule == "static":
         return by_confidence[:per_step]
     if rule == "dynamic":

@@ -371,7 +371,7 @@ def unmask(
         torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, sampled, x)[:-1].view_as(masked)
         for x in candidates
     )
-    reveal = choose(rule, masked, confidence, entropy, state.threshold)
+    reveal = choose(rule, masked, confidence, entropy, state.revealed_confidence(slots), state.threshold)
     return state.reveal(slots, reveal, token, confidence, waits, end_tokens)
 
 

@@ -163,6 +163,13 @@ class SlotState:
             return max(commits, known[0]), max(tokens, known[1])
         return commits, tokens
 
+    def revealed_confidence(self, rows: Tensor) -> Tensor:
+        """float32 [R, B]: the confidence of what earlier rounds have revealed in the present block of the slots `rows`
+        int64 [R], NaN elsewhere."""
+        current = self.block[rows, None] * self.block_size + torch.arange(self.block_size, device=self.device)
+        revealed = ~self.masked[rows] & (current >= self.prompt_length[rows, None])
+        return torch.where(revealed, self.confidence[rows[:, None], current], torch.nan)
+
     def reveal(
         self,
         rows: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.config.run import (
+    AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
@@ -36,7 +37,12 @@ def without_threshold(rule: Unmasking) -> tuple[Unmasking, float]:
 
 
 def choose(
-    rule: Unmasking, masked: Tensor, confidence: Tensor, entropy: Tensor, threshold: Tensor | None = None
+    rule: Unmasking,
+    masked: Tensor,
+    confidence: Tensor,
+    entropy: Tensor,
+    revealed: Tensor,
+    threshold: Tensor | None = None,
 ) -> Tensor:
     """Positions to reveal, bool [S, B]: a subset of `masked`, at least one position of every block that has any.
 
@@ -44,6 +50,7 @@ def choose(
         masked: bool [S, B].
         confidence: float [S, B], probability of the candidate under the raw softmax.
         entropy: float [S, B], nats, of the raw softmax.
+        revealed: float [S, B], the confidence of what earlier rounds of the block have revealed, NaN elsewhere.
         threshold: float32 [], used in place of the rule's own.
     """
     if isinstance(rule, StaticUnmasking):
@@ -55,7 +62,17 @@ def choose(
         return masked & (masked.cumsum(dim=1) <= rule.tokens_per_step)
     if isinstance(rule, EntropyBoundUnmasking):
         return _under_entropy_bound(entropy, masked, rule.bound_nats)
+    if isinstance(rule, AdaptiveUnmasking):
+        sure = confidence >= _adaptive_threshold(rule, masked, confidence, revealed)
+        return (masked & sure) | _most(confidence, masked, 1)
     raise TypeError(f"unknown unmasking rule {rule!r}")
+
+
+def _adaptive_threshold(rule: AdaptiveUnmasking, masked: Tensor, confidence: Tensor, revealed: Tensor) -> Tensor:
+    """float [S, 1] (arXiv 2602.09555, and its code for the first round)."""
+    highest = confidence.masked_fill(~masked, 0.0).amax(dim=1, keepdim=True)
+    mean = revealed.nanmean(dim=1, keepdim=True)
+    return torch.where(mean.isnan(), highest, mean).clamp(rule.lower, rule.upper)
 
 
 def _most(score: Tensor, masked: Tensor, count: int) -> Tensor:

@@ -41,6 +41,13 @@ class RandomState(Section):
     min_ratio: float = Field(0.0, ge=0, le=1, description="least mask ratio")
     max_ratio: float = Field(1.0, ge=0, le=1, description="greatest mask ratio")
     at_least_one: bool = Field(True, description="mask one position in a block whose draw masked none")
+    position_bias: float = Field(
+        0.0,
+        ge=0,
+        le=50,
+        description="later positions of a block are masked more often: of its i-th, in proportion to "
+        "exp(position_bias (1 - t) i / B); 0: all alike (Efficient-DLM, whose best is 2.3)",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> RandomState:

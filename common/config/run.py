@@ -117,8 +117,26 @@ class EntropyBoundUnmasking(Section):
     bound_nats: float = Field(0.1, ge=0, description="largest cumulated entropy of one step's tokens, nats")
 
 
+class AdaptiveUnmasking(Section):
+    """Reveal every position whose confidence reaches a threshold that moves with the confidences seen (BACD).
+
+    In a block's first round it is the highest confidence, later the mean confidence of the tokens that the block has
+    revealed, always within the bounds; at least the most confident position is revealed.
+    """
+
+    rule: Literal["adaptive"] = "adaptive"
+    lower: float = Field(0.6, ge=0, le=1, description="lower bound of the threshold")
+    upper: float = Field(0.9, ge=0, le=1, description="upper bound of the threshold")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AdaptiveUnmasking:
+        if self.lower > self.upper:
+            raise ValueError(f"lower ({self.lower}) is above upper ({self.upper}); lower lower")
+        return self
+
+
 Unmasking = Annotated[
-    StaticUnmasking | DynamicUnmasking | SequentialUnmasking | EntropyBoundUnmasking,
+    StaticUnmasking | DynamicUnmasking | SequentialUnmasking | EntropyBoundUnmasking | AdaptiveUnmasking,
     Field(discriminator="rule"),
 ]
 

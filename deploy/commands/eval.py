@@ -26,6 +26,7 @@ from deploy.evaluation.asking import (
     with_options_named,
 )
 from deploy.evaluation.decoding_options import (
+    DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
     DtypeName,
     RuleName,
@@ -91,14 +92,27 @@ def evaluate(
         typer.Option(
             metavar="RULE",
             help="which masked tokens a step reveals, repeatable: static (the most confident), sequential (the "
-            "leftmost), dynamic (all above the threshold) or entropy_bound (the most certain, up to a "
-            "total entropy); default: static and dynamic",
+            "leftmost), dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy) or "
+            "adaptive (all above a threshold that follows the confidences seen); default: static and dynamic",
         ),
     ] = None,
     threshold: Annotated[
         list[float] | None,
         typer.Option(
-            callback=finite, min=0, max=1, help="confidence threshold of the dynamic rule, repeatable; default: 0.9"
+            callback=finite,
+            min=0,
+            max=1,
+            help="confidence threshold of the dynamic rule, upper bound of that of the adaptive one, repeatable; "
+            "default: 0.9",
+        ),
+    ] = None,
+    lower: Annotated[
+        list[float] | None,
+        typer.Option(
+            callback=finite,
+            min=0,
+            max=1,
+            help="lower bound of the adaptive rule's threshold, repeatable; default: 0.6",
         ),
     ] = None,
     tokens_per_step: Annotated[
@@ -205,6 +219,7 @@ def evaluate(
     student_only = {
         "--rule": rule,
         "--threshold": threshold,
+        "--lower": lower,
         "--tokens-per-step": tokens_per_step,
         "--bound": bound,
         "--block-size": block_size,
@@ -257,7 +272,7 @@ def evaluate(
     for each in suites:
         _say_what_is_special(each, sweep.limit(each), sweep.positions)
     student_settings = settings_of(
-        rules, threshold or [DEFAULT_THRESHOLD], tokens_per_step or [1], bound or [0.1], sizes
+        rules, threshold or [DEFAULT_THRESHOLD], tokens_per_step or [1], bound or [0.1], lower or [DEFAULT_LOWER], sizes
     )
     models: list[tuple[str, ModelSpec, list[Setting]]] = []
     if not autoregressive:
@@ -368,10 +383,15 @@ def _check_options(
     """Refuse options that would have no effect, or files that cannot be written, before a model is loaded."""
     if autoregressive and (given := [name for name, value in student_only.items() if value]):
         raise ConfigError(f"{given[0]}: has no meaning with --autoregressive; leave one of them out")
-    needs = {"--threshold": {"dynamic"}, "--tokens-per-step": {"static", "sequential"}, "--bound": {"entropy_bound"}}
+    needs = {
+        "--threshold": ("dynamic", "adaptive"),
+        "--lower": ("adaptive",),
+        "--tokens-per-step": ("sequential", "static"),
+        "--bound": ("entropy_bound",),
+    }
     for name, users in needs.items():
-        if student_only[name] and not users & set(rules):
-            raise ConfigError(f"{name}: no rule of this sweep uses it; add --rule {' or '.join(sorted(users))}")
+        if student_only[name] and not set(users) & set(rules):
+            raise ConfigError(f"{name}: no rule of this sweep uses it; add --rule {' or '.join(users)}")
     for name, path, suffix in (("--output", output, ".json"), ("--plot", plot, ".png")):
         if path:
             check_output(name, path, suffix)

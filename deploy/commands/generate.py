@@ -30,9 +30,11 @@ from deploy.evaluation.asking import (
     with_options_named,
 )
 from deploy.evaluation.decoding_options import (
+    DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
     BlockSize,
     DtypeName,
+    Lower,
     Rule,
     RuleName,
     Student,
@@ -76,6 +78,7 @@ def generate(
     ] = False,
     rule: Rule = RuleName.dynamic,
     threshold: Threshold = DEFAULT_THRESHOLD,
+    lower: Lower = DEFAULT_LOWER,
     block_size: BlockSize = None,
     max_new_tokens: Annotated[
         int | None,
@@ -148,7 +151,7 @@ def generate(
     with model_errors("MODEL", model):
         student, tokenizer = load_student(model, dtype)
     sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(prompts)), seed=seed)
-    decoding = Decoding(unmasking_of(rule, threshold), temperature)
+    decoding = Decoding(unmasking_of(rule, threshold, lower), temperature)
     settings = {
         "model": str(Path(model).resolve()),
         "prompts": of_prompts(prompts),

@@ -9,6 +9,7 @@ import typer
 
 from common.config.errors import ConfigError
 from common.config.run import (
+    AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
@@ -19,6 +20,7 @@ from common.grid import grid_floor
 from deploy.argument_checks import a_path, finite, temperature
 
 DEFAULT_THRESHOLD = DynamicUnmasking().threshold
+DEFAULT_LOWER = AdaptiveUnmasking().lower
 
 
 class RuleName(StrEnum):
@@ -28,6 +30,7 @@ class RuleName(StrEnum):
     dynamic = "dynamic"
     sequential = "sequential"
     entropy_bound = "entropy_bound"
+    adaptive = "adaptive"
 
 
 Rule = Annotated[
@@ -35,11 +38,21 @@ Rule = Annotated[
     typer.Option(
         metavar="RULE",
         help="which masked tokens a step reveals: static (one, the most confident), sequential (one, the leftmost), "
-        "dynamic (all above the threshold) or entropy_bound (the most certain, up to a total entropy)",
+        "dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy) or adaptive (all "
+        "above a threshold that follows the confidences seen)",
     ),
 ]
 Threshold = Annotated[
-    float, typer.Option(min=0, max=1, help="confidence threshold of the dynamic rule", callback=finite)
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="confidence threshold of the dynamic rule, upper bound of that of the adaptive one",
+        callback=finite,
+    ),
+]
+Lower = Annotated[
+    float, typer.Option(min=0, max=1, help="lower bound of the adaptive rule's threshold", callback=finite)
 ]
 Temperature = Annotated[
     float, typer.Option(min=0, max=100, help="temperature of sampling; 0: greedy", callback=temperature)
@@ -51,8 +64,14 @@ Student = Annotated[
 ]
 
 
-def unmasking_of(rule: str, threshold: float) -> Unmasking:
-    """The unmasking rule of the --rule and --threshold options."""
+def unmasking_of(rule: str, threshold: float, lower: float = DEFAULT_LOWER) -> Unmasking:
+    """The unmasking rule of the --rule, --threshold and --lower options.
+
+    Raises:
+        ConfigError: the rule is adaptive and its bounds are the wrong way round.
+    """
+    if rule == "adaptive":
+        return adaptive(lower, threshold)
     rules: dict[str, Unmasking] = {
         "static": StaticUnmasking(),
         "dynamic": DynamicUnmasking(threshold=threshold),
@@ -60,6 +79,17 @@ def unmasking_of(rule: str, threshold: float) -> Unmasking:
         "entropy_bound": EntropyBoundUnmasking(),
     }
     return rules[rule]
+
+
+def adaptive(lower: float, upper: float) -> AdaptiveUnmasking:
+    """The adaptive rule between --lower and --threshold.
+
+    Raises:
+        ConfigError: --lower is above --threshold.
+    """
+    if lower > upper:
+        raise ConfigError(f"--lower: {lower:g} is above --threshold {upper:g}; choose a value of at most {upper:g}")
+    return AdaptiveUnmasking(lower=lower, upper=upper)
 
 
 def response_limit(asked: int | None, default: int, *, longest: int, positions: int, block_size: int) -> int:

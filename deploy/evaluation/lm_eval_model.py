@@ -35,7 +35,7 @@ from common.config.paths import expanded
 from common.end_tokens import response_text
 from common.grid import grid_floor
 from deploy.evaluation.asking import asked_like_training, check_thinking
-from deploy.evaluation.decoding_options import DEFAULT_THRESHOLD, RuleName, unmasking_of
+from deploy.evaluation.decoding_options import DEFAULT_LOWER, DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.model_checks import check_student_folder, model_errors
 
 DEFAULT_MAX_TOKENS = 256
@@ -47,7 +47,7 @@ class BlockDiffusionLM(TemplateLM):
 
     Args (of `--model_args`):
         pretrained: folder of a trained or converted student.
-        rule, threshold, block_size: how generation tasks are decoded, as in `opdlm eval`.
+        rule, threshold, lower, block_size: how generation tasks are decoded, as in `opdlm eval`.
         likelihood, mc_samples: the estimate of likelihood tasks, `sequential` or `bound`; see
             actors/evaluation/likelihood.py.
         max_length: tokens of context and response; default: the model's positions.
@@ -66,6 +66,7 @@ class BlockDiffusionLM(TemplateLM):
         pretrained: str,
         rule: str = "dynamic",
         threshold: float = DEFAULT_THRESHOLD,
+        lower: float = DEFAULT_LOWER,
         block_size: int | None = None,
         likelihood: Method = "sequential",
         mc_samples: int = 64,
@@ -96,7 +97,7 @@ class BlockDiffusionLM(TemplateLM):
         self.block_size = int(block_size or self.model.config.block_size)
         slots = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else slots
         self.sampler = sampler_of(self.model, self.tokenizer, block_size=self.block_size, slots=slots, seed=seed)
-        self.unmasking = unmasking_of(rule, threshold)
+        self.unmasking = unmasking_of(rule, threshold, lower)
         check_thinking("enable_thinking", enable_thinking, self.tokenizer)
         self.enable_thinking = bool(asked_like_training(pretrained, enable_thinking).get("enable_thinking"))
         self.estimate = Estimate(likelihood, mc_samples, seed)

@@ -16,6 +16,7 @@ from actors.evaluation.worker import Answered, Chunk, ModelSpec
 from actors.sampler.request import Request
 from common.config.errors import ConfigError
 from common.config.run import (
+    AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
@@ -23,6 +24,7 @@ from common.config.run import (
     Unmasking,
 )
 from deploy.data_fingerprint import of_files
+from deploy.evaluation.decoding_options import adaptive
 from deploy.evaluation.parts import Parts
 from deploy.evaluation.problems import SuiteProblems
 from deploy.evaluation.workers import Workers
@@ -50,16 +52,24 @@ class Setting:
                 return f"sequential {tokens}"
             case EntropyBoundUnmasking(bound_nats=bound):
                 return f"entropy {bound:g}"
+            case AdaptiveUnmasking(lower=lower, upper=upper):
+                return f"adaptive {lower:g}-{upper:g}"
         return "AR"
 
 
 def settings_of(
-    rules: list[str], thresholds: list[float], tokens_per_step: list[int], bounds: list[float], block_sizes: list[int]
+    rules: list[str],
+    thresholds: list[float],
+    tokens_per_step: list[int],
+    bounds: list[float],
+    lowers: list[float],
+    block_sizes: list[int],
 ) -> list[Setting]:
-    """Every rule with every value of its own parameter at every block size, without repeats.
+    """Every rule with every value of its own parameter at every block size, without repeats; the adaptive rule with
+    every one of `lowers` under every threshold.
 
     Raises:
-        ConfigError: a static rule's tokens per step do not divide a block size.
+        ConfigError: a static rule's tokens per step do not divide a block size, or a lower bound is above a threshold.
     """
     settings = []
     for block_size in block_sizes:
@@ -68,6 +78,8 @@ def settings_of(
                 unmaskings: list[Unmasking] = [DynamicUnmasking(threshold=t) for t in thresholds]
             elif rule == "entropy_bound":
                 unmaskings = [EntropyBoundUnmasking(bound_nats=b) for b in bounds]
+            elif rule == "adaptive":
+                unmaskings = [adaptive(lower, upper) for lower in lowers for upper in thresholds]
             elif rule == "sequential":
                 unmaskings = [SequentialUnmasking(tokens_per_step=k) for k in tokens_per_step]
             else:

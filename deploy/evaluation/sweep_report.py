@@ -34,6 +34,7 @@ _PARAMETERS = {
     "static": "tokens a step",
     "sequential": "tokens a step",
     "entropy": "nats a step",
+    "adaptive": "bounds of the threshold",
 }
 
 
@@ -131,7 +132,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 def _plot_suite(axes: Any, rows: list[Row]) -> None:
     sizes = sorted({row.block_size for row in rows if row.block_size})
     colours = {size: f"C{i}" for i, size in enumerate(sizes)}
-    markers = {"static": "s", "dynamic": "o", "sequential": "^", "entropy": "D", "AR": "*"}
+    markers = {"static": "s", "dynamic": "o", "sequential": "^", "entropy": "D", "adaptive": "v", "AR": "*"}
     score = rows[0].score
 
     def series(row: Row) -> tuple[int, str]:

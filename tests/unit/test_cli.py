@@ -12,8 +12,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from common.config.errors import ConfigError
 from common.config.file import REPOSITORY, load_config
-from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, RunConfig, SequentialUnmasking, StaticUnmasking
+from common.config.run import (
+    AdaptiveUnmasking,
+    DynamicUnmasking,
+    EntropyBoundUnmasking,
+    RunConfig,
+    SequentialUnmasking,
+    StaticUnmasking,
+)
 from deploy import cli, pipeline
 from deploy.commands.fields import rows
 from deploy.commands.train import train
@@ -219,6 +227,9 @@ def test_rules_of_the_command_line():
     assert unmasking_of("static", 0.8) == StaticUnmasking()
     assert unmasking_of("sequential", 0.8) == SequentialUnmasking()
     assert unmasking_of("entropy_bound", 0.8) == EntropyBoundUnmasking()
+    assert unmasking_of("adaptive", 0.8, 0.5) == AdaptiveUnmasking(lower=0.5, upper=0.8)
+    with pytest.raises(ConfigError, match=r"--lower: 0\.9 is above --threshold 0\.8; choose a value of at most 0\.8"):
+        unmasking_of("adaptive", 0.8, 0.9)
 
 
 def test_convert_then_generate_then_eval(opdlm, tmp_path):

@@ -14,6 +14,7 @@ from actors.sampler.sampler import Sampler, pass_rows
 from actors.sampler.sampling import Decoding, sample_tokens
 from actors.sampler.slots import PATIENCE, SlotState
 from common.config.run import (
+    AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
@@ -48,6 +49,7 @@ RULES = [
     (DynamicUnmasking(threshold=0.2), {"rule": "dynamic", "threshold": 0.2}),
     (SequentialUnmasking(tokens_per_step=2), {"rule": "sequential", "per_step": 2}),
     (EntropyBoundUnmasking(bound_nats=4.0), {"rule": "entropy_bound", "bound": 4.0}),
+    (AdaptiveUnmasking(lower=0.02, upper=0.2), {"rule": "adaptive", "lower": 0.02, "threshold": 0.2}),
 ]
 
 

@@ -1,5 +1,9 @@
 """State selection: what is masked, what is trained, and with what weight."""
 
+import math
+from itertools import permutations
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +13,7 @@ from common.config.objective import ObjectiveConfig
 from common.prompts import Prompt
 from common.responses import offline_trajectory
 from common.states import select_states
+from common.trajectory import Trajectory
 from tests.trajectories import EOS, trajectory
 
 BLOCK = 4
@@ -142,3 +147,37 @@ def test_a_mixture_draws_in_proportion():
     copies = [selected(t, seed, state=state).state_count for seed in range(400)]
     assert set(copies) == {1, 4}
     assert copies.count(1) / 400 == pytest.approx(0.25, abs=0.07)
+
+
+def response_of_one_block() -> Trajectory:
+    prompt = Prompt(0, "q", np.zeros(BLOCK, np.int32), responses=(np.arange(BLOCK, dtype=np.int32),))
+    return offline_trajectory(prompt, 0, BLOCK, BLOCK, 99, EOS)
+
+
+@pytest.mark.parametrize("bias", [0.0, math.log(10)])
+def test_later_positions_are_masked_more_often_as_far_as_the_block_is_clean(bias):
+    """With n of 4 masked at ratio t, all ordered draws without replacement in proportion to exp(bias (1 - t) i / B)
+    (Efficient-DLM, equation 2), against 4000 masks."""
+    ratio = 0.3
+    state = {"kind": "random", "min_ratio": ratio, "max_ratio": ratio, "position_bias": bias}
+    rng = np.random.default_rng(0)
+    found, counts = np.zeros(BLOCK), np.zeros(BLOCK + 1)
+    expected = {n: np.zeros(BLOCK) for n in range(1, BLOCK + 1)}
+    weight = np.exp(bias * (1 - ratio) * np.arange(BLOCK) / BLOCK)
+    for n, share in expected.items():
+        for order in permutations(range(BLOCK), n):
+            left, probability = weight.sum(), 1.0
+            for i in order:
+                probability *= weight[i] / left
+                left -= weight[i]
+            share[list(order)] += probability
+    for _ in range(4000):
+        t = response_of_one_block()
+        select_states(t, ObjectiveConfig(state=state), BLOCK, EOS, rng)
+        found[t.masked_offsets] += 1
+        counts[len(t.masked_offsets)] += 1
+    at_least_one = [0.7**4 + 4 * 0.3 * 0.7**3, *(comb(4, n) * 0.3**n * 0.7 ** (4 - n) for n in (2, 3, 4))]
+    np.testing.assert_allclose(counts[1:] / 4000, at_least_one, atol=0.025)  # the bias leaves the number as it is
+    of_n = sum(share * counts[n] for n, share in expected.items())
+    np.testing.assert_allclose(found, of_n, atol=3 * 4000**0.5 / 2)
+    assert (of_n[-1] / of_n[0] > 2) == bool(bias)

@@ -62,15 +62,21 @@ def row(right: int, steps: int, setting: Setting | None = None) -> Row:
 
 
 def test_every_rule_with_every_value_of_its_own_parameter_at_every_block_size():
-    settings = settings_of(["static", "dynamic", "dynamic"], [0.8, 0.9], [1, 2], [0.1], [4, 8])
+    settings = settings_of(["static", "dynamic", "dynamic"], [0.8, 0.9], [1, 2], [0.1], [0.6], [4, 8])
     assert [(s.decoding, s.block_size) for s in settings] == [
         (decoding, size) for size in (4, 8) for decoding in ("static 1", "static 2", "dynamic 0.8", "dynamic 0.9")
     ]
     assert settings[1].unmasking == StaticUnmasking(steps_per_block=2)
-    both = settings_of(["sequential", "entropy_bound"], [0.9], [3], [0.1, 1.0], [4])
+    both = settings_of(["sequential", "entropy_bound"], [0.9], [3], [0.1, 1.0], [0.6], [4])
     assert [s.decoding for s in both] == ["sequential 3", "entropy 0.1", "entropy 1"]
+    bounds = settings_of(["adaptive"], [0.8, 0.9], [1], [0.1], [0.5, 0.6], [4])
+    assert [s.decoding for s in bounds] == [
+        f"adaptive {lower}-{upper}" for lower in ("0.5", "0.6") for upper in ("0.8", "0.9")
+    ]
+    with pytest.raises(ConfigError, match=r"--lower: 0\.85 is above --threshold 0\.8"):
+        settings_of(["adaptive"], [0.8, 0.9], [1], [0.1], [0.85], [4])
     with pytest.raises(ConfigError, match="3 does not divide block size 4"):
-        settings_of(["static"], [0.9], [3], [0.1], [4])
+        settings_of(["static"], [0.9], [3], [0.1], [0.6], [4])
 
 
 def test_metrics_are_ratios_of_sums():
