@@ -54,9 +54,8 @@ def _overview(rows: list[dict[str, Any]]) -> str:
         "batch, s": lambda r: f"{r['seconds_per_batch']:.2f}",
         "update, s": lambda r: f"{r['update_s']:.3f}" if r.get("update_s") else "",
         "learner MFU": lambda r: _share(r.get("learner_mfu")),
-        "first batch cold / cached, s": lambda r: " / ".join(
-            _number(r.get(f"first_batch_{run}_s")) for run in ("cold", "cached")
-        ),
+        "loading cold / cached, s": lambda r: _cold_and_cached(r, "loading"),
+        "first batch cold / cached, s": lambda r: _cold_and_cached(r, "first_batch"),
     }
     lines = [list(columns), *([column(row) for column in columns.values()] for row in rows)]
     return table(lines, right=range(3, len(columns)))
@@ -71,6 +70,10 @@ def _phases(rows: list[dict[str, Any]]) -> str:
             whole = sum(seconds.values())
             lines.append([*line, f"{whole:.2f}", *(f"{seconds[phase] / whole:.0%}" for phase in PHASES)])
     return f"\n{table(lines, right=range(3, len(lines[0])))}\n" if len(lines) > 1 else ""
+
+
+def _cold_and_cached(row: dict[str, Any], what: str) -> str:
+    return " / ".join(_number(row.get(f"{what}_{run}_s")) for run in ("cold", "cached"))
 
 
 def _number(value: float | None) -> str:

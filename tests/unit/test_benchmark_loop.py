@@ -82,6 +82,8 @@ def test_page_is_as_generated():
 def test_tables_hold_every_row_and_say_where_the_learners_time_goes():
     measured = {"size": "135m", "gpus": 2, "split": "1:1:0", "card": "H200", "fields": "--learner.compile false"}
     measured |= {
+        "loading_cold_s": 30.2,
+        "loading_cached_s": 21.0,
         "gpu_busy": [0.5, 0.25],
         "learner_mfu": 0.213,
         "first_batch_cold_s": 81.6,
@@ -89,7 +91,7 @@ def test_tables_hold_every_row_and_say_where_the_learners_time_goes():
     }
     text = loop_page.page("<!-- begin loop -->\nas before\n<!-- end loop -->", [measured | loop.metrics([row(1, 2.0)])])
     assert "| 135m | 2 H200 (1:1:0) | --learner.compile false | 100 | 3,200 | 50% 25% | 50% / 10% / 10% |" in text
-    assert "| 21% | 82 / 7.9 |" in text and "as before" not in text
+    assert "| 21% | 30 / 21 | 82 / 7.9 |" in text and "as before" not in text
     assert "| 1.75 |" + " 14% |" * 7 in text
 
 
