@@ -6,12 +6,15 @@ in block (P + j) // B. At round k of a block, the positions that were revealed i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from common.config.objective import (
     AllRoundsState,
     ComplementaryState,
     GlobalState,
+    LiftState,
     MixtureSource,
     MixtureState,
     ObjectiveConfig,
@@ -19,6 +22,7 @@ from common.config.objective import (
     RandomState,
     StateSelection,
 )
+from common.seeds import state_rng
 from common.trajectory import EndTokens, Trajectory
 
 _LEAST_RATIO = 1e-3  # bounds the weight 1/t
@@ -74,6 +78,54 @@ def select_states(
     trajectory.target_offsets = np.unique(trajectory.masked_offsets[trajectory.loss_weight > 0])
 
 
+def trained_positions(trajectory: Trajectory) -> np.ndarray:
+    """bool [masked positions]: those that the loss counts, in the order of `masked_offsets`."""
+    return trajectory.loss_weight > 0
+
+
+def kept_by_difficulty(
+    trajectory: Trajectory, log_p: np.ndarray, objective: ObjectiveConfig, block_size: int, run_seed: int
+) -> Trajectory:
+    """A trajectory whose states were selected by `state.kind` lift, with some of its masked tokens revealed again.
+
+    Of the m tokens of x0 that were masked at t + rho, round(m t / (t + rho)) stay masked, one at least; m and t are of
+    the sequence or of each block, as `masks.scope` says. Other trajectories are returned as they are.
+
+    Args:
+        log_p: float [trained positions], the student's log-probabilities of these tokens; higher is easier.
+    """
+    state = state_of(trajectory, objective)
+    if not isinstance(state, LiftState):
+        return trajectory
+    rng = state_rng(run_seed, trajectory.ordinal, trajectory.sample)
+    block = response_blocks(trajectory, block_size)
+    _, ratio = _random_mask(state.masks, block, block_size, rng, state.rho)  # as it was drawn at first
+    offsets, trained = trajectory.masked_offsets, trained_positions(trajectory)
+    t = ratio[offsets[trained]]
+    group = block[offsets[trained]] if state.masks.scope == "block" else np.zeros(len(t), np.int64)
+    by = np.select([t > 2 / 3, t < 1 / 3], ["easiest", "hardest"], "random") if state.keep == "by_ratio" else state.keep
+    score = np.select([by == "easiest", by == "hardest"], [-log_p, log_p], rng.random(len(t)))
+    keep = np.ones(len(offsets), bool)
+    keep[trained] = _lowest(score, group, t / np.minimum(t + state.rho, 1.0))
+    of_block = block[offsets]
+    keep &= np.isin(of_block, of_block[keep & trained])
+    return replace(
+        trajectory,
+        masked_offsets=offsets[keep],
+        masked_state=trajectory.masked_state[keep],
+        loss_weight=trajectory.loss_weight[keep],
+    )
+
+
+def _lowest(score: np.ndarray, group: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """bool [n]: of each group its `share`, float [n], one value a group, with the lowest scores; rounded, at least
+    one."""
+    _, first, index, count = np.unique(group, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(score), np.int64)
+    rank[np.lexsort((score, index))] = np.arange(len(score)) - np.repeat(np.cumsum(count) - count, count)
+    return rank < np.maximum(np.round(count * share[first]), 1)[index]
+
+
 def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelection:
     """How the states of this trajectory are selected: offline responses in a mixture have a selection of their own."""
     if trajectory.is_offline and isinstance(objective.source, MixtureSource):
@@ -95,6 +147,8 @@ def _masks(
         state = _one_of(state, rng)
     if isinstance(state, RandomState):
         return [_random_mask(state, block, block_size, rng)]
+    if isinstance(state, LiftState):
+        return [_random_mask(state.masks, block, block_size, rng, state.rho)]
     if isinstance(state, ComplementaryState):
         masked, ratio = _random_mask(state.masks, block, block_size, rng)
         return [(masked, ratio), (~masked, np.maximum(1 - ratio, _LEAST_RATIO))]
@@ -127,15 +181,15 @@ def _visited_masks(
 
 
 def _random_mask(
-    state: RandomState, block: np.ndarray, block_size: int, rng: np.random.Generator
+    state: RandomState, block: np.ndarray, block_size: int, rng: np.random.Generator, more: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A mask at a random ratio per block or per sequence, and that ratio."""
+    """A mask at a random ratio per block or per sequence plus `more`, and that ratio without it."""
     _, first, index = np.unique(block, return_index=True, return_inverse=True)
     draws = index.max(initial=0) + 1 if state.scope == "block" else 1
     ratio = state.min_ratio + (state.max_ratio - state.min_ratio) * rng.random(draws)
     ratio = ratio[index] if state.scope == "block" else np.full(len(block), ratio[0])
     noise = rng.random(len(block))
-    masked = noise < ratio
+    masked = noise < ratio + more
     if state.at_least_one:
         lowest = np.lexsort((noise, block))[first]  # of each block
         masked[lowest[np.bincount(index, weights=masked) == 0]] = True

@@ -43,8 +43,8 @@ class TrainingBatch:
 
     `layout` int64 [5, R, W] holds ids, positions, document, copy and block of each token; `mask` is in the form that
     the attention takes, or None where it is made in a CUDA graph; `loss_index` int64 [L] points into the
-    R*W tokens; `coefficient` float32 [L] and `target` are of these L positions; `tokens` is their number without
-    padding.
+    R*W tokens; `coefficient` float32 [L] and `target` are of these L positions, `labels` int64 [L] the tokens
+    of x0 there; `tokens` is the number of all without padding.
     """
 
     layout: Tensor
@@ -53,6 +53,7 @@ class TrainingBatch:
     coefficient: Tensor
     target: Target
     tokens: int
+    labels: Tensor
     terms: LogitTerms | None = None
     next_tokens: NextTokens | None = None
 
@@ -131,9 +132,10 @@ class BatchBuilder:
         layout = move(np.stack([batch.ids, batch.positions, batch.doc, batch.copy, batch.block]))
         _, positions, doc, copy, block = layout
         terms = next_tokens = None
+        labels = move(batch.loss_label)
         if self.objective.changes_positions or self.want_entropy:
             pairs = self._pairs(batch) if self.objective.terms.rank else None
-            terms = LogitTerms(self.objective, move(batch.loss_label), pairs, self.want_entropy)
+            terms = LogitTerms(self.objective, labels, pairs, self.want_entropy)
         if self.objective.terms.autoregressive:
             next_tokens = NextTokens(
                 index=move(batch.next_index),
@@ -151,6 +153,7 @@ class BatchBuilder:
             coefficient=move(batch.loss_coefficient),
             target=self._target(batch, trajectories),
             tokens=batch.tokens,
+            labels=labels,
             terms=terms,
             next_tokens=next_tokens,
         )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,6 +49,10 @@ class Engine(ABC):
     @abstractmethod
     def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
         """The loss of a micro-batch, a scalar; `last`: of this update."""
+
+    @abstractmethod
+    def label_logprobs(self, batch: TrainingBatch) -> Tensor:
+        """log p of the tokens of x0 at the masked positions of a micro-batch, float [L]; without gradient."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -92,6 +97,11 @@ class GatheredEngine(Engine):
         loss: Tensor = self.deepspeed(batch, sums)
         return loss
 
+    @torch.no_grad()
+    def label_logprobs(self, batch: TrainingBatch) -> Tensor:
+        log_p: Tensor = self.deepspeed(batch, None)
+        return log_p
+
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss * self.ranks)  # DeepSpeed averages over ranks, the coefficients already normalise
 
@@ -113,6 +123,11 @@ class WholeEngine(Engine):
     def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
         loss: Tensor = self.module(batch, sums)
         return loss
+
+    @torch.no_grad()
+    def label_logprobs(self, batch: TrainingBatch) -> Tensor:
+        log_p: Tensor = self.module(batch, None)
+        return log_p
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

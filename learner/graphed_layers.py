@@ -39,7 +39,8 @@ class GraphedLayers:
         """[R, W, d]; valid until the next micro-batch of this shape."""
         shape = tuple(batch.layout.shape[1:])
         if shape not in self._graphs:
-            self._graphs[shape] = _Graph(self, batch.layout)
+            with torch.enable_grad():  # the backward is captured too, whoever comes first
+                self._graphs[shape] = _Graph(self, batch.layout)
         hidden: Tensor = _Replay.apply(self._anchor, self._graphs[shape], batch.layout)
         return hidden
 

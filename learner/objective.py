@@ -222,6 +222,15 @@ class ChunkedDivergence(torch.autograd.Function):
         )
 
 
+def token_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor, chunk: int) -> Tensor:
+    """log p of the tokens `ids` int64 [L] from hidden states [L, d], float [L]; logits of `chunk` of them at a time."""
+    parts = []
+    for rows, labels in zip(hidden.split(chunk), ids.split(chunk), strict=True):
+        logits = full_precision_logits(rows, weight)
+        parts.append(logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
 def empty_sums(device: torch.device) -> LossSums:
     def zero() -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=device)

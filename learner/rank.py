@@ -32,6 +32,7 @@ from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
 from learner.batches import BatchBuilder, TrainingBatch
 from learner.deepspeed_config import deepspeed_config, keeps_whole
+from learner.difficulty import kept, label_logprobs
 from learner.objective import LossSums, empty_sums
 from learner.packing import MicroBatch
 from learner.phase_clock import PHASES, PhaseClock
@@ -212,8 +213,9 @@ class LearnerRank:
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
             sums.per_position = [] if wanted else None
             self._accumulate(prepared, sums)
-            # while the GPU computes, the host packs the next update
-            following = self._prepared(shares[u + 1], builder) if u + 1 < updates else None
+            # while the GPU computes, the host packs the next update, unless that depends on the new weights
+            ahead = u + 1 < updates and not self.config.objective.reads_difficulty
+            following = self._prepared(shares[u + 1], builder) if ahead else None
             totals.update(self._step(prepared, sums))
             if sums.per_position:
                 self._sample(prepared, torch.cat(sums.per_position).cpu().numpy(), wanted, meta.block_size)
@@ -248,12 +250,21 @@ class LearnerRank:
 
     def _prepared(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
         """This rank's micro-batches of an update; on a GPU copied beside what it computes."""
+        if self.config.objective.reads_difficulty:
+            trajectories = self._kept(trajectories, builder)
         self.clock.mark("pack")
         batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
         self.clock.mark("copy")
         with torch.cuda.stream(self.copies):
             tensors = [builder.tensors(batch, trajectories) for batch in batches]
         return PreparedUpdate(trajectories, batches, tensors, positions)
+
+    def _kept(self, trajectories: list[Trajectory], builder: BatchBuilder) -> list[Trajectory]:
+        """The update with what stays masked after one forward of the student as it is now."""
+        self.clock.mark("forward")
+        log_p = label_logprobs(trajectories, builder, self.rank, self.config.learner.ranks, self.engine.label_logprobs)
+        torch.distributed.all_reduce(log_p)
+        return kept(trajectories, log_p.cpu().numpy(), self.config.objective, builder.meta.block_size, self.config.seed)
 
     def _accumulate(self, update: PreparedUpdate, sums: LossSums) -> None:
         """Forward and backward of all micro-batches."""

@@ -11,7 +11,7 @@ from common.config.objective import ForwardKL
 from common.config.run import RunConfig
 from common.student import hidden_states, lm_head_weight
 from learner.batches import TrainingBatch
-from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums
+from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums, token_logprobs
 from learner.terms import misalignment
 
 
@@ -31,10 +31,13 @@ class TrainingModule(nn.Module):
         self.terms = config.objective.terms
         self.chunk = config.learner.logits_chunk_rows
 
-    def forward(self, batch: TrainingBatch, sums: LossSums) -> Tensor:
+    def forward(self, batch: TrainingBatch, sums: LossSums | None) -> Tensor:
+        """The loss, added up in `sums` too; without them, float [L], the log-probabilities of the tokens of x0."""
         hidden = self.read(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
         head = lm_head_weight(self.student)
+        if sums is None:
+            return token_logprobs(rows, head, batch.labels, self.chunk)
         loss = ChunkedDivergence.apply(
             rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums, batch.terms
         )

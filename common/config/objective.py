@@ -63,6 +63,23 @@ class ComplementaryState(Section):
     masks: RandomState = Field(RandomState(), description="how the first mask is drawn")
 
 
+class LiftState(Section):
+    """Easy tokens while much is masked, hard ones while little is (LIFT).
+
+    The states are masked at t + rho, one forward without gradient reads the student's probability of each masked token,
+    and t / (t + rho) of them stay masked.
+    """
+
+    kind: Literal["lift"] = "lift"
+    masks: RandomState = Field(RandomState(scope="sequence"), description="how t is drawn, and what it masks")
+    rho: float = Field(0.1, gt=0, le=1, description="share of the tokens masked at first beyond t")
+    keep: Literal["by_ratio", "easiest", "hardest", "random"] = Field(
+        "by_ratio",
+        description="which masked tokens stay masked: the most probable, the least probable, or any; by_ratio: the "
+        "first where t is above 2/3, the second where it is below 1/3, else any",
+    )
+
+
 class MixtureState(Section):
     """Each trajectory draws one of three ways, in proportion to their shares."""
 
@@ -81,7 +98,7 @@ class MixtureState(Section):
 
 
 StateSelection = Annotated[
-    PerBlockState | GlobalState | AllRoundsState | RandomState | ComplementaryState | MixtureState,
+    PerBlockState | GlobalState | AllRoundsState | RandomState | ComplementaryState | LiftState | MixtureState,
     Field(discriminator="kind"),
 ]
 
@@ -90,7 +107,7 @@ def needs_rounds(state: StateSelection) -> bool:
     """Whether states are selected from those that a rollout visited."""
     if isinstance(state, MixtureState):
         return state.trajectory_share > 0
-    return not isinstance(state, RandomState | ComplementaryState)
+    return not isinstance(state, RandomState | ComplementaryState | LiftState)
 
 
 class StudentSource(Section):
@@ -229,6 +246,7 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "opdlm_off": {"source": ("student",), "state": ("random", "complementary"), "target": ("teacher",)},
     "off_policy_distillation": {"source": ("offline",), "state": ("random", "complementary"), "target": ("teacher",)},
     "sft": {"source": ("offline",), "state": ("random", "complementary"), "target": ("hard",)},
+    "lift": {"source": ("offline",), "state": ("lift",), "target": ("hard",), "weight": ("inverse_t",)},
     # the four cells of prefixes from teacher or student times forward or reverse KL (arXiv 2605.16826)
     "kd": _cell(("offline",), ("random", "complementary"), "forward_kl"),
     "offline_rl": _cell(("offline",), ("random", "complementary"), "reverse_kl"),
@@ -241,10 +259,11 @@ class ObjectiveConfig(Section):
     """Which states are trained, and how the student is compared with the target there."""
 
     method: (
-        Literal["opdlm", "opdlm_off", "off_policy_distillation", "sft", "kd", "offline_rl", "dagger", "opd"] | None
+        Literal["opdlm", "opdlm_off", "off_policy_distillation", "sft", "lift", "kd", "offline_rl", "dagger", "opd"]
+        | None
     ) = Field(
         None,
-        description="sets source, state, target and, for the last four, divergence by the name of a published method; "
+        description="sets source, state, target and what else the method fixes by the name of a published method; "
         "the offline ones need data.responses. Default: the choices below as they are",
     )
     source: Source = Field(StudentSource(), description="where trajectories come from")
@@ -288,25 +307,32 @@ class ObjectiveConfig(Section):
         choices = _METHODS.get(method) if isinstance(method, str) else None
         if choices is None:
             return data
-        return {**{choice: {"kind": kinds[0]} for choice, kinds in choices.items()}, **data}
+        named = {c: kinds[0] if c == "weight" else {"kind": kinds[0]} for c, kinds in choices.items()}
+        return {**named, **data}
 
     @model_validator(mode="after")
     def _fits_method(self) -> ObjectiveConfig:
         for choice, kinds in _METHODS.get(self.method or "", {}).items():
-            kind = getattr(self, choice).kind
+            chosen = getattr(self, choice)
+            field, kind = (choice, chosen) if isinstance(chosen, str) else (f"{choice}.kind", chosen.kind)
             if kind not in kinds:
                 raise ValueError(
-                    f"method {self.method!r} means {choice}.kind {' or '.join(kinds)}, but it is {kind!r}; "
+                    f"method {self.method!r} means {field} {' or '.join(kinds)}, but it is {kind!r}; "
                     f"remove {choice} or method"
                 )
         return self
+
+    @property
+    def reads_difficulty(self) -> bool:
+        """Whether the learner chooses among the masked tokens by the student's probabilities of them."""
+        return isinstance(self.state, LiftState)
 
     @model_validator(mode="after")
     def _offline_responses_have_no_rounds(self) -> ObjectiveConfig:
         if self.source.kind == "offline" and needs_rounds(self.state):
             raise ValueError(
                 f"source.kind 'offline' has no realised rounds, which state.kind {self.state.kind!r} selects from; "
-                "use state.kind random or complementary, or a mixture with trajectory_share 0"
+                "use state.kind random, complementary or lift, or a mixture with trajectory_share 0"
             )
         return self
 
