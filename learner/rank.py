@@ -199,6 +199,7 @@ class LearnerRank:
             windows=attention_windows(self.conversion.config),
             graphs=self.engine.graphs,
             want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
+            seed=self.config.seed,
         )
         rows = self.config.learner.batch_rows
         shares = [trajectories[i : i + rows] for i in range(0, len(trajectories), rows)]
@@ -228,6 +229,7 @@ class LearnerRank:
             "kl": totals["divergence"] / positions,
             "entropy": totals["entropy"] / positions,
             "teacher_agreement": totals["agree"] / positions,
+            **({"trusted_share": totals["trusted"] / positions} if self.config.objective.routes else {}),
             "grad_norm": totals["grad_norm"] / updates,
             "lr": lr,
             "updates": updates,
