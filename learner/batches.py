@@ -115,9 +115,14 @@ class BatchBuilder:
         ]
         count = max(len(plan) for plan in plans)
         batches = [microbatch(rows, documents, coefficient, self._width) for rows in plans[rank]]
-        dummy = empty_document(self.meta.block_size)
-        batches += [microbatch([[0]], {0: dummy}, {0: dummy.loss_weight}, self._width)] * (count - len(batches))
-        return batches, positions
+        return batches + [self.untrained()] * (count - len(batches)), positions
+
+    def untrained(self, length: int = 0) -> MicroBatch:
+        """One document that trains nothing, in a row for at least so many tokens."""
+        document = empty_document(self.meta.block_size)
+        return microbatch(
+            [[0]], {0: document}, {0: document.loss_weight}, lambda longest: self._width(max(longest, length))
+        )
 
     def _width(self, longest: int) -> int:
         """How wide rows are made that hold at most `longest` tokens."""
