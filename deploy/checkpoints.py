@@ -27,6 +27,7 @@ from common.config.run import RunConfig
 from deploy.curriculum import Feedback
 from deploy.files import replace_text, synced_size
 from deploy.monitoring.observer import Observers
+from deploy.roles import ROLES
 
 MANIFEST = "manifest.json"
 FINAL = "final"
@@ -43,6 +44,9 @@ class RunState:
     rollout_token_rows: float = 0  # what the samplers computed, see Sampler.token_rows
     seconds: float = 0.0
     block_size: int = 0  # of the last batch; 0: none yet
+    restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
+    repair_seconds: float = 0.0  # of the last fault; 0: none
+    set_aside: int = 0  # prompts
     feedback: Feedback = field(default_factory=Feedback)
     summary: dict[str, Any] = field(default_factory=dict)
 

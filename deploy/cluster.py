@@ -193,21 +193,19 @@ def _counted(bundles: list[dict[str, float]]) -> list[tuple[str, int]]:
     return list(names.items())
 
 
-def start_pools(
+def create_pools(
     config: RunConfig,
     placement: Placement,
     calls: RemoteCalls,
     roles: Sequence[Role] = ROLES,
 ) -> Pools:
-    """Create all actors of some roles in their placement groups and wait until each has loaded its model.
+    """Create all actors of some roles in their placement groups; they begin to load their models.
 
     Raises:
         ConfigError: the cluster has no room for them.
-        StuckError, WorkerError: an actor did not come up in time, or failed; the message names it.
         StopRequested: the run was asked to stop.
     """
     groups = reserve(config, placement, calls, roles)
-
     shape = config.objective.shape
     tokens = counted_tokens(student_of(config), config.teacher_path) if "teacher" in groups else None
     classes: dict[Role, Any] = {"rollout": rollout, "teacher": teacher, "learner": rank}
@@ -224,18 +222,37 @@ def start_pools(
 
     pools = Pools(of_role("rollout"), of_role("teacher"), of_role("learner"), groups, create)
     calls.repair.watch(pools)
+    return pools
+
+
+def load_models(config: RunConfig, pools: Pools, calls: RemoteCalls) -> None:
+    """Wait until every rollout actor and teacher has loaded its model.
+
+    Raises:
+        StuckError, WorkerError: an actor did not come up in time, or failed; the message names it.
+        StopRequested: the run was asked to stop.
+    """
+    names = pools.names()
+    _heard(config, calls, {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}, pools)
+
+
+def start_learner(config: RunConfig, pools: Pools, calls: RemoteCalls) -> None:
+    """Have the ranks of the learner load the model together; raises as `load_models`."""
     names, timeout = pools.names(), config.pipeline.start_timeout_s
-    starts = {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}
-    if pools.ranks:
-        addresses = {pools.ranks[0].address.remote(): names[pools.ranks[0]]}
-        (address,) = calls.wait(addresses, "starting the learner", timeout_s=timeout, until_stop=True)
-        starts |= {actor.start.remote(*address): names[actor] for actor in pools.ranks}
-    ready = calls.wait(starts, "loading models", timeout_s=timeout, until_stop=True)
+    addresses = {pools.ranks[0].address.remote(): names[pools.ranks[0]]}
+    (address,) = calls.wait(addresses, "starting the learner", timeout_s=timeout, until_stop=True)
+    _heard(config, calls, {actor.start.remote(*address): names[actor] for actor in pools.ranks})
+
+
+def _heard(
+    config: RunConfig, calls: RemoteCalls, starts: dict[ray.ObjectRef, str], replaceable: Pools | None = None
+) -> None:
+    """Wait for what actors say of themselves when they have loaded; those of `replaceable` may be others by then."""
+    again = (lambda name: replaceable.actor(name).ready.remote()) if replaceable else None
+    timeout = config.pipeline.start_timeout_s
+    ready = calls.wait(starts, "loading models", timeout_s=timeout, until_stop=True, again=again)
     for name, facts in zip(starts.values(), ready, strict=True):
         calls.observers.heard(name, facts)
-    if pools.ranks and config.weights_transport == "broadcast":
-        form_weights_group(pools, calls, timeout)
-    return pools
 
 
 def form_weights_group(pools: Pools, calls: RemoteCalls, timeout_s: float) -> None:

@@ -26,13 +26,14 @@ from common.responses import offline_share, with_responses
 from common.weights.transport import WeightsHandle
 from deploy.batch_metrics import BatchMetrics
 from deploy.checkpoints import FINAL, RunState
-from deploy.cluster import Pools, connect, start_pools
+from deploy.cluster import Pools, connect, create_pools, form_weights_group, load_models
 from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
 from deploy.dealing import ResponseLengths
 from deploy.errors import RunError
 from deploy.evaluator import Evaluator
 from deploy.files import replace_text
+from deploy.learner_group import LearnerGroup
 from deploy.monitoring.observer import Observers
 from deploy.monitoring.occupancy import Window
 from deploy.monitoring.progress import Progress
@@ -53,6 +54,7 @@ from deploy.stop_signals import StopRequested, StopSignals
 from deploy.versions import installed_versions
 from learner.schedule import count_updates
 
+_DATA_LOST = ("ObjectLost", "ObjectReconstructionFailed", "ObjectFetchTimedOut", "OwnerDied")  # Ray's errors
 _RETRY_SECONDS = 5.0  # for a final model that cannot be written
 _LAST_SAVING_SECONDS = 60.0  # for a checkpoint that is being written when a run fails
 
@@ -114,7 +116,11 @@ class Pipeline:
         self.response_lengths = ResponseLengths()
         self.pools = Pools([], [], [])
         self.acknowledgements: dict[ray.ObjectRef, str] = {}  # of the newest version, by the calls that load it
-        self.newest: WeightsHandle | None = None  # what a rollout actor that comes later loads
+        self.learner: LearnerGroup
+        self.published = 0  # the version published last
+        self.dissolved = False  # the weights group, since a member was lost: the next version needs a new one
+        self.newest: WeightsHandle | ray.ObjectRef | None = None  # its handle, or None: it is gone
+        self.late: list[str] = []  # rollout actors that wait for it
         prompts, size = prepared.prompts.prompts, config.rollout.prompts_per_batch
         self.batches = [prompts[i : i + size] for i in range(0, len(prompts), size)][: config.pipeline.max_batches]
         self.run_updates = count_updates(config, len(prompts))
@@ -133,7 +139,7 @@ class Pipeline:
             self.observers = stack.enter_context(self._observers())
             self.saving = Saving(config.pipeline, self.checkpoints, self.observers, self.state.batches)
             stack.callback(self.saving.wait, _LAST_SAVING_SECONDS)
-            self.supervisor = Supervisor(config, self.observers, self.stop)
+            self.supervisor = Supervisor(config, self.state, self.observers, self.stop)
             self.supervisor.prepare = self._catch_up
             self.calls = RemoteCalls(config.pipeline.stage_timeout_s, self.observers, self.stop, self.supervisor)
             if page.url:
@@ -145,6 +151,11 @@ class Pipeline:
                 return self._finish()
             except StopRequested:
                 self._stop()
+            except RunError as error:
+                if not self.pools.ranks or self.learner.busy:  # its state is not known
+                    raise
+                self.stop.fail(error)
+                self._stop()
 
     def _observers(self) -> Observers:
         config, done = self.config, self.state.batches
@@ -153,7 +164,7 @@ class Pipeline:
             [
                 RunStatus(config.run_dir, config.name, len(self.batches), done),
                 RunLog(config.run_dir, done),
-                RayMetrics(config.name, len(self.batches), prompts.read, prompts.dropped),
+                RayMetrics(config.name, len(self.batches), prompts.read, prompts.dropped, config.recovery.restarts),
                 WandbLog(config, done),
                 Progress(len(self.batches), config.name, done),
             ],
@@ -171,7 +182,20 @@ class Pipeline:
         for note in self.prepared.prompts.notes:
             self.observers.note(note)
         self.observers.note("loading models", state="starting")
-        self.pools = start_pools(config, self.prepared.placement, self.calls)
+        self.pools = create_pools(config, self.prepared.placement, self.calls)
+        self.learner = LearnerGroup(
+            config,
+            self.pools,
+            self.calls,
+            self.run_updates,
+            self.supervisor.learner_failed,
+            self.prepared.learner_copy,
+        )
+        self.supervisor.restart_learner = self._restart_learner
+        self.learner.start()
+        load_models(config, self.pools, self.calls)
+        if config.weights_transport == "broadcast":
+            form_weights_group(self.pools, self.calls, config.pipeline.start_timeout_s)
         self._start_evaluator()
         epoch_prompts = len(self.prepared.prompts.prompts) // config.data.epochs
         self.batch_metrics = BatchMetrics(config, self.pools, self.calls, epoch_prompts, self.cost)
@@ -188,7 +212,7 @@ class Pipeline:
             f"going on from {folder.name}: {self.state.batches} of {len(self.batches)} batches are done",
             state="starting",
         )
-        self._on_ranks("load", "loading a checkpoint", folder / "resume")
+        self.learner.load(folder / "resume", self.state.batches)
         for actor in self.pools.rollouts:
             actor.set_block_size.remote(self.state.block_size)
         self._publish()
@@ -259,7 +283,8 @@ class Pipeline:
         self._load_rollouts(self.config.model_copy(update={"model": final}))
 
     def _load_rollouts(self, config: RunConfig) -> None:
-        self.pools = start_pools(config, self.prepared.placement, self.calls, roles=("rollout",))
+        self.pools = create_pools(config, self.prepared.placement, self.calls, roles=("rollout",))
+        load_models(config, self.pools, self.calls)
         self._start_evaluator()
 
     def _start_evaluator(self) -> None:
@@ -302,11 +327,11 @@ class Pipeline:
     def _learn(self, batch: RolloutBatch) -> dict[str, float]:
         """All updates on the oldest batch, which is then no longer in flight; returns what the learner measured."""
         spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
-        learner: dict[str, float]
-        learner = self._on_ranks("train", "training", batch.refs, self.state.updates, self.run_updates, spool)[0]
+        learner = self.learner.train(batch.refs, self.state.updates, spool, self.in_flight)
         self.state.updates += int(learner["updates"])
         self.state.block_size = batch.block_size
         self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
+        self.state.set_aside += len(batch.set_aside)
         self.in_flight.popleft()
         self.state.batches += 1
         return learner
@@ -316,8 +341,13 @@ class Pipeline:
         comes first; at staleness 0 all have loaded it on return."""
         start = time.perf_counter()
         self._collect_acknowledgements()  # of the version before, queued behind rollouts that are trained on by now
+        if self.dissolved:
+            form_weights_group(self.pools, self.calls, self.config.weights_timeout_s)
+            self.dissolved = False
         handle = self._on_ranks("publish", "publishing weights", self.version)[0]
-        self.newest = handle
+        self.newest, self.published = handle, self.version
+        if self.dissolved:  # meanwhile
+            self.newest = self.pools.ranks[0].share_weights.remote()
         for actor, name in self._named(self.pools.rollouts):
             self.acknowledgements |= self._load_newest(actor, name)
         self.batch_metrics.ask(self.pools.rollouts)
@@ -343,22 +373,50 @@ class Pipeline:
         self.acknowledgements = {}
 
     def _load_newest(self, actor: Any, name: str) -> dict[ray.ObjectRef, str]:
-        assert self.newest
         return {
             actor.fetch_weights.remote(self.newest): name,
-            actor.swap_weights.remote(self.newest.version): name,
+            actor.swap_weights.remote(self.published): name,
         }
 
     def _catch_up(self, name: str) -> None:
-        """Queue the version published last on a rollout actor that is new."""
+        """Queue the version published last on a rollout actor that is new. While the learner is restarted it cannot be
+        fetched, but may already be waited for."""
+        actor = self.pools.actor(name)
+        if self.config.weights_transport == "broadcast" and not self.dissolved and self.pools.ranks:
+            self.dissolved = True
+            self.pools.ranks[0].dissolve_weights_group.remote()
+            self.newest = self.pools.ranks[0].share_weights.remote() if self.newest else None
         if self.newest:
-            self._load_newest(self.pools.actor(name), name)
+            self._load_newest(actor, name)
+        elif self.published:
+            actor.swap_weights.remote(self.published)
+            self.late.append(name)
+
+    def _restart_learner(self, error: str) -> None:
+        """The ranks anew, and once more what they had published: it is gone with them."""
+        self.newest, self.late = None, []
+        self.learner.restart()
+        if any(words in error for words in _DATA_LOST) and self.in_flight.ask_lost():
+            self.in_flight.finish_oldest(self.calls)
+        if self.config.weights_transport == "broadcast":
+            form_weights_group(self.pools, self.calls, self.config.weights_timeout_s)
+            self.dissolved = False
+        if self.published and self.published == self.learner.version:
+            self.newest = self.learner.call("publish", "publishing weights", self.published)[0]
+            late = set(self.late)
+            if self.config.weights_transport == "broadcast":  # all must receive what is sent
+                for actor, name in self._named(self.pools.rollouts):
+                    actor.fetch_weights.remote(self.newest)
+                    if name not in late:
+                        actor.swap_weights.remote(self.published)
+            else:
+                for name in late:
+                    self.pools.actor(name).fetch_weights.remote(self.newest)
 
     def _on_ranks(self, method: str, action: str, *arguments: Any) -> list[Any]:
         """Call all ranks together; batches in flight go on meanwhile."""
-        calls = {getattr(actor, method).remote(*arguments): name for actor, name in self._named(self.pools.ranks)}
-        results = self.calls.wait(calls, action, background=self.in_flight)
-        for name in calls.values():
+        results = self.learner.call(method, action, *arguments, background=self.in_flight)
+        for _, name in self._named(self.pools.ranks):
             self.observers.heard(name, weights_version=self.version)
         return results
 
@@ -368,7 +426,9 @@ class Pipeline:
 
     def _rollout_samples(self) -> list[dict[str, Any]]:
         calls = {self.pools.ranks[0].rollout_samples.remote(): "learner-0"}
-        samples: list[dict[str, Any]] = self.calls.wait(calls, "giving samples", shown=False)[0]
+        samples: list[dict[str, Any]] = self.calls.wait(
+            calls, "giving samples", shown=False, again=lambda name: self.pools.actor(name).rollout_samples.remote()
+        )[0]
         return samples
 
     def _evaluation_due(self) -> bool:

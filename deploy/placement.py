@@ -100,6 +100,19 @@ def plan(config: RunConfig) -> Placement:
     return Placement(processes, _payload(config, shape, teacher_shape), checkpoint, shape, teacher_shape)
 
 
+def learner_copy_bytes(placement: Placement) -> int:
+    """Host memory of the copies from which ranks are restarted (`recovery.learner_copy`), of all ranks together: one in
+    the rank, and two versions at its keeper."""
+    return 3 * placement.checkpoint["optimizer"]
+
+
+def learner_copy_fits(config: RunConfig, placement: Placement, available: int) -> bool:
+    """Whether a machine with `available` bytes has room for these copies beside the run."""
+    processes = sum(p.total_bytes for p in placement.processes if not p.gpus)
+    store = object_store_mib(config, placement) * 2**20
+    return processes + store + learner_copy_bytes(placement) <= available
+
+
 def disk_bytes(config: RunConfig, placement: Placement) -> int:
     """What a run's checkpoints take at most: those that are kept and the next, and the final model."""
     at_once = config.pipeline.keep_checkpoints + 1 if config.pipeline.checkpoints_while_training else 0

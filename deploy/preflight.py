@@ -30,6 +30,8 @@ from deploy.placement import (
     check_memory,
     check_resources,
     disk_bytes,
+    learner_copy_bytes,
+    learner_copy_fits,
     object_store_mib,
     on_cluster,
     plan,
@@ -46,7 +48,8 @@ class PreparedRun:
 
     `positions`: tokens that both models can read. `object_store_mib`: None on a cluster, which has its own. `held_out`:
     None where no prompts are held out. `checkpoint`: folder and counters from which the run goes on; None: from the
-    start. `checkpoints`: of this run, which know its data. `warnings`: what its user should hear when it starts.
+    start. `checkpoints`: of this run, which know its data. `learner_copy`: ranks can be restarted from copies of their
+    state. `warnings`: what its user should hear when it starts.
     """
 
     config: RunConfig
@@ -59,6 +62,7 @@ class PreparedRun:
     held_out: HeldOutPrompts | None
     checkpoints: Checkpoints
     checkpoint: tuple[Path, RunState] | None
+    learner_copy: bool
     warnings: list[str]
 
     @property
@@ -103,6 +107,9 @@ def prepare(
     checkpoints = Checkpoints(config, data)
     check_disk(config, placement)
     checkpoint = checkpoints.latest(accept_changed_data) if resume else None
+    copied = config.recovery.learner_copy and (
+        on_cluster(config) or learner_copy_fits(config, placement, psutil.virtual_memory().total)
+    )
     return PreparedRun(
         config=config,
         placement=placement,
@@ -114,8 +121,19 @@ def prepare(
         held_out=_held_out(config, prompts, data),
         checkpoints=checkpoints,
         checkpoint=checkpoint,
-        warnings=[*models.student.notes, *checkpoints.damaged],
+        learner_copy=copied,
+        warnings=[*models.student.notes, *checkpoints.damaged, *_not_copied(config, placement, copied)],
     )
+
+
+def _not_copied(config: RunConfig, placement: Placement, copied: bool) -> list[str]:
+    if copied or not config.recovery.learner_copy:
+        return []
+    needed = learner_copy_bytes(placement) / 2**30
+    return [
+        f"recovery.learner_copy is off: the copies of the learner's state ({needed:,.1f} GiB) do not fit in this "
+        "machine's memory beside the run; if a rank fails, the run ends, and goes on from its newest checkpoint"
+    ]
 
 
 def _held_out(config: RunConfig, prompts: PromptSet, data: dict[str, str]) -> HeldOutPrompts | None:

@@ -17,8 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+
 from common.config.run import RunConfig
 from common.heartbeat import forget, last_beat
+from common.weights.broadcast import DISSOLVED
+from deploy.checkpoints import RunState
 from deploy.cluster import Pools, actor_id, asked
 from deploy.errors import RunError, WorkerError
 from deploy.monitoring.observer import Observers
@@ -32,6 +36,8 @@ AWAY_SECONDS = 5.0
 LEAST_STILL_SECONDS = 30.0
 STILL_FACTOR = 10
 HOUR = 3600.0
+_WEIGHTS_LOST = (DISSOLVED, "rollouts need weights version")
+_CREATION = "error raised in its creation task"  # Ray's words for an exception in an actor's constructor
 
 # what an actor's progress counts; other work has no steps, and is watched by the deadline of its wait alone
 COUNTED = frozenset({"generating", "computing targets", "training", "evaluating the student"})
@@ -57,25 +63,33 @@ class Supervisor(Repair):
     Life cycle: constructed with the run; `watch` when actors are started; then `look` and `failed` from every wait.
     When a budget is spent the run is asked to stop, as by a signal: it ends with a checkpoint where that is possible.
 
-    `restarts` counts replaced processes by role. `prepare` is called with the name of each new rollout actor, before
+    Faults are counted in the run's `state`. `prepare` is called with the name of each new rollout actor, before
     anything else is asked of it.
     """
 
     def __init__(
-        self, config: RunConfig, observers: Observers, stop: StopSignals, clock: Callable[[], float] = time.monotonic
+        self,
+        config: RunConfig,
+        state: RunState,
+        observers: Observers,
+        stop: StopSignals,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self.state = state
         self.observers = observers
         self.stop = stop
         self.pools = Pools([], [], [])
         self.prepare: Callable[[str], None] = lambda name: None
-        self.restarts = dict.fromkeys(ROLES, 0)
-        self.last_repair_seconds: float | None = None
+        self.restart_learner: Callable[[str], None] | None = None  # gets the error
         self._clock = clock
         self._pulses: dict[str, Pulse] = {}
         self._pauses: dict[Role, float] = {}
         self._recent: dict[Role, deque[float]] = {role: deque() for role in ROLES}
         self._first: str | None = None
+        self._loaded: set[Role] = set()  # roles of which a process has loaded its model
+        self._reloaded: set[str] = set()  # ids of rollout actors that lost their next weights with another process
+        self._killed: dict[str, str] = {}  # what was wrong with a rank that was killed, by its id
         self._broken: dict[str, float] = {}  # since when, of actors that have not answered since they were replaced
         self._looked = clock()
 
@@ -86,8 +100,7 @@ class Supervisor(Repair):
     def look(self, working: Mapping[str, str]) -> None:
         """Read the heartbeats, at most once a second, and replace whoever is silent or stands still.
 
-        Raises:
-            RunError: the cluster has no place for a replacement; says what is missing.
+        Where the cluster has no place for a replacement, the run is asked to stop.
         """
         now = self._clock()
         if (away := now - self._looked) < LOOK_SECONDS:
@@ -98,28 +111,67 @@ class Supervisor(Repair):
                 pulse.heard = now if pulse.heard else None
                 pulse.moved = now
         for actor, name in self.pools.names().items():
+            if actor_id(actor) in self._killed:
+                continue
             pulse = self._pulses.setdefault(actor_id(actor), Pulse(now, moved=now))
             self._feel(actor, name, pulse, working.get(name), now)
-            if wrong := self._wrong(name, pulse, now):
+            if not (wrong := self._wrong(name, pulse, now)):
+                continue
+            if role_of(name) == "learner":  # whoever calls it next restarts the group
+                self._killed[actor_id(actor)] = f"{name} {wrong}"
+                ray.kill(actor)
+            else:
                 self._replace(name, f"{name} {wrong}", since=pulse.heard or now)
 
     def failed(self, name: str, ref: Any, error: WorkerError) -> None:
-        """A call failed. If nobody has replaced its actor yet, do it now.
+        """A call failed. If nobody has replaced its actor yet, do it now; of a rank, the whole group.
 
         Raises:
-            WorkerError: actors of this role are not replaced.
+            WorkerError: it cannot even load its model, or a rank failed before the group was complete.
         """
-        if asked(ref) != actor_id(self.pools.actor(name)):
+        role, actor = role_of(name), actor_id(self.pools.actor(name))
+        if asked(ref) != actor:
             return
-        if role_of(name) == "learner":
+        if any(words in str(error) for words in _WEIGHTS_LOST) and actor not in self._reloaded:
+            self._reloaded.add(actor)
+            self.prepare(name)
+            return
+        if role not in self._loaded and _CREATION in str(error):
             raise error
-        self._replace(name, str(error), since=self._clock())
+        if role != "learner":
+            self._replace(name, str(error), since=self._clock())
+            return
+        if not self.restart_learner:
+            raise error
+        since = self._clock()
+        self.learner_failed(self._killed.get(actor, str(error)))
+        self.restart_learner(str(error))
+        self._repaired("the learner", since)
+
+    def learner_failed(self, cause: str) -> None:
+        """Count a fault of the learner.
+
+        Raises:
+            RunError: the budget is spent: it is not restarted.
+        """
+        self._count("learner", cause)
+        if self.stop.failure:
+            raise self.stop.failure
+        budget = self.config.recovery.restarts
+        self.observers.note(
+            f"{cause.splitlines()[0]}; the learner is restarted ({len(self._recent['learner'])} of {budget} this hour)",
+            "warning",
+        )
 
     def answered(self, name: str) -> None:
         """An actor gave a result: if it is a replacement, the fault is repaired."""
+        self._loaded.add(role_of(name))
         if since := self._broken.pop(name, None):
-            self.last_repair_seconds = self._clock() - since
-            self.observers.note(f"{name} works again, {self.last_repair_seconds:.1f} s after the fault")
+            self._repaired(name, since)
+
+    def _repaired(self, name: str, since: float) -> None:
+        self.state.repair_seconds = self._clock() - since
+        self.observers.note(f"{name} works again, {self.state.repair_seconds:.1f} s after the fault")
 
     def _feel(self, actor: Any, name: str, pulse: Pulse, work: str | None, now: float) -> None:
         beat = last_beat(actor_id(actor)) or {}
@@ -140,9 +192,11 @@ class Supervisor(Repair):
         if pulse.heard is None:
             timeout = self.config.ray.placement_timeout_s
             if now - pulse.created > timeout:
-                raise RunError(
-                    f"{name} found no place in the cluster within ray.placement_timeout_s ({timeout:g} s); "
-                    f"{self._first or 'it never started'}; add a node, then go on with --resume auto"
+                self.stop.fail(
+                    RunError(
+                        f"{name} found no place in the cluster within ray.placement_timeout_s ({timeout:g} s), after: "
+                        f"{self._first or 'its first start'}; add a node with {_asked_for(self.config, name)}"
+                    )
                 )
             return None
         silent = now - pulse.heard
@@ -173,7 +227,7 @@ class Supervisor(Repair):
         now, budget = self._clock(), self.config.recovery.restarts
         first_line = cause.splitlines()[0]
         self._first = self._first or first_line
-        self.restarts[role] += 1
+        self.state.restarts[role] += 1
         recent = self._recent[role]
         recent.append(now)
         while now - recent[0] > HOUR:
@@ -185,3 +239,9 @@ class Supervisor(Repair):
                     f"spent. The first fault of the run was: {self._first}"
                 )
             )
+
+
+def _asked_for(config: RunConfig, name: str) -> str:
+    resources = getattr(config, role_of(name)).resources
+    gpus = f" and {resources.gpus:g} GPUs" if resources.gpus else ""
+    return f"{resources.cpus:g} CPUs{gpus} free"

@@ -84,15 +84,18 @@ class RemoteCalls:
         until_stop: bool = False,
         shown: bool = True,
         again: Again | None = None,
+        together: bool = False,
     ) -> list[Any]:
         """Results of the calls in the order of `pending`, whose values name the actors; `background` goes on meanwhile.
 
-        The actors are shown at `action`, unless the call is no work worth showing.
+        The actors are shown at `action`, unless the call is no work worth showing. Calls that belong `together` are
+        all asked again when one fails.
 
         Raises:
             StuckError: the deadline passed; names the actors that did not answer.
             WorkerError: a call failed or its actor died, and cannot be asked `again`; names the actor.
-            StopRequested: the run was asked to stop, and the wait is `until_stop`.
+            StopRequested: the run was asked to stop, and the wait is `until_stop`; or it cannot go on, and these are
+                no calls of the learner, which must be in a known state when the last checkpoint is written.
         """
         timeout_s = timeout_s or self.timeout_s
         calls = list(pending.items())
@@ -101,7 +104,7 @@ class RemoteCalls:
             self.observers.active(self._working(calls, open_places, action, background))
         waited = 0.0
         while open_places:
-            if until_stop:
+            if until_stop or (self.stop.failure and not together):
                 self.stop.check()
             self.repair.look(self._working(calls, open_places, action, background))
             start = time.perf_counter()
@@ -111,6 +114,8 @@ class RemoteCalls:
                 list(open_places), num_returns=len(open_places), timeout=0 if watched else _POLL_SECONDS
             )
             for ref in ready:
+                if ref not in open_places:  # asked again meanwhile
+                    continue
                 place = open_places.pop(ref)
                 name = calls[place][1]
                 try:
@@ -119,8 +124,10 @@ class RemoteCalls:
                     if again is None:
                         raise
                     self.repair.failed(name, ref, error)
-                    calls[place] = again(name), name
-                    open_places[calls[place][0]] = place
+                    for other in range(len(calls)) if together else [place]:
+                        open_places.pop(calls[other][0], None)
+                        calls[other] = again(calls[other][1]), calls[other][1]
+                        open_places[calls[other][0]] = other
             if background:
                 background.advance()
             waited = 0.0 if ready else waited + time.perf_counter() - start

@@ -14,7 +14,7 @@ from common.config.run import RunConfig, Unmasking
 from common.config.shown import shown
 from common.prompts import Prompt, longest_response
 from common.trajectory import BatchInfo
-from deploy.cluster import Pools
+from deploy.cluster import Pools, asked
 from deploy.dealing import Deck, ResponseLengths
 from deploy.errors import StuckError, WorkerError
 from deploy.remote_calls import RemoteCalls
@@ -87,6 +87,7 @@ class RolloutBatch:
         lengths: ResponseLengths,
     ) -> None:
         rollout, caps = config.rollout, config.data.domain_max_tokens
+        self.oldest_allowed = max(index - config.pipeline.staleness, 0)
         self.index = index
         self.max_new_tokens = max_new_tokens
         self.block_size = block_size
@@ -106,6 +107,7 @@ class RolloutBatch:
         self._annotating: dict[ray.ObjectRef, Annotation] = {}
         self._failures: Counter[int] = Counter()  # of calls in which a prompt was with others, by ordinal
         self._failures_alone: Counter[int] = Counter()
+        self._blamed: set[str] = set()  # ids of actors whose failure is counted
         self.actor_stats: dict[ray.ObjectRef, str] = {}
         self._samples = rollout.samples_per_prompt
         self._lengths = lengths
@@ -172,10 +174,21 @@ class RolloutBatch:
             elif item in self._annotating:
                 self._take_targets(item, self._annotating.pop(item))
 
+    def ask_lost(self) -> bool:
+        """Ask again for all that was lost with a node after it had its targets; whether there was any."""
+        for ref, info in list(zip(self.refs, self.infos, strict=True)):
+            if is_lost(ref):
+                self.refs.remove(ref)  # in place: whoever trains on them has the same list
+                self.infos.remove(info)
+                prompts = [self._prompt_of[ordinal] for ordinal in sorted({ordinal for ordinal, _ in info.keys})]
+                self._ask(self._pools.names()[self._pools.rollouts[0]], prompts, set(info.keys))
+        return not self.done
+
     def _ask(self, name: str, prompts: list[Prompt], keys: set[Key], *more: int) -> Any:
         """Begin a share; `more`, the batch and the longest length, where further prompts may be dealt to it."""
         order = (prompts, self.max_new_tokens, self.block_size, self.unmasking, *more)
-        stream = self._pools.actor(name).rollout.options(num_returns="streaming").remote(*order, keys=keys)
+        actor = self._pools.actor(name)
+        stream = actor.rollout.options(num_returns="streaming").remote(*order, keys=keys, oldest=self.oldest_allowed)
         self._streams[stream] = Share(name, prompts, keys, stream)
         return stream
 
@@ -220,7 +233,7 @@ class RolloutBatch:
                 self._pass_on(share, plain, info)
         except WorkerError as error:
             self._calls.repair.failed(share.name, stream.completed(), error)
-            self._count_failure(share.ordinals() - self._at_teachers(share))
+            self._blame(asked(stream.completed()))
             self._deal_no_more(stream, share)
             self._end(share)
 
@@ -298,6 +311,13 @@ class RolloutBatch:
             "warning",
         )
 
+    def _blame(self, actor: str) -> None:
+        """Count a failure of the oldest call of an actor: those behind it had not begun."""
+        if actor not in self._blamed:
+            self._blamed.add(actor)
+            running = next(share for stream, share in self._streams.items() if asked(stream.completed()) == actor)
+            self._count_failure(running.ordinals() - self._at_teachers(running))
+
     def _count_failure(self, ordinals: set[int]) -> bool:
         """Whether work on these prompts has failed often enough for it to be split, or set aside."""
         counter = self._failures_alone if len(ordinals) == 1 else self._failures
@@ -354,6 +374,10 @@ class RolloutsInFlight:
         """
         if waiting := self.waiting:
             self._handle(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])
+
+    def ask_lost(self) -> bool:
+        """Ask again for what was lost of the oldest; whether there was any."""
+        return bool(self._batches) and self._batches[0].ask_lost()
 
     def finish_oldest(self, calls: RemoteCalls) -> RolloutBatch:
         """Advance all batches until the oldest is done; it stays in flight until it is trained on.

@@ -26,7 +26,7 @@ from common.conversion import counted_tokens, load_converted, save_student, stud
 from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.student import attention_windows, default_attention, fitted_head, head_of_folder, parameter_count
-from common.trajectory import Trajectory, TrajectoryMeta, write_spool
+from common.trajectory import Trajectory, write_spool
 from common.weights.broadcast import BroadcastTransport, open_store
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
@@ -40,9 +40,8 @@ from learner.publish import gathered_buckets
 from learner.records import RecordReader
 from learner.rollout_samples import rollout_sample
 from learner.schedule import RunUpdates, learning_rate
+from learner.shard_keeper import receive, send
 from learner.shards import HostCopy, read_shard, write_shard
-
-_WARM_UP_TOKENS = 2048
 
 
 class PreparedUpdate(NamedTuple):
@@ -85,6 +84,10 @@ class LearnerRank:
         self.student_copy, self.shard_copy = HostCopy(), HostCopy()
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] = self.writer.submit(lambda: None)
+        self.kept_copy = HostCopy()
+        self.sender = ThreadPoolExecutor(1, "keeper")
+        self.sending: Future[None] = self.sender.submit(lambda: None)
+        self.micro_batches = 0
 
     def address(self) -> tuple[str, int]:
         """Host and free port for the process group."""
@@ -144,8 +147,6 @@ class LearnerRank:
                 head = fitted_head(head, self.teacher_tokens, self.conversion.config.vocab_size)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
         self.transport: WeightsTransport = ObjectStoreTransport()
-        if on_gpu or learner.compile:
-            self._warm_up()
         if on_gpu and self.config.pipeline.checkpoints_while_training:  # beside the first rollouts
             self.writing = self.writer.submit(self.shard_copy.reserve, self.engine.shard())
         return {
@@ -164,6 +165,18 @@ class LearnerRank:
         """From now on publish by broadcast. Rank 0 only, at the same time as the rollout actors join."""
         timeout = self.config.weights_timeout_s
         self.transport = BroadcastTransport(self._weights_store, members, 0, self.device, timeout)
+
+    @ray.method(concurrency_group="weights")
+    def dissolve_weights_group(self) -> None:
+        """A member is lost: nobody waits for it any longer."""
+        assert isinstance(self.transport, BroadcastTransport)
+        self.transport.dissolve()
+
+    @ray.method(concurrency_group="weights")
+    def share_weights(self) -> WeightsHandle:
+        """The version published last once more, through Ray's object store: for rollout actors outside the group."""
+        assert isinstance(self.transport, BroadcastTransport)
+        return ObjectStoreTransport().publish(*self.transport.staged())
 
     def train(
         self, refs: list[ray.ObjectRef], first_update: int, run_updates: RunUpdates, spool: Path | None = None
@@ -189,7 +202,21 @@ class LearnerRank:
         if spool and self.rank == 0:
             write_spool(spool, record_batches)
         read = time.perf_counter()
-        builder = self._builder(meta)
+        curriculum = self.config.curriculum
+        builder = BatchBuilder(
+            meta=meta,
+            normalization=self.config.objective.normalization,
+            topk_tail=self.config.objective.topk_tail,
+            max_tokens=self.config.learner.max_tokens_per_microbatch,
+            attention=self.attention,
+            device=self.device,
+            teacher_head=self.teacher_head,
+            teacher_tokens=self.teacher_tokens,
+            objective=self.config.objective,
+            windows=attention_windows(self.conversion.config),
+            graphs=self.engine.graphs,
+            want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
+        )
         rows = self.config.learner.batch_rows
         shares = [trajectories[i : i + rows] for i in range(0, len(trajectories), rows)]
         updates = len(shares)
@@ -218,7 +245,6 @@ class LearnerRank:
             "kl": totals["divergence"] / positions,
             "entropy": totals["entropy"] / positions,
             "teacher_agreement": totals["agree"] / positions,
-            **({"trusted_share": totals["trusted"] / positions} if self.config.objective.routes else {}),
             "grad_norm": totals["grad_norm"] / updates,
             "lr": lr,
             "updates": updates,
@@ -227,6 +253,10 @@ class LearnerRank:
             "seconds": seconds,
             **{f"{phase}_s": phases[phase] for phase in PHASES},
         }
+
+    def progress(self) -> int:
+        """Micro-batches so far."""
+        return self.micro_batches
 
     def stats(self) -> dict[str, Any]:
         """`spans` is when this rank trained or published since the last call (common/busy.py)."""
@@ -238,35 +268,6 @@ class LearnerRank:
         Only rank 0 keeps them. They are decoded here, since few batches are asked for.
         """
         return [sample(tokenizer=self.tokenizer) for sample in self.samples]
-
-    def _builder(self, meta: TrajectoryMeta) -> BatchBuilder:
-        curriculum = self.config.curriculum
-        return BatchBuilder(
-            meta=meta,
-            normalization=self.config.objective.normalization,
-            topk_tail=self.config.objective.topk_tail,
-            max_tokens=self.config.learner.max_tokens_per_microbatch,
-            attention=self.attention,
-            device=self.device,
-            teacher_head=self.teacher_head,
-            teacher_tokens=self.teacher_tokens,
-            objective=self.config.objective,
-            windows=attention_windows(self.conversion.config),
-            graphs=self.engine.graphs,
-            want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
-            seed=self.config.seed,
-        )
-
-    def _warm_up(self) -> None:
-        """Compile forward and backward, on a row that trains nothing, while the other roles load. It adds zeros to the
-        gradients, as the rows do that a rank without work gets."""
-        kind = self.config.target_kind
-        width = self.teacher_head.shape[1] if self.teacher_head is not None else self.config.teacher.top_k
-        mask_token_id = self.conversion.config.mask_token_id
-        builder = self._builder(TrajectoryMeta(self.config.block_size, mask_token_id, "", kind, width))
-        row = builder.untrained(min(_WARM_UP_TOKENS, builder.max_tokens))
-        loss = self.engine.forward(builder.tensors(row, []), empty_sums(self.device), last=False)
-        self.engine.backward(loss)
 
     def _prepared(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
         """This rank's micro-batches of an update; on a GPU copied beside what it computes."""
@@ -295,6 +296,7 @@ class LearnerRank:
             loss = self.engine.forward(tensors, sums, last=i == len(update.tensors) - 1)
             self.clock.mark("backward")
             self.engine.backward(loss)
+            self.micro_batches += 1
 
     def _step(self, update: PreparedUpdate, sums: LossSums) -> dict[str, float]:
         """One optimizer step over all ranks; the sums of the update over all ranks."""
@@ -375,8 +377,27 @@ class LearnerRank:
         """
         self.engine.load(read_shard(resume, self.rank, self.config.learner.ranks))
 
+    def keep(self, version: int, keeper: Any) -> None:
+        """Copy this rank's shard, and begin to send the copy to its keeper; `kept` says when it is there."""
+        wait([self.sending])  # it reads the copy
+        self.sending = self.sender.submit(send, keeper, version, self.kept_copy.take(self.engine.shard()))
+
+    @ray.method(concurrency_group="keeper")
+    def kept(self) -> None:
+        """Returns when all that `keep` has begun to send is with the keeper.
+
+        Raises:
+            RayError: the keeper is gone.
+        """
+        self.sending.result()
+
+    def take_back(self, version: int, keeper: Any) -> None:
+        """Take the shard of a version from the keeper; collective."""
+        self.engine.load(receive(keeper, version))
+
 
 def as_remote(config: RunConfig) -> Any:
     resources = config.learner.resources
     environment = None if resources.gpus else {"DS_ACCELERATOR": "cpu"}
-    return as_ray_actor(LearnerRank, resources, environment=environment, concurrency_groups={"files": 1})
+    groups = {"files": 1, "keeper": 1, "weights": 1}
+    return as_ray_actor(LearnerRank, resources, environment=environment, concurrency_groups=groups)

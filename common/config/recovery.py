@@ -16,3 +16,7 @@ class RecoveryConfig(Section):
         le=10**6,
         description="replaced processes per role and hour, after which the run ends with a checkpoint; 0: at the first",
     )
+    learner_copy: bool = Field(
+        True,
+        description="after each rollout batch weights and optimizer of every rank are copied to another process",
+    )

@@ -13,8 +13,9 @@ as it is gathered, because the learner would then wait for the slowest rollout a
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -28,6 +29,9 @@ from common.weights.checksums import device_checksums, host_checksums
 from common.weights.staged_buckets import StagedBuckets, as_tensor
 from common.weights.transport import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
 
+DISSOLVED = "the weights group is dissolved"
+_DISSOLVED_KEY = "dissolved"
+_LOOK_SECONDS = 1.0  # how often a waiting member looks whether it is
 _POLL_SECONDS = 0.002  # while a broadcast runs: NCCL's own wait with a deadline would abort the group
 
 
@@ -41,8 +45,15 @@ def connect(host: str, port: int, timeout_s: float) -> dist.TCPStore:
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
+class GroupDissolved(RuntimeError):  # noqa: N818 (what happened)
+    """A member is gone, so nothing more is sent in this group."""
+
+
 class BroadcastTransport(WeightsTransport):
     """Member 0 publishes, all others fetch. Construct it in all members at the same time: they connect to each other.
+
+    When a member is lost, member 0 calls `dissolve` from another thread, and all waits end with GroupDissolved.
+    What was published last is `staged` still, for whoever needs it before there is a new group.
 
     Checksums of the staged copy on the sender's device are compared with those of the staged copy on the receiver's:
     XXH3 on CPU, sums of words on a GPU.
@@ -66,6 +77,8 @@ class BroadcastTransport(WeightsTransport):
         self._pieces = ThreadPoolExecutor(2, "weights-pieces")
         self._sender = ThreadPoolExecutor(1, "weights-sender")
         self._sent: Future[None] | None = None
+        self._newest: WeightsHandle | None = None
+        self._staging = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._rendezvous(-1, "join the weights group")
         self._group = self._backend()
@@ -74,18 +87,43 @@ class BroadcastTransport(WeightsTransport):
 
     def publish(self, version: int, buckets: Iterable[Bucket]) -> WeightsHandle:
         """Returns when all tensors are staged; they are sent in the background."""
-        if self._sent:
+        if self._sent and not isinstance(self._sent.exception(), GroupDissolved):
             self._sent.result()
         published: list[PublishedBucket] = []
-        for number, bucket in enumerate(buckets):
-            parts = self._staged.parts(number, [tensor for _, tensor in bucket])
-            for (_, tensor), part in zip(bucket, parts, strict=True):
-                as_tensor(part, tensor).copy_(tensor.detach())
-            named = zip(bucket, self._checksums(parts), strict=True)
-            published.append(PublishedBucket(tuple(spec_of(*name_and_tensor, c) for name_and_tensor, c in named)))
-        handle = WeightsHandle(version, tuple(published))
+        with self._staging:
+            for number, bucket in enumerate(buckets):
+                parts = self._staged.parts(number, [tensor for _, tensor in bucket])
+                for (_, tensor), part in zip(bucket, parts, strict=True):
+                    as_tensor(part, tensor).copy_(tensor.detach())
+                named = zip(bucket, self._checksums(parts), strict=True)
+                published.append(PublishedBucket(tuple(spec_of(*name_and_tensor, c) for name_and_tensor, c in named)))
+            self._newest = handle = WeightsHandle(version, tuple(published))
         self._sent = self._sender.submit(self._send, handle)
         return handle
+
+    def staged(self) -> tuple[int, Iterator[Bucket]]:
+        """The version published last, and its buckets; the next one is not staged before all are taken.
+
+        Raises:
+            ValueError: none was published.
+        """
+        if self._newest is None:
+            raise ValueError("nothing was published in this weights group")
+        return self._newest.version, self._staged_buckets(self._newest)
+
+    def _staged_buckets(self, handle: WeightsHandle) -> Iterator[Bucket]:
+        with self._staging:
+            for number, bucket in enumerate(handle.buckets):
+                parts = self._staged.parts(number, bucket.tensors)
+                yield [(s.name, as_tensor(part, s)) for s, part in zip(bucket.tensors, parts, strict=True)]
+
+    def dissolve(self) -> None:
+        """End all waits of all members; called by member 0, in any thread."""
+        self._store.set(_DISSOLVED_KEY, "")
+
+    def _check(self) -> None:
+        if self._store.check([_DISSOLVED_KEY]):
+            raise GroupDissolved(DISSOLVED)
 
     def fetch(self, handle: WeightsHandle) -> list[tuple[str, Tensor]]:
         fetched: list[tuple[str, Tensor]] = []
@@ -133,12 +171,19 @@ class BroadcastTransport(WeightsTransport):
         return [f"ready/{version}/{rank}" for rank in range(1, len(self.members))]
 
     def _wait_for(self, keys: list[str], version: int, what: str) -> None:
-        try:
-            self._store.wait(keys, timedelta(seconds=self.timeout_s))
-        except dist.DistStoreError:
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            self._check()
+            try:
+                left = max(deadline - time.monotonic(), 0.01)
+                self._store.wait(keys, timedelta(seconds=min(left, _LOOK_SECONDS)))
+                return
+            except dist.DistStoreError:
+                if time.monotonic() < deadline:
+                    continue
             ready = zip(self.members[1:], self._ready_keys(version), strict=True)
             late = [member for member, key in ready if not self._store.check([key])]
-            raise self._too_late(what, ", ".join(late or [self.members[0]])) from None
+            raise self._too_late(what, ", ".join(late or [self.members[0]]))
 
     def _broadcast(self, buffers: list[Tensor], version: int) -> None:
         """From member 0 to all; returns when this member's part is complete.
@@ -148,9 +193,13 @@ class BroadcastTransport(WeightsTransport):
         """
         works = [self._group.broadcast([buffer], dist.BroadcastOptions()) for buffer in buffers]
         deadline = time.monotonic() + self.timeout_s
+        looked = time.monotonic()
         while not all(work.is_completed() for work in works):
             if time.monotonic() > deadline:
                 raise self._too_late(f"broadcast weights version {version}", "a member that was ready and then stopped")
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                looked = time.monotonic()
+                self._check()
             time.sleep(_POLL_SECONDS)
         for work in works:
             work.wait()  # raises what went wrong; on a GPU this thread's stream goes on after it

@@ -48,6 +48,11 @@ class WeightsHandle:
     buckets: tuple[PublishedBucket, ...]
 
     @property
+    def is_shared(self) -> bool:
+        """Whether the tensors are in Ray's object store, for everybody; else they are sent to a group."""
+        return any(bucket.payload is not None for bucket in self.buckets)
+
+    @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for bucket in self.buckets for spec in bucket.tensors)
 

@@ -15,7 +15,15 @@ from common.config.yaml_loader import written
 from common.datasets.errors import PromptError
 from common.datasets.rows import open_rows
 from deploy.model_checks import check_model_folder
-from deploy.placement import Placement, disk_bytes, host_copy_bytes, object_store_mib, on_cluster, plan
+from deploy.placement import (
+    Placement,
+    disk_bytes,
+    host_copy_bytes,
+    learner_copy_bytes,
+    object_store_mib,
+    on_cluster,
+    plan,
+)
 from learner.schedule import count_updates
 
 
@@ -46,6 +54,9 @@ def show(config: RunConfig, console: Console) -> None:
     if not on_cluster(config):
         store = object_store_mib(config, placement)
         console.print(f"{'object store':>18}  {size(store * 2**20):>10}  of the Ray started here", highlight=False)
+    if config.recovery.learner_copy:
+        copies = f"{size(learner_copy_bytes(placement)):>10}  of host memory, to restart ranks from"
+        console.print(f"{'learner copies':>18}  {copies}", highlight=False)
     console.rule("checkpoints")
     for name, nbytes in _checkpoint_bytes(config, placement).items():
         console.print(f"{name:>18}  {size(nbytes):>10}", highlight=False)

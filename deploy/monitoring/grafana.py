@@ -30,6 +30,8 @@ def dashboard() -> dict[str, Any]:
     panels += [_series("Since an actor answered", "s", "A flat line near 0 is healthy.", {"{{actor}}": _silence()})]
     not_finite = {"{{run}} {{metric}}": _of_run("not_finite", by="run, metric")}
     panels += [_series("Not finite", "", LIVE_METRICS["not_finite"].meaning, not_finite)]
+    budget = {"{{run}}": _of_run("restart_budget")}
+    panels += [_series("Restarts that an hour may have", "", LIVE_METRICS["restart_budget"].meaning, budget)]
     panels += [_series("Share of the batch's wall time", "share", "How busy each stage is.", _shares())]
     panels += [_family(name, members) for name, members in families().items()]
     return {

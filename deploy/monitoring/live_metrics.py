@@ -22,6 +22,7 @@ LIVE_METRICS: dict[str, LiveSpec] = {
     "prompts": LiveSpec("", "prompts read in one pass over the files, those left out too"),
     "dropped_prompts": LiveSpec("", "prompts left out of every pass", label="reason"),
     "not_finite": LiveSpec("", "1 where a metric of the last batch was NaN or infinite, else 0", label="metric"),
+    "restart_budget": LiveSpec("", "replaced processes that a role may have in an hour (recovery.restarts)"),
     "actor_heard": LiveSpec("s", "Unix time at which an actor last answered", label="actor"),
 }
 

@@ -31,9 +31,6 @@ METRICS: dict[str, MetricSpec] = {
     "loss": MetricSpec("nats", "normalised objective, mean over the batch's updates"),
     "kl": MetricSpec("nats/token", "divergence from the teacher, mean over trained positions"),
     "teacher_agreement": MetricSpec("share", "trained positions where both have the same most likely token"),
-    "trusted_share": MetricSpec(
-        "share", "trained positions in the trust region; where objective.outliers is not none", optional=True
-    ),
     "grad_norm": MetricSpec("", "global gradient norm before clipping, mean over updates"),
     "lr": MetricSpec("", "learning rate of the last update"),
     "tokens_per_step": MetricSpec("tokens", "response tokens per denoising forward of a sequence, in rollouts"),
@@ -92,6 +89,11 @@ METRICS: dict[str, MetricSpec] = {
     "flops/rollout": MetricSpec("FLOPs", "sampling so far: 2 a parameter and token row of prefills, steps and commits"),
     "flops/teacher": MetricSpec("FLOPs", "targets so far: 2 a parameter and response token"),
     "flops/learner": MetricSpec("FLOPs", "training so far: 6 a parameter and response token"),
+    "restarts/rollout": MetricSpec("", "rollout actors replaced so far, because they died, failed or hung"),
+    "restarts/teacher": MetricSpec("", "teachers replaced so far"),
+    "restarts/learner": MetricSpec("", "restarts of the learner's ranks so far"),
+    "set_aside": MetricSpec("prompts", "prompts left out so far, because processes failed on them"),
+    "seconds/repair": MetricSpec("s", "from the last fault to its repair; 0: none so far"),
     "gpu_hours": MetricSpec("h", "reserved GPUs times the wall time of all batches so far"),
     "eval/exact_match": _evaluated("share", "problems answered correctly"),
     "eval/tokens_per_step": _evaluated("tokens", "response tokens per denoising forward of a sequence"),

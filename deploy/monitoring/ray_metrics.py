@@ -27,12 +27,15 @@ class RayMetrics(Observer):
     `ray.init`; the agent of the driver's node serves them, and forgets them soon after the driver has ended.
     """
 
-    def __init__(self, run: str, batches: int, prompts: int, dropped: Mapping[str, int]) -> None:
+    def __init__(
+        self, run: str, batches: int, prompts: int, dropped: Mapping[str, int], restart_budget: int = 0
+    ) -> None:
         """`dropped` of the `prompts` read in one pass over the files were left out, by reason."""
         self._gauges = {name: _gauge(name, run) for name in (*METRICS, *LIVE_METRICS)}
         self._values: dict[tuple[str, str], float] = {}  # by metric and the value of its label
         self._set("batches", batches)
         self._set("prompts", prompts)
+        self._set("restart_budget", restart_budget)
         for reason, count in dropped.items():
             self._set("dropped_prompts", count, reason)
         self._stop = threading.Event()

@@ -48,6 +48,8 @@ def test_broken_worker_ends_the_run_by_name(tmp_path, role, sent, message, overr
     assert "run failed" in text
     assert re.search(message, text), text
     assert not (tmp_path / "tiny" / "summary.json").exists()
+    saved = list((tmp_path / "tiny" / "checkpoints").glob("batch-*/manifest.json"))
+    assert bool(saved) == (role != "LearnerRank")
 
 
 def wait_for(condition, timeout_s: float, log) -> None:

@@ -21,6 +21,7 @@ from common.prompts import Prompt
 from common.ray_actor import as_ray_actor
 from common.trajectory import TrajectoryMeta, batch_info, from_batch, read_spool, to_batch
 from deploy import recovery
+from deploy.checkpoints import RunState
 from deploy.cluster import Pools
 from deploy.dealing import ResponseLengths
 from deploy.errors import RunError
@@ -50,7 +51,7 @@ class FakeRollout:
         self.folder, self.wrong = folder, wrong
         self.dealt: SimpleQueue[list[Prompt] | None] = SimpleQueue()
 
-    def rollout(self, prompts, limit, block_size, unmasking, batch=None, longest=0, keys=None):
+    def rollout(self, prompts, limit, block_size, unmasking, batch=None, longest=0, keys=None, oldest=0):
         rng, more = np.random.default_rng(0), batch is not None
         while prompts or more:
             if not prompts:
@@ -109,7 +110,7 @@ def rolled_out(
     heard = Heard([])
     with Observers([heard]) as observers:
         stop = StopSignals()
-        supervisor = Supervisor(config, observers, stop)
+        supervisor = Supervisor(config, RunState(), observers, stop)
         supervisor.watch(pools)
         calls = RemoteCalls(60.0, observers, stop, supervisor)
         prompts = [Prompt(i, f"question {i}", np.zeros(3, np.int32)) for i in range(8)]
@@ -131,7 +132,7 @@ def test_what_a_failed_actor_had_not_handed_over_is_asked_again(tmp_path, wrong,
     monkeypatch.setattr(recovery, "SILENT_SECONDS", 6.0)
     batch, notes, supervisor = rolled_out(tmp_path, wrong, slots=slots)
     assert len(batch.expected) == 16 and not batch.set_aside
-    assert supervisor.restarts == {"rollout": int(wrong != "nothing"), "teacher": 0, "learner": 0}
+    assert supervisor.state.restarts == {"rollout": int(wrong != "nothing"), "teacher": 0, "learner": 0}
     said = {
         "nothing": "",
         "dies once": " died while generating",
@@ -147,7 +148,7 @@ def test_a_prompt_that_kills_actors_is_set_aside(tmp_path):
     batch, notes, supervisor = rolled_out(tmp_path, "always dies")
     assert [prompt.ordinal for prompt in batch.set_aside] == [3]
     assert {ordinal for ordinal, _ in batch.expected} == {0, 1, 2, 4, 5, 6, 7}
-    assert supervisor.restarts["rollout"] == 4  # twice with others, twice alone
+    assert supervisor.state.restarts["rollout"] == 4  # twice with others, twice alone
     assert "prompt 3 is set aside, because a process failed on it twice: 'question 3'" in notes
 
 
@@ -160,7 +161,7 @@ def test_a_spent_budget_ends_the_run_with_the_first_cause(tmp_path):
 def test_the_first_cause_is_told_beside_the_last():
     stop = StopSignals()
     config = load_config("tiny", ["--recovery.restarts", "1"])
-    supervisor = Supervisor(config, Observers(), stop)
+    supervisor = Supervisor(config, RunState(), Observers(), stop)
     supervisor._count("teacher", "teacher-0 died\nand a traceback")
     supervisor._count("rollout", "rollout-0 died")
     assert not stop.requested
@@ -179,13 +180,19 @@ COMMAND = [
     "--rollout.prompts_per_batch", "8", "--rollout.samples_per_prompt", "2", "--pipeline.spool", "true",
     "--learner.warmup_batches", "1",
 ]  # fmt: skip
-FAULTS = [(0, "RolloutActor", signal.SIGKILL), (2, "TeacherActor", signal.SIGKILL), (3, "RolloutActor", signal.SIGSTOP)]
+FAULTS = [
+    (0, "RolloutActor", signal.SIGKILL),
+    (1, "LearnerRank", signal.SIGKILL),
+    (2, "TeacherActor", signal.SIGKILL),
+    (3, "RolloutActor", signal.SIGSTOP),
+]
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_run_goes_on_without_its_killed_and_stopped_processes(tmp_path, staleness):
+@pytest.mark.parametrize(("staleness", "transport"), [(0, "object_store"), (1, "object_store"), (1, "broadcast")])
+def test_a_run_goes_on_without_its_killed_and_stopped_processes(tmp_path, staleness, transport):
     log, metrics = tmp_path / "log", tmp_path / "tiny" / "metrics.jsonl"
     command = [*COMMAND, "--output_dir", str(tmp_path), "--pipeline.staleness", str(staleness)]
+    command += ["--publish.transport", transport]
     with log.open("w") as out:
         run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         for after, role, sent in FAULTS:

@@ -26,5 +26,5 @@ def test_resources_and_environment_of_a_role(role, module, more, gpus):
     assert (options["num_cpus"], options["num_gpus"]) == (3, gpus)
     assert options["runtime_env"]["env_vars"] == {"OMP_NUM_THREADS": "2", **(more if not gpus else {})}
     # what comes in beside a rollout, and files written beside training, have threads of their own
-    beside = {"rollout": {"weights": 1, "deals": 1}, "learner": {"files": 1}}
+    beside = {"rollout": {"weights": 1, "deals": 1}, "learner": {"files": 1, "keeper": 1, "weights": 1}}
     assert options.get("concurrency_groups") == beside.get(role)

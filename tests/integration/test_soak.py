@@ -1,0 +1,29 @@
+"""The short form of the soak: about ten faults in two runs, at staleness 0 and 1, beside one run without any."""
+
+import json
+
+import pytest
+
+from tests import soak
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+
+def test_runs_with_faults_lose_and_double_nothing(tmp_path):
+    out = tmp_path / "soak.json"
+    results = soak.soak(faults=8, parallel=1, out=out, first_seed=5, work=tmp_path)
+    assert json.loads(out.read_text()) == results
+    assert results["faults"] >= 8
+    assert results["completed_runs"] == results["all_runs"] == 2
+    assert {run["staleness"] for run in results["runs"]} == {0, 1}
+    for bad in ("lost_ordinals", "doubled_ordinals", "too_old", "unbounded_waits", "set_aside_runs"):
+        assert results[bad] == 0, results["runs"]
+    assert results["bit_equal_runs"] == results["compared_runs"] == 1
+
+
+def test_a_schedule_follows_from_its_seed():
+    assert soak.schedule(7) == soak.schedule(7) != soak.schedule(8)
+    faults = [fault for seed in range(60) for fault in soak.schedule(seed)[2]]
+    assert {fault.phase for fault in faults} == set(soak.WORK)
+    assert {fault.role for fault in faults} == {"rollout", "teacher", "learner", "driver", "node"}
+    assert {fault.kind for fault in faults} == {*soak.KINDS, *soak.DRIVER_KINDS, "raylet killed"}
