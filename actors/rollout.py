@@ -78,6 +78,7 @@ class RolloutActor:
             slots=config.rollout.slots,
             seed=config.seed,
             max_batched_tokens=config.rollout.max_batched_tokens,
+            longest=config.data.max_prompt_tokens + config.curriculum.max_tokens + config.block_size,
             cuda_graphs=config.rollout.cuda_graphs,
             compiled=config.rollout.compile,
         )

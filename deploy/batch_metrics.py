@@ -76,6 +76,7 @@ class BatchMetrics:
             "loss": learner["loss"],
             "kl": learner["kl"],
             "teacher_agreement": learner["teacher_agreement"],
+            **{name: learner[name] for name in ("trusted_share",) if name in learner},
             "grad_norm": learner["grad_norm"],
             "lr": learner["lr"],
             "tokens_per_step": generated / max(sum(info.denoise_forwards for info in infos), 1),

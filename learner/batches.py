@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.config.objective import ObjectiveConfig
 from common.masks import TILE, packed_mask, per_layer_kind
+from common.seeds import stream_key, uniform
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
 from learner.packing import (
@@ -72,7 +73,7 @@ class BatchBuilder:
 
     `teacher_head` [V, d] is needed for the target kind `hidden`, and its first `teacher_tokens` rows count (None: all).
     The kind `none` trains on the tokens of x0 as hard labels. `windows` comes from attention_windows of the student.
-    With `graphs` rows come in few widths, and without masks.
+    With `graphs` rows come in few widths, and without masks. `seed` is the run's.
     """
 
     meta: TrajectoryMeta
@@ -87,6 +88,7 @@ class BatchBuilder:
     windows: dict[str, int | None] = field(default_factory=lambda: {"full_attention": None})
     teacher_tokens: int | None = None
     graphs: bool = False
+    seed: int = 0
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
@@ -113,9 +115,14 @@ class BatchBuilder:
         ]
         count = max(len(plan) for plan in plans)
         batches = [microbatch(rows, documents, coefficient, self._width) for rows in plans[rank]]
-        dummy = empty_document(self.meta.block_size)
-        batches += [microbatch([[0]], {0: dummy}, {0: dummy.loss_weight}, self._width)] * (count - len(batches))
-        return batches, positions
+        return batches + [self.untrained()] * (count - len(batches)), positions
+
+    def untrained(self, length: int = 0) -> MicroBatch:
+        """One document that trains nothing, in a row for at least so many tokens."""
+        document = empty_document(self.meta.block_size)
+        return microbatch(
+            [[0]], {0: document}, {0: document.loss_weight}, lambda longest: self._width(max(longest, length))
+        )
 
     def _width(self, longest: int) -> int:
         """How wide rows are made that hold at most `longest` tokens."""
@@ -135,7 +142,13 @@ class BatchBuilder:
         labels = move(batch.loss_label)
         if self.objective.changes_positions or self.want_entropy:
             pairs = self._pairs(batch) if self.objective.terms.rank else None
-            terms = LogitTerms(self.objective, labels, pairs, self.want_entropy)
+            terms = LogitTerms(
+                self.objective,
+                labels,
+                pairs,
+                self.want_entropy,
+                self._moved(self._noise(batch, trajectories)) if self.objective.routes else None,
+            )
         if self.objective.terms.autoregressive:
             next_tokens = NextTokens(
                 index=move(batch.next_index),
@@ -161,6 +174,13 @@ class BatchBuilder:
     def _moved(self, tensor: Tensor) -> Tensor:
         """On the device; from page-locked memory, so that the host need not wait for the copy."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _noise(self, batch: MicroBatch, trajectories: list[Trajectory]) -> Tensor:
+        """Uniform numbers in (0, 1), float32 [L], that depend on trajectory, position and state alone."""
+        keys = [stream_key(self.seed, t.ordinal, t.sample) for t in trajectories]
+        position, copy = (torch.from_numpy(x.ravel()[batch.loss_index]) for x in (batch.positions, batch.copy))
+        # rounds are counted from 0, so that copies below it draw other numbers than the sampler
+        return uniform(torch.tensor(keys)[torch.from_numpy(batch.loss_doc)], position, -1 - copy)
 
     def _pairs(self, batch: MicroBatch) -> Pairs:
         """All pairs of one block's positions with different rounds; they share the block's coefficients equally."""

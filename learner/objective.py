@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config.objective import AS_IT_IS, Divergence, ForwardKL, JensenShannon, MixedKL, ReverseKL, TeacherTarget
+from common.config.objective import (
+    AS_IT_IS,
+    Divergence,
+    ForwardKL,
+    ForwardKLOutliers,
+    JensenShannon,
+    MixedKL,
+    ObjectiveConfig,
+    ReverseKL,
+    TeacherTarget,
+)
 from common.kl import head_logits, kl_divergence
 from common.reshaping import reshape
 from common.student import full_precision_logits
@@ -136,12 +146,22 @@ def divergence(kind: Divergence, log_t: Tensor, log_s: Tensor) -> Tensor:
     raise TypeError(f"unknown divergence {kind!r}")
 
 
+def of_outliers(objective: ObjectiveConfig, log_t: Tensor, log_s: Tensor) -> Tensor:
+    """D of positions outside the trust region, float [L], from log-probabilities of the whole vocabulary [L, V]."""
+    if not isinstance(objective.outliers, ForwardKLOutliers):
+        return torch.zeros_like(log_s[:, 0])
+    best = log_t.topk(min(objective.outliers.top_k, log_t.shape[-1] - 1), dim=-1)
+    others = log_t.scatter(-1, best.indices, -math.inf).logsumexp(-1)
+    target = TopKTarget(ids=best.indices, logprobs=best.values, log_tail_mass=others, tail=objective.topk_tail)
+    return kl_divergence(*target.classes(log_s))
+
+
 @dataclass(kw_only=True)
 class LossSums:
     """Sums over the positions of an update, for metrics: float64 scalars on the device.
 
-    `loss` is the whole loss, `divergence` the sum of D alone, `agree` and `bad` are counts; `entropy` stays 0 where
-    nothing asks for it. A list `per_position` gets every D.
+    `loss` is the whole loss, `divergence` the sum of D alone, `agree` and `bad` are counts; `entropy` and
+    `trusted`, a count, stay 0 where nothing asks for them. A list `per_position` gets every D.
     """
 
     loss: Tensor
@@ -149,6 +169,7 @@ class LossSums:
     agree: Tensor
     bad: Tensor
     entropy: Tensor
+    trusted: Tensor
     per_position: list[Tensor] | None = None
 
     def scalars(self) -> dict[str, Tensor]:
@@ -188,6 +209,11 @@ class ChunkedDivergence(torch.autograd.Function):
                 leaf = logits.requires_grad_(need_grad)
                 log_t, log_s = target[rows].classes(leaf)
                 per_position = divergence(kind, log_t, log_s)
+                trusted = terms.trusted(log_t, log_s, rows) if terms else None
+                if terms and trusted is not None:
+                    outside = of_outliers(terms.objective, log_t, log_s)
+                    per_position = torch.where(trusted, per_position, outside)
+                    sums.trusted += trusted.double().sum()
                 agree = target[rows].agree(log_t, log_s.detach(), leaf.detach())
                 counted = terms.counted(per_position, log_t, log_s, rows) if terms else per_position
                 chunk_loss = (coefficient[rows] * counted).sum()
@@ -235,7 +261,7 @@ def empty_sums(device: torch.device) -> LossSums:
     def zero() -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=device)
 
-    return LossSums(loss=zero(), divergence=zero(), agree=zero(), bad=zero(), entropy=zero())
+    return LossSums(loss=zero(), divergence=zero(), agree=zero(), bad=zero(), entropy=zero(), trusted=zero())
 
 
 def _add(sums: LossSums, per_position: Tensor, loss: Tensor, logits: Tensor, agree: Tensor) -> None:

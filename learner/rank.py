@@ -26,7 +26,7 @@ from common.conversion import counted_tokens, load_converted, save_student, stud
 from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.student import attention_windows, default_attention, fitted_head, head_of_folder, parameter_count
-from common.trajectory import Trajectory, write_spool
+from common.trajectory import Trajectory, TrajectoryMeta, write_spool
 from common.weights.broadcast import BroadcastTransport, open_store
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
@@ -42,6 +42,8 @@ from learner.rollout_samples import rollout_sample
 from learner.schedule import RunUpdates, learning_rate
 from learner.shard_keeper import receive, send
 from learner.shards import HostCopy, read_shard, write_shard
+
+_WARM_UP_TOKENS = 2048
 
 
 class PreparedUpdate(NamedTuple):
@@ -147,6 +149,8 @@ class LearnerRank:
                 head = fitted_head(head, self.teacher_tokens, self.conversion.config.vocab_size)
             self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
         self.transport: WeightsTransport = ObjectStoreTransport()
+        if on_gpu or learner.compile:
+            self._warm_up()
         if on_gpu and self.config.pipeline.checkpoints_while_training:  # beside the first rollouts
             self.writing = self.writer.submit(self.shard_copy.reserve, self.engine.shard())
         return {
@@ -202,21 +206,7 @@ class LearnerRank:
         if spool and self.rank == 0:
             write_spool(spool, record_batches)
         read = time.perf_counter()
-        curriculum = self.config.curriculum
-        builder = BatchBuilder(
-            meta=meta,
-            normalization=self.config.objective.normalization,
-            topk_tail=self.config.objective.topk_tail,
-            max_tokens=self.config.learner.max_tokens_per_microbatch,
-            attention=self.attention,
-            device=self.device,
-            teacher_head=self.teacher_head,
-            teacher_tokens=self.teacher_tokens,
-            objective=self.config.objective,
-            windows=attention_windows(self.conversion.config),
-            graphs=self.engine.graphs,
-            want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
-        )
+        builder = self._builder(meta)
         rows = self.config.learner.batch_rows
         shares = [trajectories[i : i + rows] for i in range(0, len(trajectories), rows)]
         updates = len(shares)
@@ -245,6 +235,7 @@ class LearnerRank:
             "kl": totals["divergence"] / positions,
             "entropy": totals["entropy"] / positions,
             "teacher_agreement": totals["agree"] / positions,
+            **({"trusted_share": totals["trusted"] / positions} if self.config.objective.routes else {}),
             "grad_norm": totals["grad_norm"] / updates,
             "lr": lr,
             "updates": updates,
@@ -268,6 +259,35 @@ class LearnerRank:
         Only rank 0 keeps them. They are decoded here, since few batches are asked for.
         """
         return [sample(tokenizer=self.tokenizer) for sample in self.samples]
+
+    def _builder(self, meta: TrajectoryMeta) -> BatchBuilder:
+        curriculum = self.config.curriculum
+        return BatchBuilder(
+            meta=meta,
+            normalization=self.config.objective.normalization,
+            topk_tail=self.config.objective.topk_tail,
+            max_tokens=self.config.learner.max_tokens_per_microbatch,
+            attention=self.attention,
+            device=self.device,
+            teacher_head=self.teacher_head,
+            teacher_tokens=self.teacher_tokens,
+            objective=self.config.objective,
+            windows=attention_windows(self.conversion.config),
+            graphs=self.engine.graphs,
+            want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
+            seed=self.config.seed,
+        )
+
+    def _warm_up(self) -> None:
+        """Compile forward and backward, on a row that trains nothing, while the other roles load. It adds zeros to the
+        gradients, as the rows do that a rank without work gets."""
+        kind = self.config.target_kind
+        width = self.teacher_head.shape[1] if self.teacher_head is not None else self.config.teacher.top_k
+        mask_token_id = self.conversion.config.mask_token_id
+        builder = self._builder(TrajectoryMeta(self.config.block_size, mask_token_id, "", kind, width))
+        row = builder.untrained(min(_WARM_UP_TOKENS, builder.max_tokens))
+        loss = self.engine.forward(builder.tensors(row, []), empty_sums(self.device), last=False)
+        self.engine.backward(loss)
 
     def _prepared(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
         """This rank's micro-batches of an update; on a GPU copied beside what it computes."""

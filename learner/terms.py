@@ -28,12 +28,16 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LogitTerms:
-    """Clip, importance weight, sharpening and rank terms of one forward; `labels` int64 [L] are the tokens of x0."""
+    """Clip, importance weight, routing, sharpening and rank terms of one forward.
+
+    `labels` int64 [L] are the tokens of x0; `noise` float32 [L] in (0, 1) routes the positions.
+    """
 
     objective: ObjectiveConfig
     labels: Tensor
     pairs: Pairs | None = None
     want_entropy: bool = False
+    noise: Tensor | None = None
 
     @property
     def needs_entropy(self) -> bool:
@@ -56,10 +60,18 @@ class LogitTerms:
         if self.objective.clip_nats is not None:
             divergence = divergence.clamp_max(self.objective.clip_nats)
         if self.objective.importance_weight:
-            label = self.labels[rows, None]
-            ratio = (log_t.gather(-1, label) - log_s.detach().gather(-1, label))[:, 0]
-            divergence = divergence * ratio.clamp_max(0.0).exp()
+            divergence = divergence * self._trust(log_t, log_s, rows)
         return divergence
+
+    def trusted(self, log_t: Tensor, log_s: Tensor, rows: slice) -> Tensor | None:
+        """bool [rows]: a draw with probability min(p_t / p_s, 1) of the token in x0; None: all are."""
+        return None if self.noise is None else self.noise[rows] < self._trust(log_t, log_s, rows)
+
+    def _trust(self, log_t: Tensor, log_s: Tensor, rows: slice) -> Tensor:
+        """min(p_t / p_s, 1) of the token in x0, float [rows], without gradient."""
+        label = self.labels[rows, None]
+        ratio = (log_t.gather(-1, label) - log_s.detach().gather(-1, label))[:, 0]
+        return ratio.clamp_max(0.0).exp()
 
     def added(self, entropy: Tensor, agree: Tensor, coefficient: Tensor, rows: slice, pairs: slice) -> Tensor:
         """Sum of the sharpening and rank terms of a chunk.

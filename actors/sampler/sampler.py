@@ -47,6 +47,7 @@ from common.student import full_precision_logits, hidden_states
 from common.trajectory import EndTokens, Trajectory
 
 FEWEST_ROWS = 8  # of a pass on CUDA: with fewer it takes as long
+FEW_ROWS = 32  # passes of so few rows, or fewer, have room for all commits and masked positions
 MOST_GRAPHED_TOKENS = 4096  # of a prefill that is a graph: one of more keeps the GPU busy for longer than its launches
 # further requests that have come, where the argument is true after waiting for some; None: no more will come
 More = Callable[[bool], list[Request] | None]
@@ -63,7 +64,7 @@ class Sampler:
     Then `generate`, any number of times, one call at a time. Between two calls the owner may copy new weights into the
     model, in place, and set `weights_version`, which every trajectory carries; set `seed`; or call `set_block_size`.
     A caller may leave `generate` before its end: the next call forgets what was running. The cache is kept from call
-    to call and grows with the longest request.
+    to call and grows with the longest request; on CUDA it is made for x0 of `longest` tokens at once.
 
     Example, which prints responses as they end::
 
@@ -104,10 +105,12 @@ class Sampler:
         seed: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batched_tokens: int = 16384,
+        longest: int = 0,
         cuda_graphs: bool = True,
         compiled: bool = True,
     ) -> None:
         self.model = model
+        self.longest = longest
         self.block_size = block_size
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
@@ -180,7 +183,9 @@ class Sampler:
         stops = self.stops if has_stops else None
         if has_stops and not stops:
             raise ValueError("requests with stop strings need a sampler with a tokenizer")
-        state, cache = self._memory(max([longest, *(self._end(r) for r in waiting)]))
+        # on CUDA new memory would discard all graphs, and the limit of responses grows during a run
+        at_once = self.longest if self.few_shapes else 0
+        state, cache = self._memory(max([at_once, longest, *(self._end(r) for r in waiting)]))
         rule, threshold = without_threshold(decoding.unmasking)
         decoding = replace(decoding, unmasking=rule)
         state.threshold.fill_(threshold)
@@ -288,8 +293,9 @@ class Sampler:
         # few shapes, so that there are few graphs
         rows = pass_rows(state.running)
         count, positions = len(rows), len(rows) * self.block_size
-        commits = _round_up(commits, -(-count // 4), count)
-        masked = _round_up(masked, -(-positions // 8), positions)
+        few = count <= FEW_ROWS  # these cost hardly more with room for all, and need one graph
+        commits = count if few else _round_up(commits, -(-count // 4), count)
+        masked = positions if few else _round_up(masked, -(-positions // 8), positions)
         slots = state.rows_on_device(rows)
 
         def device_pass() -> Tensor:

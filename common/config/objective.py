@@ -204,6 +204,28 @@ class JensenShannon(Section):
 Divergence = Annotated[ForwardKL | ReverseKL | MixedKL | JensenShannon, Field(discriminator="kind")]
 
 
+class NoOutliers(Section):
+    """Every position has the divergence."""
+
+    kind: Literal["none"] = "none"
+
+
+class ForwardKLOutliers(Section):
+    """Outside the trust region D is the forward KL over the teacher's best tokens, with objective.topk_tail (TrOPD)."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+    top_k: int = Field(64, ge=1, description="how many of the teacher's best tokens")
+
+
+class LeftOutOutliers(Section):
+    """Outside the trust region D is 0; such positions count in the normalisation all the same."""
+
+    kind: Literal["left_out"] = "left_out"
+
+
+Outliers = Annotated[NoOutliers | ForwardKLOutliers | LeftOutOutliers, Field(discriminator="kind")]
+
+
 class ExtraTerms(Section):
     """Terms beside the divergence, each 0 (off) by default; all share its positions, weights and normalisation."""
 
@@ -229,7 +251,8 @@ class ExtraTerms(Section):
         return self.sharpening > 0 or self.rank > 0
 
 
-_ROLLED_OUT = ("per_block", "global", "all_rounds", "mixture", "random", "complementary")
+_VISITED = ("per_block", "global", "all_rounds", "mixture")
+_ROLLED_OUT = (*_VISITED, "random", "complementary")
 
 
 def _cell(source: tuple[str, ...], state: tuple[str, ...], divergence: str) -> dict[str, tuple[str, ...]]:
@@ -247,6 +270,7 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "off_policy_distillation": {"source": ("offline",), "state": ("random", "complementary"), "target": ("teacher",)},
     "sft": {"source": ("offline",), "state": ("random", "complementary"), "target": ("hard",)},
     "lift": {"source": ("offline",), "state": ("lift",), "target": ("hard",), "weight": ("inverse_t",)},
+    "tropd": {**_cell(("student",), _ROLLED_OUT, "reverse_kl"), "outliers": ("forward_kl", "left_out")},
     # the four cells of prefixes from teacher or student times forward or reverse KL (arXiv 2605.16826)
     "kd": _cell(("offline",), ("random", "complementary"), "forward_kl"),
     "offline_rl": _cell(("offline",), ("random", "complementary"), "reverse_kl"),
@@ -259,7 +283,9 @@ class ObjectiveConfig(Section):
     """Which states are trained, and how the student is compared with the target there."""
 
     method: (
-        Literal["opdlm", "opdlm_off", "off_policy_distillation", "sft", "lift", "kd", "offline_rl", "dagger", "opd"]
+        Literal[
+            "opdlm", "opdlm_off", "off_policy_distillation", "sft", "lift", "tropd", "kd", "offline_rl", "dagger", "opd"
+        ]
         | None
     ) = Field(
         None,
@@ -288,6 +314,11 @@ class ObjectiveConfig(Section):
     importance_weight: bool = Field(
         False, description="times min(p_teacher / p_student, 1) of the token in x0, without gradient; target hidden"
     )
+    outliers: Outliers = Field(
+        NoOutliers(),
+        description="what D is outside the trust region, in which a position is with probability "
+        "min(p_teacher / p_student, 1) of the token in x0; target hidden",
+    )
     terms: ExtraTerms = ExtraTerms()
 
     @property
@@ -298,7 +329,7 @@ class ObjectiveConfig(Section):
     @property
     def changes_positions(self) -> bool:
         """Whether anything but the plain divergence is computed from the logits."""
-        return self.clip_nats is not None or self.importance_weight or self.terms.needs_entropy
+        return self.clip_nats is not None or self.importance_weight or self.routes or self.terms.needs_entropy
 
     @model_validator(mode="before")
     @classmethod
@@ -323,6 +354,11 @@ class ObjectiveConfig(Section):
         return self
 
     @property
+    def routes(self) -> bool:
+        """Whether some positions have another divergence than the others."""
+        return not isinstance(self.outliers, NoOutliers)
+
+    @property
     def reads_difficulty(self) -> bool:
         """Whether the learner chooses among the masked tokens by the student's probabilities of them."""
         return isinstance(self.state, LiftState)
@@ -339,7 +375,11 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _terms_have_what_they_need(self) -> ObjectiveConfig:
         teacherless = self.target.kind == "hard"
-        for name, on in (("importance_weight", self.importance_weight), ("terms.alignment", self.terms.alignment > 0)):
+        for name, on in (
+            ("importance_weight", self.importance_weight),
+            ("outliers", self.routes),
+            ("terms.alignment", self.terms.alignment > 0),
+        ):
             if on and teacherless:
                 raise ValueError(f"{name} compares with a teacher, and target.kind 'hard' has none; turn it off")
         if self.terms.rank and self.source.kind == "offline":

@@ -684,6 +684,7 @@ class RunConfig(Section):
         objective = self.objective
         for name, on in (
             ("importance_weight", objective.importance_weight),
+            ("outliers", objective.routes),
             ("terms.alignment", objective.terms.alignment > 0),
         ):
             if on and self.target_kind != "hidden":

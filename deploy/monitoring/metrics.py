@@ -31,6 +31,9 @@ METRICS: dict[str, MetricSpec] = {
     "loss": MetricSpec("nats", "normalised objective, mean over the batch's updates"),
     "kl": MetricSpec("nats/token", "divergence from the teacher, mean over trained positions"),
     "teacher_agreement": MetricSpec("share", "trained positions where both have the same most likely token"),
+    "trusted_share": MetricSpec(
+        "share", "trained positions in the trust region; where objective.outliers is not none", optional=True
+    ),
     "grad_norm": MetricSpec("", "global gradient norm before clipping, mean over updates"),
     "lr": MetricSpec("", "learning rate of the last update"),
     "tokens_per_step": MetricSpec("tokens", "response tokens per denoising forward of a sequence, in rollouts"),

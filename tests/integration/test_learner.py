@@ -42,6 +42,7 @@ def config(path: str, ranks: int, deepspeed: dict) -> RunConfig:
             "warmup_batches": 0,
             "dtype": "float32",
             "gradient_checkpointing": ranks == 2,
+            "compile": True,  # on CPU nothing but the warm-up, which must change no number
             "max_tokens_per_microbatch": 128,
             "deepspeed": deepspeed,
             "resources": {"cpus": 0.5},

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from common.config.objective import ObjectiveConfig
 from common.masks import dense_mask
 from common.states import select_states
+from common.trajectory import TrajectoryMeta
+from learner.batches import BatchBuilder
 from learner.packing import (
     PAD_DOCUMENT,
     Document,
@@ -152,3 +154,14 @@ def test_joined_moves_indices_and_groups_on():
     assert whole.loss_label.tolist() == [7, 8, 9]
     assert whole.next_index.tolist() == [4]
     assert (whole.loss_weight.dtype, len(whole.loss_weight)) == (np.float32, 0)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("none", 0), ("topk", 4), ("hidden", 8)])
+def test_a_row_that_trains_nothing_is_as_long_as_asked(kind, width):
+    meta = TrajectoryMeta(4, 9, "", kind, width)
+    builder = BatchBuilder(meta, "row_mean", "bucket", 64, "sdpa", torch.device("cpu"), torch.zeros(10, 8))
+    row = builder.untrained(50)
+    batch = builder.tensors(row, [])
+    assert batch.ids.shape == (1, 56) and batch.tokens == 4
+    assert len(batch.loss_index) == len(batch.coefficient) == 0
+    assert builder.untrained().ids.shape == (1, 8)

@@ -142,6 +142,18 @@ def test_padded_shapes_as_graphs_need_them_change_nothing(model, unmasking, monk
     assert {16, 8, 4} <= sizes <= {16, 8, 4, 2}
 
 
+def test_memory_of_the_longest_sequence_is_made_once(model):
+    """A response limit that grows from batch to batch discards no graph."""
+    decoding, memories = Decoding(StaticUnmasking(), 1.0), []
+    for few_shapes in (True, False):
+        of = sampler(model, slots=4)
+        of.longest, of.few_shapes = 300, few_shapes
+        for limit in (4, 160):
+            list(of.generate(requests(limit)[:2], decoding))
+            memories.append(of._state)
+    assert memories[0] is memories[1] and memories[2] is not memories[3]
+
+
 def test_the_slots_of_a_pass():
     running = np.zeros(20, bool)
     running[[3, 7, 19]] = True

@@ -1,5 +1,7 @@
 """Clip, importance weight and extra terms: each against a few lines of its formula in float64, gradients included."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.unit.test_parity import BLOCK, builder, set_targets, trajectories
 
 LABELS = torch.randint(0, V, (POSITIONS,), generator=torch.Generator().manual_seed(5))
 ROUNDS = [0, 1, 1, 0, 2, 1, 0]
+NOISE = torch.tensor([0.02, 0.9, 0.3, 0.6, 0.99, 0.1, 0.5])
 GROUP_ENDS = [3, 6, 7]  # blocks of the seven positions
 
 
@@ -42,6 +45,16 @@ def direct_loss(objective, hidden, weight, teacher_hidden, head, coefficient):
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(POSITIONS):
         d = (log_t[i].exp() * (log_t[i] - log_s[i])).sum()
+        if objective.outliers.kind != "none" and NOISE[i] >= (log_t[i, LABELS[i]] - log_s[i, LABELS[i]]).exp():
+            d = torch.zeros_like(d)
+            if objective.outliers.kind == "forward_kl":
+                best = sorted(range(V), key=lambda v: -log_t[i, v].item())[: objective.outliers.top_k]
+                p, q = log_t[i, best].exp(), log_s[i, best].exp()
+                if objective.topk_tail == "bucket":
+                    p, q = torch.cat([p, 1 - p.sum(0, keepdim=True)]), torch.cat([q, 1 - q.sum(0, keepdim=True)])
+                if objective.topk_tail == "renorm":
+                    p, q = p / p.sum(), q / q.sum()
+                d = (p * (p / q).log()).sum()
         if objective.clip_nats:
             d = torch.minimum(d, torch.tensor(objective.clip_nats, dtype=torch.float64))
         if objective.importance_weight:
@@ -61,6 +74,10 @@ CHOICES = [
     {"importance_weight": True},
     {"terms": {"sharpening": 0.7}},
     {"terms": {"rank": 0.4, "rank_margin": 0.1}},
+    {"outliers": {"kind": "forward_kl", "top_k": 3}},
+    {"outliers": {"kind": "forward_kl", "top_k": 5}, "topk_tail": "renorm"},
+    {"outliers": {"kind": "forward_kl", "top_k": 5}, "topk_tail": "drop", "clip_nats": 1.0},
+    {"outliers": {"kind": "left_out"}, "terms": {"sharpening": 0.2}},
     {"clip_nats": 3.0, "importance_weight": True, "terms": {"sharpening": 0.2, "rank": 0.3}},
 ]
 
@@ -74,7 +91,9 @@ def test_logit_terms(choice, chunk):
     head[:] = weight + 0.3 * head
     hidden.requires_grad_()
     weight.requires_grad_()
-    terms = LogitTerms(objective, LABELS, pairs() if objective.terms.rank else None)
+    terms = LogitTerms(
+        objective, LABELS, pairs() if objective.terms.rank else None, noise=NOISE if objective.routes else None
+    )
     target, sums = HiddenTarget(teacher_hidden, head), empty_sums(CPU)
     loss = ChunkedDivergence.apply(hidden, weight, target, coefficient, ForwardKL(), chunk, sums, terms)
     slow = direct_loss(objective, hidden, weight, teacher_hidden, head, coefficient)
@@ -87,16 +106,54 @@ def test_logit_terms(choice, chunk):
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if "importance_weight" not in c], ids=str)
 def test_gradcheck(choice):
-    """The importance weight is left out: by definition it has no gradient."""
+    """The importance weight is left out: by definition it has no gradient. Nor has what routes a position."""
     hidden, weight, teacher_hidden, head, coefficient = data(4)
     objective = ObjectiveConfig(**choice)
-    terms = LogitTerms(objective, LABELS, pairs() if objective.terms.rank else None)
+    terms = LogitTerms(
+        objective, LABELS, pairs() if objective.terms.rank else None, noise=NOISE if objective.routes else None
+    )
 
     def loss(h, w):
         target = HiddenTarget(teacher_hidden, head)
         return ChunkedDivergence.apply(h, w, target, coefficient, ForwardKL(), 2, empty_sums(CPU), terms)
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_the_share_of_trusted_positions_is_counted_and_the_draw_is_the_positions_own(model_and_rows):
+    """Noise below min(p_t / p_s, 1) of the token in x0; it depends on trajectory, position and state, and not on how
+    the update is packed."""
+    hidden, weight, teacher_hidden, head, coefficient = data(4)
+    objective, sums = ObjectiveConfig(method="tropd"), empty_sums(CPU)
+    terms = LogitTerms(objective, LABELS, noise=NOISE)
+    target = HiddenTarget(teacher_hidden, head)
+    ChunkedDivergence.apply(hidden, weight, target, coefficient, objective.divergence, 3, sums, terms)
+    p_s, p_t = (hidden @ weight.T).softmax(-1), (teacher_hidden @ head.T).softmax(-1)
+    expected = sum(
+        float(n) < (p_t[i, y] / p_s[i, y]).item() for i, (n, y) in enumerate(zip(NOISE, LABELS, strict=True))
+    )
+    assert 0 < sums.trusted.item() == expected < POSITIONS
+
+    model, tokenizer, rows = model_and_rows
+    plain = builder(tokenizer, model)
+
+    def noise(max_tokens: int) -> dict[tuple[int, int, int], float]:
+        build = replace(plain, max_tokens=max_tokens, objective=objective, seed=3)
+        found = {}
+        for rank in range(2):
+            for micro in build.update(rows, rank, 2)[0]:
+                where = zip(
+                    micro.loss_doc.tolist(),
+                    micro.positions.ravel()[micro.loss_index].tolist(),
+                    micro.copy.ravel()[micro.loss_index].tolist(),
+                    strict=True,
+                )
+                found |= dict(zip(where, build.tensors(micro, rows).terms.noise.tolist(), strict=True))
+        return found
+
+    drawn = noise(64)
+    assert drawn == noise(4096)
+    assert len(set(drawn.values())) > 0.9 * len(drawn)
 
 
 def test_entropy_is_counted_where_it_is_wanted():
@@ -210,6 +267,8 @@ def test_the_divergence_is_the_same_with_causal_documents_beside(model_and_rows)
     [
         ({"importance_weight": True, "target": {"kind": "hard"}}, "importance_weight compares with a teacher"),
         ({"terms": {"alignment": 1}, "target": {"kind": "hard"}}, r"terms\.alignment compares with a teacher"),
+        ({"outliers": {"kind": "left_out"}, "target": {"kind": "hard"}}, "outliers compares with a teacher"),
+        ({"method": "tropd", "divergence": {"kind": "forward_kl"}}, r"means divergence\.kind reverse_kl"),
         ({"terms": {"rank": 1}, "method": "sft"}, "which source.kind 'offline' does not have"),
     ],
 )
@@ -219,7 +278,7 @@ def test_terms_that_lack_what_they_need_are_refused(objective, message):
 
 
 def test_hidden_states_are_needed():
-    for objective in ({"importance_weight": True}, {"terms": {"alignment": 0.1}}):
+    for objective in ({"importance_weight": True}, {"terms": {"alignment": 0.1}}, {"method": "tropd"}):
         run_config(objective=objective)
         with pytest.raises(ValidationError, match=r"set teacher\.target to 'hidden'"):
             run_config(objective=objective, teacher={"target": "topk"})
