@@ -27,7 +27,7 @@ from common.busy import BusySpans, computes
 from common.config.run import RunConfig, Unmasking
 from common.conversion import counted_tokens, load_converted, student_of
 from common.device import device_for
-from common.prompts import Prompt, longest_response
+from common.prompts import Prompt, longest_response, part_of
 from common.ray_actor import as_ray_actor
 from common.responses import offline_trajectory
 from common.seeds import state_rng
@@ -167,6 +167,7 @@ class RolloutActor:
         self.set_block_size(block_size)
         decoding = Decoding(unmasking, rollout.temperature, rollout.top_k, rollout.top_p)
         caps = self.config.data.domain_max_tokens
+        parts = self.config.objective.parts
 
         def limit(prompt: Prompt) -> int:
             return longest_response(prompt, max_new_tokens, caps, block_size)
@@ -179,7 +180,7 @@ class RolloutActor:
                 Request(p.ordinal, sample, p.ids, limit(p), p.domain)
                 for p in prompts
                 if not p.responses
-                for sample in range(rollout.samples_per_prompt)
+                for sample in p.samples(rollout.samples_per_prompt)
             ]
 
         start = time.perf_counter()
@@ -199,14 +200,15 @@ class RolloutActor:
             offline_trajectory(p, sample, limit(p), block_size, self.meta.mask_token_id, self.end_tokens)
             for p in prompts
             for sample in range(len(p.responses))
-            if wanted(p, sample)
+            if wanted(p, p.first_sample + sample)
         )
         first = [request for request in requests(prompts) if wanted(request, request.sample)]
         rows_before, slot_seconds_before = self.sampler.token_rows, self.sampler.slot_seconds
         pending: list[Trajectory] = []
         for trajectory in chain(offline, self.sampler.generate(first, decoding, more, longest)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
-            select_states(trajectory, self.config.objective, block_size, self.end_tokens, rng)
+            objective = parts[part_of(trajectory.sample, rollout.samples_per_prompt)]
+            select_states(trajectory, objective, block_size, self.end_tokens, rng)
             pending.append(trajectory)
             self.tokens += len(trajectory.response_ids)
             if len(pending) >= rollout.stream_rows:

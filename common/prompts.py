@@ -27,7 +27,8 @@ _CHUNK = 1024  # prompts tokenised together
 class Prompt:
     """One tokenised prompt; `ids` int32 with the chat template and the generation prompt applied.
 
-    `responses`, int32 each, stand in for a rollout of every sample where they are set.
+    `responses`, int32 each, stand in for a rollout of every sample where they are set. Samples are numbered from
+    `first_sample` on: further ones of a prompt are another loss's (`part_of`).
     """
 
     ordinal: int
@@ -36,6 +37,15 @@ class Prompt:
     domain: str = ""
     answer: str | None = None
     responses: tuple[np.ndarray, ...] = ()
+    first_sample: int = 0
+
+    def samples(self, count: int) -> range:
+        return range(self.first_sample, self.first_sample + count)
+
+
+def part_of(sample: int, samples: int) -> int:
+    """The loss (objective.parts) that a sample is for, where each has so many of a prompt."""
+    return sample // samples
 
 
 def longest_response(prompt: Prompt, max_new_tokens: int, caps: dict[str, int], block_size: int) -> int:

@@ -6,14 +6,14 @@ rollouts: states, teacher, Arrow, learner. A response has no realised rounds, so
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from common.config.objective import MixtureSource, OfflineSource, Source
+from common.annealing import annealed
+from common.config.objective import MixtureSource, ObjectiveConfig, OfflineSource, Source
 from common.config.run import DataConfig
 from common.conversations import LeftOut, check_text, conversation_of
 from common.datasets.errors import PromptError
@@ -85,16 +85,10 @@ def _ids(
 
 
 def offline_share(source: Source, batch: int) -> float:
-    """Probability that a prompt of rollout batch `batch` (from 0) takes its offline response.
-
-    A mixture with p = min(1, batch / batches) goes from start to end with p (`linear`) or with (1 - cos(pi p)) / 2
-    (`cosine`: slow at both ends).
-    """
+    """Probability that a prompt of rollout batch `batch` (from 0) takes its offline response."""
     if not isinstance(source, MixtureSource):
         return float(isinstance(source, OfflineSource))
-    p = min(1.0, batch / source.batches)
-    progress = {"constant": 0.0, "linear": p, "cosine": (1 - math.cos(math.pi * p)) / 2}[source.schedule]
-    return source.start + progress * (source.end - source.start)
+    return annealed(source.schedule, source.start, source.end, source.batches, batch)
 
 
 def with_responses(
@@ -117,10 +111,28 @@ def with_responses(
     return [choose(p) for p in prompts]
 
 
+def for_extra_losses(
+    prompts: list[Prompt],
+    objective: ObjectiveConfig,
+    weights: Sequence[float],
+    offline: dict[str, list[np.ndarray]],
+    samples: int,
+    seed: int,
+) -> list[Prompt]:
+    """The same prompts again for every extra loss whose weight is not 0, with the samples that are its own."""
+    more = []
+    for i, (extra, weight) in enumerate(zip(objective.extra, weights, strict=True), start=1):
+        if weight:
+            own = [replace(prompt, first_sample=i * samples) for prompt in prompts]
+            more += with_responses(own, float(extra.source.kind == "offline"), offline, samples, seed)
+    return more
+
+
 def offline_trajectory(
     prompt: Prompt, sample: int, max_new_tokens: int, block_size: int, mask_token_id: int, eos_token_id: EndTokens
 ) -> Trajectory:
-    """An offline response as a trajectory: at most `max_new_tokens` of it, its last block filled with mask tokens.
+    """The offline response to the `sample`-th of a prompt's samples as a trajectory: at most `max_new_tokens` of it,
+    its last block filled with mask tokens.
 
     The mask tokens are what decoding sees there before it reveals more. Like a rollout's tail they are context and
     never trained.
@@ -130,7 +142,7 @@ def offline_trajectory(
     tail = grid_ceil(length, block_size) - length
     return Trajectory(
         ordinal=prompt.ordinal,
-        sample=sample,
+        sample=prompt.first_sample + sample,
         domain=prompt.domain,
         prompt_ids=prompt.ids,
         response_ids=response,

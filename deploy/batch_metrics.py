@@ -11,6 +11,7 @@ from common.busy import Span
 from common.config.run import DynamicUnmasking, RunConfig
 from deploy.checkpoints import RunState
 from deploy.cluster import Pools
+from deploy.monitoring.metrics import PARTS
 from deploy.monitoring.occupancy import Window
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch
@@ -76,7 +77,7 @@ class BatchMetrics:
             "loss": learner["loss"],
             "kl": learner["kl"],
             "teacher_agreement": learner["teacher_agreement"],
-            **{name: learner[name] for name in ("trusted_share",) if name in learner},
+            **{name: learner[name] for name in ("trusted_share", *PARTS) if name in learner},
             "grad_norm": learner["grad_norm"],
             "lr": learner["lr"],
             "tokens_per_step": generated / max(sum(info.denoise_forwards for info in infos), 1),

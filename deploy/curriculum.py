@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from common.annealing import annealed
+from common.config.objective import ObjectiveConfig
 from common.config.run import CurriculumConfig, DynamicUnmasking, RolloutConfig, RunConfig, Unmasking
 from common.config.schedule import PlateauGrowth, StepGrowth
 from common.grid import grid_floor
@@ -72,6 +74,11 @@ def unmasking_at(config: RolloutConfig, batch: int) -> Unmasking:
     p = min(max(batch - ramp.hold_batches, 0) / ramp.ramp_batches, 1.0)
     threshold = rule.threshold if p == 0 else round(rule.threshold + p * (ramp.end - rule.threshold), 2)
     return rule.model_copy(update={"threshold": threshold})
+
+
+def extra_weights(objective: ObjectiveConfig, batch: int) -> tuple[float, ...]:
+    """The weights of the extra losses in rollout batch `batch` (from 0)."""
+    return tuple(annealed(e.schedule, e.weight, e.end, e.batches, batch) for e in objective.extra)
 
 
 def response_limit(config: CurriculumConfig, batch: int, block_size: int, gates: int = 0) -> int:

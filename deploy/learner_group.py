@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.config.run import RunConfig
 from deploy.cluster import Pools, start_learner
+from deploy.curriculum import extra_weights
 from deploy.errors import RunError, WorkerError
 from deploy.remote_calls import Background, RemoteCalls
 from learner import shard_keeper
@@ -87,7 +88,8 @@ class LearnerGroup:
     ) -> dict[str, float]:
         """All updates of one rollout batch; returns what rank 0 measured."""
         learner: dict[str, float]
-        learner = self.call("train", "training", refs, first_update, self.updates, spool, background=background)[0]
+        order = refs, first_update, self.updates, spool, extra_weights(self.config.objective, self.version)
+        learner = self.call("train", "training", *order, background=background)[0]
         if self._keepers:
             newest = max(self._common(), default=self._base_version)
             self._recent = [batch for batch in self._recent if batch.before >= newest]
@@ -132,7 +134,8 @@ class LearnerGroup:
                 "off (recovery.learner_copy); go on from the newest checkpoint with --resume auto"
             )
         for batch in again:
-            self._once("train", "training again", batch.refs, batch.first_update, self.updates)
+            weights = extra_weights(self.config.objective, batch.before)
+            self._once("train", "training again", batch.refs, batch.first_update, self.updates, None, weights)
         self.calls.observers.note(f"the learner goes on from version {version}; {len(again)} batches trained again")
 
     def _take_back(self) -> int:

@@ -22,12 +22,12 @@ import ray
 from common.config.fingerprint import evaluation_fingerprint
 from common.config.run import RunConfig
 from common.config.yaml_loader import written
-from common.responses import offline_share, with_responses
+from common.responses import for_extra_losses, offline_share, with_responses
 from common.weights.transport import WeightsHandle
 from deploy.batch_metrics import BatchMetrics
 from deploy.checkpoints import FINAL, RunState
 from deploy.cluster import Pools, connect, create_pools, form_weights_group, load_models
-from deploy.curriculum import block_size_at, response_limit, unmasking_at
+from deploy.curriculum import block_size_at, extra_weights, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
 from deploy.dealing import ResponseLengths
 from deploy.errors import RunError
@@ -307,6 +307,8 @@ class Pipeline:
         share = offline_share(config.objective.source, index)
         samples, responses = config.rollout.samples_per_prompt, self.prepared.prompts.responses
         prompts = with_responses(self.batches[index], share, responses, samples, config.seed)
+        weights = extra_weights(config.objective, index)
+        prompts += for_extra_losses(self.batches[index], config.objective, weights, responses, samples, config.seed)
         unmasking = unmasking_at(config.rollout, index)
         return RolloutBatch(
             index, prompts, config, limit, block_size, unmasking, self.pools, self.calls, self.response_lengths

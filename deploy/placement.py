@@ -301,7 +301,7 @@ def host_copy_bytes(config: RunConfig, shape: ModelShape) -> int:
 
 def _payload(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:
     """Bytes of one rollout batch if every response has the greatest length and every position a target."""
-    rows = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
+    rows = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt * len(config.objective.parts)
     response = rows * config.curriculum.max_tokens
     return {
         "trajectories": rows * config.data.max_prompt_tokens * 4 + response * _BYTES_PER_RESPONSE_TOKEN,

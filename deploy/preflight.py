@@ -249,7 +249,7 @@ def read_prompts(
 
 def read_responses(config: RunConfig, student: Conversion, prompts: list[Prompt]) -> dict[str, list[Any]]:
     """The offline responses by question; empty where objective.source needs none."""
-    if config.objective.source.kind == "student":
+    if not config.objective.needs_responses:
         return {}
     from common.responses import load_responses
 

@@ -92,8 +92,8 @@ class RolloutBatch:
         self.max_new_tokens = max_new_tokens
         self.block_size = block_size
         self.unmasking = unmasking
-        self.prompts = len(prompts)
-        self.expected = {(p.ordinal, s) for p in prompts for s in range(rollout.samples_per_prompt)}
+        self.prompts = len({p.ordinal for p in prompts})
+        self.expected = {(p.ordinal, s) for p in prompts for s in p.samples(rollout.samples_per_prompt)}
         self.refs: list[ray.ObjectRef] = []
         self.infos: list[BatchInfo] = []
         self.set_aside: list[Prompt] = []
@@ -193,7 +193,7 @@ class RolloutBatch:
         return stream
 
     def _keys(self, prompts: list[Prompt]) -> set[Key]:
-        return {(prompt.ordinal, sample) for prompt in prompts for sample in range(self._samples)}
+        return {(prompt.ordinal, sample) for prompt in prompts for sample in prompt.samples(self._samples)}
 
     def _deal_after(self, stream: Any, share: Share) -> None:
         """More prompts for an actor that has sent a record batch on; with the last ones all are told that they have

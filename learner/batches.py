@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.config.objective import ObjectiveConfig
 from common.masks import TILE, packed_mask, per_layer_kind
+from common.prompts import part_of
 from common.seeds import stream_key, uniform
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
@@ -45,7 +46,8 @@ class TrainingBatch:
     `layout` int64 [5, R, W] holds ids, positions, document, copy and block of each token; `mask` is in the form that
     the attention takes, or None where it is made in a CUDA graph; `loss_index` int64 [L] points into the
     R*W tokens; `coefficient` float32 [L] and `target` are of these L positions, `labels` int64 [L] the tokens
-    of x0 there; `tokens` is the number of all without padding.
+    of x0 there; `tokens` is the number of all without padding; `objective` is the
+    loss that it is for.
     """
 
     layout: Tensor
@@ -53,6 +55,7 @@ class TrainingBatch:
     loss_index: Tensor
     coefficient: Tensor
     target: Target
+    objective: ObjectiveConfig
     tokens: int
     labels: Tensor
     terms: LogitTerms | None = None
@@ -67,13 +70,25 @@ class TrainingBatch:
         return self.layout[1]
 
 
+def update_shares(trajectories: list[Trajectory], parts: int, samples: int, rows: int) -> list[list[list[Trajectory]]]:
+    """The trajectories of each update, for each loss: `rows` of the main loss, and the extra losses' for the same
+    samples of the same prompts. A loss that has none in this rollout batch has none in its updates.
+
+    Args:
+        trajectories: by (ordinal, sample). samples: of a prompt, for one loss.
+    """
+    of = [[t for t in trajectories if part_of(t.sample, samples) == part] for part in range(parts)]
+    return [[own[i : i + rows] for own in of] for i in range(0, max(map(len, of)), rows)]
+
+
 @dataclass(frozen=True)
 class BatchBuilder:
     """Packs updates for one rank.
 
     `teacher_head` [V, d] is needed for the target kind `hidden`, and its first `teacher_tokens` rows count (None: all).
     The kind `none` trains on the tokens of x0 as hard labels. `windows` comes from attention_windows of the student.
-    With `graphs` rows come in few widths, and without masks. `seed` is the run's.
+    With `graphs` rows come in few widths, and without masks. `seed` is the run's; `scale` is
+    the weight of the whole loss.
     """
 
     meta: TrajectoryMeta
@@ -89,6 +104,7 @@ class BatchBuilder:
     teacher_tokens: int | None = None
     graphs: bool = False
     seed: int = 0
+    scale: float = 1.0
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.
@@ -99,9 +115,8 @@ class BatchBuilder:
         masked = [document(t, self.meta.block_size, self.meta.mask_token_id) for t in trajectories]
         causal = [causal_document(t) for t in trajectories] if self.objective.terms.autoregressive else []
         documents = dict(enumerate(masked + causal))
-        coefficient = dict(
-            enumerate(coefficients(masked, self.normalization) + coefficients(causal, self.normalization))
-        )
+        weights = coefficients(masked, self.normalization) + coefficients(causal, self.normalization)
+        coefficient = dict(enumerate(self.scale * weight for weight in weights))
         positions = sum(len(d.loss_index) for d in masked)
         trained = [i for i, d in documents.items() if len(d.loss_index) or len(d.next_index)]
         shares = assign_ranks([len(documents[i]) for i in trained], ranks)
@@ -165,6 +180,7 @@ class BatchBuilder:
             loss_index=move(batch.loss_index),
             coefficient=move(batch.loss_coefficient),
             target=self._target(batch, trajectories),
+            objective=self.objective,
             tokens=batch.tokens,
             labels=labels,
             terms=terms,
@@ -180,7 +196,7 @@ class BatchBuilder:
         keys = [stream_key(self.seed, t.ordinal, t.sample) for t in trajectories]
         position, copy = (torch.from_numpy(x.ravel()[batch.loss_index]) for x in (batch.positions, batch.copy))
         # rounds are counted from 0, so that copies below it draw other numbers than the sampler
-        return uniform(torch.tensor(keys)[torch.from_numpy(batch.loss_doc)], position, -1 - copy)
+        return uniform(torch.tensor(keys, dtype=torch.int64)[torch.from_numpy(batch.loss_doc)], position, -1 - copy)
 
     def _pairs(self, batch: MicroBatch) -> Pairs:
         """All pairs of one block's positions with different rounds; they share the block's coefficients equally."""
@@ -217,7 +233,7 @@ class BatchBuilder:
             ]
             return np.concatenate([np.empty((0, columns), dtype), *parts])
 
-        if self.meta.target_kind == "none":
+        if self.meta.target_kind == "none" or self.objective.target.kind == "hard":
             return LabelTarget(self._moved(torch.from_numpy(batch.loss_label)))
         if self.meta.target_kind == "topk":
             return TopKTarget(

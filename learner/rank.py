@@ -7,8 +7,9 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from common.trajectory import Trajectory, TrajectoryMeta, write_spool
 from common.weights.broadcast import BroadcastTransport, open_store
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
-from learner.batches import BatchBuilder, TrainingBatch
+from learner.batches import BatchBuilder, TrainingBatch, update_shares
 from learner.deepspeed_config import deepspeed_config, keeps_whole
 from learner.difficulty import kept, label_logprobs
 from learner.objective import LossSums, empty_sums
@@ -54,6 +55,23 @@ class PreparedUpdate(NamedTuple):
     batches: list[MicroBatch]
     tensors: list[TrainingBatch]
     positions: int
+
+
+def of_part(name: str, part: int) -> str:
+    """The name of a total of loss `part`; those of the main loss, 0, have no number."""
+    return f"{name}/{part}" if part else name
+
+
+def part_metrics(totals: Mapping[str, float], parts: int, updates: int) -> dict[str, float]:
+    """The metrics of the losses of a sum; none where there is one loss only."""
+    if parts == 1:
+        return {}
+    losses = {f"part/{i}/loss": totals[of_part("loss", i)] / updates for i in range(parts)}
+    divergences = {
+        f"part/{i}/kl": totals[of_part("divergence", i)] / max(totals[of_part("positions", i)], 1.0)
+        for i in range(1, parts)
+    }
+    return losses | divergences
 
 
 class LearnerRank:
@@ -183,7 +201,12 @@ class LearnerRank:
         return ObjectStoreTransport().publish(*self.transport.staged())
 
     def train(
-        self, refs: list[ray.ObjectRef], first_update: int, run_updates: RunUpdates, spool: Path | None = None
+        self,
+        refs: list[ray.ObjectRef],
+        first_update: int,
+        run_updates: RunUpdates,
+        spool: Path | None = None,
+        extra_weights: tuple[float, ...] = (),
     ) -> dict[str, float]:
         """All updates of one rollout batch; returns its metrics, the same on every rank.
 
@@ -194,6 +217,7 @@ class LearnerRank:
             first_update: updates that the run has made before.
             run_updates: of the whole run, for the learning rate.
             spool: an Arrow IPC file that rank 0 writes the record batches to.
+            extra_weights: of the losses in objective.extra.
 
         Raises:
             ValueError: a record batch does not fit this run.
@@ -206,32 +230,34 @@ class LearnerRank:
         if spool and self.rank == 0:
             write_spool(spool, record_batches)
         read = time.perf_counter()
-        builder = self._builder(meta)
-        rows = self.config.learner.batch_rows
-        shares = [trajectories[i : i + rows] for i in range(0, len(trajectories), rows)]
+        builders = self._builders(meta, extra_weights)
+        shares = update_shares(
+            trajectories, len(builders), self.config.rollout.samples_per_prompt, self.config.learner.batch_rows
+        )
         updates = len(shares)
         totals: Counter[str] = Counter()
-        following: PreparedUpdate | None = None
+        following: list[PreparedUpdate] | None = None
         for u, share in enumerate(shares):
             lr = learning_rate(self.config.learner, first_update + u, run_updates)
             self.engine.set_lr(lr)
-            prepared = following or self._prepared(share, builder)
-            sums = empty_sums(self.device)
+            prepared = following or self._prepared(share, builders)
+            sums = [empty_sums(self.device) for _ in builders]
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
-            sums.per_position = [] if wanted else None
+            sums[0].per_position = [] if wanted else None
             self._accumulate(prepared, sums)
             # while the GPU computes, the host packs the next update, unless that depends on the new weights
-            ahead = u + 1 < updates and not self.config.objective.reads_difficulty
-            following = self._prepared(shares[u + 1], builder) if ahead else None
+            ahead = u + 1 < updates and not any(b.objective.reads_difficulty for b in builders)
+            following = self._prepared(shares[u + 1], builders) if ahead else None
             totals.update(self._step(prepared, sums))
-            if sums.per_position:
-                self._sample(prepared, torch.cat(sums.per_position).cpu().numpy(), wanted, meta.block_size)
+            if sums[0].per_position:
+                self._sample(prepared[0], torch.cat(sums[0].per_position).cpu().numpy(), wanted, meta.block_size)
         phases = self.clock.take()
         seconds = time.perf_counter() - start
         self.spans.add(time.perf_counter() - read)
         positions = max(totals["positions"], 1.0)
         return {
-            "loss": totals["loss"] / updates,
+            "loss": sum(totals[of_part("loss", i)] for i in range(len(builders))) / updates,
+            **part_metrics(totals, len(builders), updates),
             "kl": totals["divergence"] / positions,
             "entropy": totals["entropy"] / positions,
             "teacher_agreement": totals["agree"] / positions,
@@ -239,7 +265,7 @@ class LearnerRank:
             "grad_norm": totals["grad_norm"] / updates,
             "lr": lr,
             "updates": updates,
-            "trained_positions": totals["positions"],
+            "trained_positions": sum(totals[of_part("positions", i)] for i in range(len(builders))),
             "packed_tokens": totals["packed_tokens"],
             "seconds": seconds,
             **{f"{phase}_s": phases[phase] for phase in PHASES},
@@ -259,6 +285,12 @@ class LearnerRank:
         Only rank 0 keeps them. They are decoded here, since few batches are asked for.
         """
         return [sample(tokenizer=self.tokenizer) for sample in self.samples]
+
+    def _builders(self, meta: TrajectoryMeta, extra_weights: tuple[float, ...]) -> list[BatchBuilder]:
+        """One for each loss, the main one first."""
+        main = self._builder(meta)
+        extra = zip(self.config.objective.parts[1:], extra_weights, strict=True)
+        return [main, *(replace(main, objective=part, scale=w, want_entropy=False) for part, w in extra)]
 
     def _builder(self, meta: TrajectoryMeta) -> BatchBuilder:
         curriculum = self.config.curriculum
@@ -289,48 +321,56 @@ class LearnerRank:
         loss = self.engine.forward(builder.tensors(row, []), empty_sums(self.device), last=False)
         self.engine.backward(loss)
 
-    def _prepared(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
-        """This rank's micro-batches of an update; on a GPU copied beside what it computes."""
-        if self.config.objective.reads_difficulty:
-            trajectories = self._kept(trajectories, builder)
-        self.clock.mark("pack")
-        batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
-        self.clock.mark("copy")
-        with torch.cuda.stream(self.copies):
-            tensors = [builder.tensors(batch, trajectories) for batch in batches]
-        return PreparedUpdate(trajectories, batches, tensors, positions)
+    def _prepared(self, share: list[list[Trajectory]], builders: list[BatchBuilder]) -> list[PreparedUpdate]:
+        """This rank's micro-batches of an update, for each loss; on a GPU copied beside what it computes."""
+        prepared = []
+        for trajectories, builder in zip(share, builders, strict=True):
+            if builder.objective.reads_difficulty:
+                trajectories = self._kept(trajectories, builder)
+            self.clock.mark("pack")
+            batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
+            self.clock.mark("copy")
+            with torch.cuda.stream(self.copies):
+                tensors = [builder.tensors(batch, trajectories) for batch in batches]
+            prepared.append(PreparedUpdate(trajectories, batches, tensors, positions))
+        return prepared
 
     def _kept(self, trajectories: list[Trajectory], builder: BatchBuilder) -> list[Trajectory]:
         """The update with what stays masked after one forward of the student as it is now."""
         self.clock.mark("forward")
         log_p = label_logprobs(trajectories, builder, self.rank, self.config.learner.ranks, self.engine.label_logprobs)
         torch.distributed.all_reduce(log_p)
-        return kept(trajectories, log_p.cpu().numpy(), self.config.objective, builder.meta.block_size, self.config.seed)
+        return kept(trajectories, log_p.cpu().numpy(), builder.objective, builder.meta.block_size, self.config.seed)
 
-    def _accumulate(self, update: PreparedUpdate, sums: LossSums) -> None:
+    def _accumulate(self, update: list[PreparedUpdate], sums: list[LossSums]) -> None:
         """Forward and backward of all micro-batches."""
         if self.copies:
             torch.cuda.current_stream().wait_stream(self.copies)
-        for i, tensors in enumerate(update.tensors):
+        order = [(tensors, of_loss) for part, of_loss in zip(update, sums, strict=True) for tensors in part.tensors]
+        for i, (tensors, of_loss) in enumerate(order):
             self.clock.mark("forward")
-            loss = self.engine.forward(tensors, sums, last=i == len(update.tensors) - 1)
+            loss = self.engine.forward(tensors, of_loss, last=i == len(order) - 1)
             self.clock.mark("backward")
             self.engine.backward(loss)
             self.micro_batches += 1
 
-    def _step(self, update: PreparedUpdate, sums: LossSums) -> dict[str, float]:
+    def _step(self, update: list[PreparedUpdate], sums: list[LossSums]) -> dict[str, float]:
         """One optimizer step over all ranks; the sums of the update over all ranks."""
         self.clock.mark("sums")
-        tokens = float(sum(tensors.tokens for tensors in update.tensors))
-        scalars = sums.scalars() | {"packed_tokens": torch.tensor(tokens, dtype=torch.float64, device=self.device)}
+        tokens = float(sum(tensors.tokens for part in update for tensors in part.tensors))
+        scalars = {"packed_tokens": torch.tensor(tokens, dtype=torch.float64, device=self.device)}
+        for i, of_loss in enumerate(sums):
+            scalars |= {of_part(name, i): value for name, value in of_loss.scalars().items()}
         values = torch.stack(list(scalars.values()))
         torch.distributed.all_reduce(values)
         totals = dict(zip(scalars, values.tolist(), strict=True))
-        if totals["bad"]:
-            raise FloatingPointError(f"{int(totals['bad'])} trained positions had non-finite logits or divergence")
+        bad = sum(totals[of_part("bad", i)] for i in range(len(sums)))
+        if bad:
+            raise FloatingPointError(f"{int(bad)} trained positions had non-finite logits or divergence")
         self.clock.mark("optimizer")
-        norm = self.engine.step() if update.tensors else 0.0
-        return totals | {"positions": float(update.positions), "grad_norm": norm}
+        norm = self.engine.step() if any(part.tensors for part in update) else 0.0
+        positions = {of_part("positions", i): float(part.positions) for i, part in enumerate(update)}
+        return totals | positions | {"grad_norm": norm}
 
     def _sample(self, update: PreparedUpdate, kl: np.ndarray, wanted: int, block_size: int) -> None:
         """Keep the first `wanted` trajectories of an update, with the target rows and divergences of their trained

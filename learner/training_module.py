@@ -27,8 +27,6 @@ class TrainingModule(nn.Module):
         super().__init__()
         self.student = student
         self.read = read or (lambda batch: hidden_states(student, batch.ids, batch.positions, batch.mask))
-        self.divergence = config.objective.divergence
-        self.terms = config.objective.terms
         self.chunk = config.learner.logits_chunk_rows
 
     def forward(self, batch: TrainingBatch, sums: LossSums | None) -> Tensor:
@@ -39,7 +37,7 @@ class TrainingModule(nn.Module):
         if sums is None:
             return token_logprobs(rows, head, batch.labels, self.chunk)
         loss = ChunkedDivergence.apply(
-            rows, head, batch.target, batch.coefficient, self.divergence, self.chunk, sums, batch.terms
+            rows, head, batch.target, batch.coefficient, batch.objective.divergence, self.chunk, sums, batch.terms
         )
         for term in self._added(batch, hidden, rows, head):
             loss = loss + term
@@ -48,11 +46,12 @@ class TrainingModule(nn.Module):
 
     def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
         """The terms that need more than the logits at the masked positions."""
-        if isinstance(batch.target, HiddenTarget) and self.terms.alignment:
-            yield self.terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
+        terms = batch.objective.terms
+        if isinstance(batch.target, HiddenTarget) and terms.alignment:
+            yield terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
         if batch.next_tokens:
             before = hidden.reshape(-1, hidden.shape[-1])[batch.next_tokens.index]
             labels, unseen = LabelTarget(batch.next_tokens.label), empty_sums(hidden.device)
-            yield self.terms.autoregressive * ChunkedDivergence.apply(
+            yield terms.autoregressive * ChunkedDivergence.apply(
                 before, head, labels, batch.next_tokens.coefficient, ForwardKL(), self.chunk, unseen
             )

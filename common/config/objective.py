@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 
 from common.config.section import Section
 
+MOST_EXTRA = 4  # losses beside the main one, each of which has metrics
+
 
 class PerBlockState(Section):
     """For each block, one of its realised rounds, drawn uniformly."""
@@ -259,6 +261,27 @@ def _cell(source: tuple[str, ...], state: tuple[str, ...], divergence: str) -> d
     return {"source": source, "state": state, "target": ("teacher",), "divergence": (divergence,)}
 
 
+class ExtraLoss(Section):
+    """A loss beside the main one, with trajectories, states, target and divergence of its own; added `weight` times.
+
+    Normalisation, `exclude_eos` and `topk_tail` are those of the main loss; its terms, clip and outliers are not.
+    """
+
+    source: Annotated[StudentSource | OfflineSource, Field(discriminator="kind")] = Field(
+        StudentSource(), description="where its trajectories come from; student: rollouts of its own"
+    )
+    state: StateSelection = PerBlockState()
+    target: TargetChoice = Field(TeacherTarget(), description="what the student is compared with")
+    divergence: Divergence = ForwardKL()
+    position_weight: Literal["one", "inverse_t"] = Field("one", description="as objective.weight of the main loss")
+    weight: float = Field(1.0, ge=0, description="of this loss in the first rollout batch; the main one has 1")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the weight goes to `end`; constant: it does not"
+    )
+    end: float = Field(0.0, ge=0, description="weight from rollout batch `batches` on")
+    batches: int = Field(100, ge=1, description="rollout batches until the weight is `end`")
+
+
 # kinds of the choices that each method allows; the first is what it sets
 _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "opdlm": {
@@ -321,6 +344,43 @@ class ObjectiveConfig(Section):
     )
     terms: ExtraTerms = ExtraTerms()
 
+    extra: tuple[ExtraLoss, ...] = Field(
+        (),
+        max_length=MOST_EXTRA,
+        description="losses beside this one: [{source, state, target, divergence, weight, schedule}, ...], each with "
+        "trajectories of its own",
+    )
+
+    @property
+    def parts(self) -> tuple[ObjectiveConfig, ...]:
+        """The main loss and the extra ones, each as an objective of its own."""
+        alone = {
+            "method": None,
+            "clip_nats": None,
+            "importance_weight": False,
+            "outliers": NoOutliers(),
+            "terms": ExtraTerms(),
+            "extra": (),
+        }
+        chosen = ("source", "state", "target", "divergence")
+        return (
+            self.model_copy(update={"extra": ()}),
+            *(
+                self.model_copy(
+                    update={**alone, "weight": e.position_weight, **{name: getattr(e, name) for name in chosen}}
+                )
+                for e in self.extra
+            ),
+        )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(part.target.kind == "teacher" for part in self.parts)
+
+    @property
+    def needs_responses(self) -> bool:
+        return any(part.source.kind != "student" for part in self.parts)
+
     @property
     def shape(self) -> TeacherTarget:
         """How the teacher's distribution is reshaped; not at all where there is none."""
@@ -364,12 +424,11 @@ class ObjectiveConfig(Section):
         return isinstance(self.state, LiftState)
 
     @model_validator(mode="after")
-    def _offline_responses_have_no_rounds(self) -> ObjectiveConfig:
-        if self.source.kind == "offline" and needs_rounds(self.state):
-            raise ValueError(
-                f"source.kind 'offline' has no realised rounds, which state.kind {self.state.kind!r} selects from; "
-                "use state.kind random, complementary or lift, or a mixture with trajectory_share 0"
-            )
+    def _parts_make_sense(self) -> ObjectiveConfig:
+        for i, part in enumerate(self.parts):
+            place = f"extra.{i - 1}." if i else ""
+            _check_rounds(place, part)
+            _check_finite(place, part)
         return self
 
     @model_validator(mode="after")
@@ -389,18 +448,26 @@ class ObjectiveConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _divergence_is_finite(self) -> ObjectiveConfig:
-        if not isinstance(self.divergence, ReverseKL | MixedKL):
-            return self
-        if isinstance(self.target, HardTarget):
-            raise ValueError(
-                f"divergence.kind {self.divergence.kind!r} of the student from hard labels is infinite: the student "
-                "gives other tokens some probability; use divergence.kind forward_kl (cross-entropy) or jensen_shannon"
-            )
-        if self.target.truncates:
-            raise ValueError(
-                f"target.top_k, top_p and min_p give tokens probability 0, so that divergence.kind "
-                f"{self.divergence.kind!r} is infinite; turn them off, or use forward_kl or jensen_shannon"
-            )
-        return self
+
+def _check_rounds(place: str, part: ObjectiveConfig) -> None:
+    """Offline responses have no realised rounds; `place` is where the loss stands."""
+    if part.source.kind == "offline" and needs_rounds(part.state):
+        raise ValueError(
+            f"{place}source.kind 'offline' has no realised rounds, which {place}state.kind {part.state.kind!r} selects "
+            "from; use state.kind random, complementary or lift, or a mixture with trajectory_share 0"
+        )
+
+
+def _check_finite(place: str, part: ObjectiveConfig) -> None:
+    if not isinstance(part.divergence, ReverseKL | MixedKL):
+        return
+    if isinstance(part.target, HardTarget):
+        raise ValueError(
+            f"{place}divergence.kind {part.divergence.kind!r} of the student from hard labels is infinite: the student "
+            "gives other tokens some probability; use divergence.kind forward_kl (cross-entropy) or jensen_shannon"
+        )
+    if part.target.truncates:
+        raise ValueError(
+            f"{place}target.top_k, top_p and min_p give tokens probability 0, so that divergence.kind "
+            f"{part.divergence.kind!r} is infinite; turn them off, or use forward_kl or jensen_shannon"
+        )

@@ -586,7 +586,7 @@ class RunConfig(Section):
     @property
     def target_kind(self) -> Literal["none", "topk", "hidden"]:
         """What the teacher adds to trajectories; none: no teacher is started."""
-        return "none" if self.objective.target.kind == "hard" else self.teacher.target
+        return self.teacher.target if self.objective.needs_teacher else "none"
 
     @property
     def weights_transport(self) -> Literal["object_store", "broadcast"]:
@@ -672,9 +672,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _source_has_responses(self) -> RunConfig:
-        if self.objective.source.kind != "student" and self.data.responses is None:
+        if self.objective.needs_responses and self.data.responses is None:
+            kinds = {f"extra.{i - 1}.source" if i else "source": p.source for i, p in enumerate(self.objective.parts)}
+            field, source = next((name, source) for name, source in kinds.items() if source.kind != "student")
             raise ValueError(
-                f"objective.source.kind {self.objective.source.kind!r} needs offline responses: set data.responses to "
+                f"objective.{field}.kind {source.kind!r} needs offline responses: set data.responses to "
                 "a file of questions and responses; opdlm respond makes one with the teacher"
             )
         return self
@@ -696,19 +698,20 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _target_fits_divergence(self) -> RunConfig:
-        objective = self.objective
         if self.target_kind != "topk":
             return self
-        if objective.divergence.kind != "forward_kl" and objective.topk_tail != "bucket":
-            raise ValueError(
-                f"objective.divergence.kind {objective.divergence.kind!r} needs the student's mass outside "
-                "the teacher's top-k: set objective.topk_tail to 'bucket' or teacher.target to 'hidden'"
-            )
-        target = objective.target
-        if target.kind == "teacher" and target.reshapes and not 1 <= target.top_k <= self.teacher.top_k:
-            raise ValueError(
-                f"objective.target.top_k ({target.top_k}): teacher.target 'topk' knows the {self.teacher.top_k} best "
-                "tokens only, so reshaping is exact only within these; set objective.target.top_k between 1 and "
-                f"{self.teacher.top_k}, raise teacher.top_k, or set teacher.target to 'hidden'"
-            )
+        for i, objective in enumerate(self.objective.parts):
+            place = f"objective.extra.{i - 1}" if i else "objective"
+            if objective.divergence.kind != "forward_kl" and objective.topk_tail != "bucket":
+                raise ValueError(
+                    f"{place}.divergence.kind {objective.divergence.kind!r} needs the student's mass outside "
+                    "the teacher's top-k: set objective.topk_tail to 'bucket' or teacher.target to 'hidden'"
+                )
+            target = objective.target
+            if target.kind == "teacher" and target.reshapes and not 1 <= target.top_k <= self.teacher.top_k:
+                raise ValueError(
+                    f"{place}.target.top_k ({target.top_k}): teacher.target 'topk' knows the {self.teacher.top_k} best "
+                    f"tokens only, so reshaping is exact only within these; set {place}.target.top_k between 1 and "
+                    f"{self.teacher.top_k}, raise teacher.top_k, or set teacher.target to 'hidden'"
+                )
         return self

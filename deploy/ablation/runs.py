@@ -149,7 +149,7 @@ def run_all(
 
 
 def _needs_responses(arm: Arm) -> bool:
-    return arm.config.objective.source.kind != "student"
+    return arm.config.objective.needs_responses
 
 
 def _responses_record(ablation: AblationConfig) -> Path:

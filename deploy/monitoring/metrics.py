@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.config.objective import MOST_EXTRA
+
 
 @dataclass(frozen=True)
 class MetricSpec:
@@ -24,6 +26,19 @@ def _held_out_kl(of: str) -> MetricSpec:
     )
 
 
+def _of_parts() -> dict[str, MetricSpec]:
+    """The losses of a sum (objective.extra) by their number; 0 is the main one, whose divergence is `kl`."""
+    found = {}
+    for i in range(MOST_EXTRA + 1):
+        name = f"loss {i} of objective.extra" if i else "the main loss"
+        found[f"part/{i}/loss"] = MetricSpec("nats", f"{name} as it counts in `loss`", optional=True)
+        if i:
+            found[f"part/{i}/kl"] = MetricSpec("nats/token", f"mean divergence of {name}", optional=True)
+    return found
+
+
+PARTS = _of_parts()
+
 METRICS: dict[str, MetricSpec] = {
     "batch": MetricSpec("", "rollout batch, from 0"),
     "epoch": MetricSpec("", "passes over the prompts done after this batch, with fraction"),
@@ -31,6 +46,7 @@ METRICS: dict[str, MetricSpec] = {
     "loss": MetricSpec("nats", "normalised objective, mean over the batch's updates"),
     "kl": MetricSpec("nats/token", "divergence from the teacher, mean over trained positions"),
     "teacher_agreement": MetricSpec("share", "trained positions where both have the same most likely token"),
+    **PARTS,
     "trusted_share": MetricSpec(
         "share", "trained positions in the trust region; where objective.outliers is not none", optional=True
     ),
