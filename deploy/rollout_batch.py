@@ -111,7 +111,7 @@ class RolloutBatch:
         self.actor_stats: dict[ray.ObjectRef, str] = {}
         self._samples = rollout.samples_per_prompt
         self._lengths = lengths
-        self._prompt_of = {prompt.ordinal: prompt for prompt in prompts}
+        self._prompt_of = {key: prompt for prompt in prompts for key in self._keys([prompt])}
         limits = {p.ordinal: longest_response(p, max_new_tokens, caps, block_size) for p in prompts}
         room = rollout.slots + 2 * rollout.stream_rows  # a record batch not yet full, and one that is under way
         self._deck = Deck(
@@ -180,7 +180,7 @@ class RolloutBatch:
             if is_lost(ref):
                 self.refs.remove(ref)  # in place: whoever trains on them has the same list
                 self.infos.remove(info)
-                prompts = [self._prompt_of[ordinal] for ordinal in sorted({ordinal for ordinal, _ in info.keys})]
+                prompts = list({id(p): p for p in (self._prompt_of[key] for key in sorted(info.keys))}.values())
                 self._ask(self._pools.names()[self._pools.rollouts[0]], prompts, set(info.keys))
         return not self.done
 
@@ -267,8 +267,8 @@ class RolloutBatch:
 
     def _finish(self, share: Share, batch: ray.ObjectRef, info: BatchInfo) -> None:
         self.infos.append(info)
-        for (ordinal, _), length in zip(info.keys, info.lengths, strict=True):
-            self._lengths.note(self._prompt_of[ordinal], length)
+        for key, length in zip(info.keys, info.lengths, strict=True):
+            self._lengths.note(self._prompt_of[key], length)
         self.refs.append(batch)
         share.keys -= set(info.keys)
         self._settle(share)
@@ -292,7 +292,7 @@ class RolloutBatch:
     def _ask_again(self, share: Share) -> None:
         together = []
         for prompt in share.prompts:
-            keys = {key for key in share.keys if key[0] == prompt.ordinal}
+            keys = share.keys & self._keys([prompt])
             if self._failures_alone[prompt.ordinal] >= _FAILURES:
                 self._set_aside(prompt, keys)
             elif keys and self._failures[prompt.ordinal] >= _FAILURES:
