@@ -37,13 +37,19 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 
 def section_at(path: list[str], root: type[BaseModel] = RunConfig) -> list[type[BaseModel]]:
-    """The sections that may stand at a path; a tag in the path (`unmasking.dynamic`) picks one of a choice."""
+    """The sections that may stand at a path; a tag in the path (`unmasking.dynamic`) picks one of a choice, and a
+    number (`extra.0`) an item of a list."""
     sections = [root]
+    annotations: list[Any] = []
     for name in path:
-        tagged = [s for s in sections if tag_of(s) == name]
-        sections = tagged or [
-            inner for s in sections if name in s.model_fields for inner in sections_of(s.model_fields[name].annotation)
-        ]
+        if name.isdigit() and not sections:  # an item of a list of sections
+            items = [item for a in annotations if typing.get_origin(a) is tuple for item in typing.get_args(a)]
+            sections = [section for item in items for section in sections_of(item)]
+        elif tagged := [s for s in sections if tag_of(s) == name]:
+            sections = tagged
+        else:
+            annotations = [s.model_fields[name].annotation for s in sections if name in s.model_fields]
+            sections = [section for a in annotations for section in sections_of(a)]
     return sections
 
 

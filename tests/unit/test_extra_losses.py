@@ -1,5 +1,6 @@
 """Sums of losses: each part has trajectories, states, target and divergence of its own; their gradients add up."""
 
+import re
 from dataclasses import replace
 from itertools import chain
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from common.config.errors import ConfigError
+from common.config.file import load_config
 from common.config.objective import MOST_EXTRA, ObjectiveConfig
 from common.config.run import DynamicUnmasking
 from common.prompts import Prompt
@@ -136,6 +139,27 @@ def test_each_part_is_a_metric_of_its_own():
 def test_a_loss_that_makes_no_sense_is_refused_by_its_place(extra, message):
     with pytest.raises(ValidationError, match=message):
         ObjectiveConfig(extra=[{}, extra])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            '[{"source": {"kind": "offlin"}}]',
+            "extra.0.source.kind: 'offlin' is unknown, did you mean 'offline'",
+        ),
+        (
+            '[{}, {"divergence": {"kind": "kl"}}]',
+            "extra.1.divergence.kind: 'kl' is unknown; choose forward_kl, ",
+        ),
+        ('[{"weigt": 1}]', "objective.extra.0.weigt: unknown field (value 1); did you mean objective.extra.0.weight?"),
+        ('[{"weight": -1}]', "objective.extra.0.weight: -1 is not accepted, it should be greater than or equal to 0"),
+        (f"[{'{}, ' * MOST_EXTRA}{{}}]", "objective.extra: "),
+    ],
+)
+def test_wrong_fields_are_named_by_their_place(extra, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config("tiny", ["--objective.extra", extra])
 
 
 def test_what_a_run_needs_is_what_any_of_its_losses_needs():
