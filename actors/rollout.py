@@ -28,13 +28,13 @@ from common.config.run import RunConfig, Unmasking
 from common.conversion import counted_tokens, load_converted, student_of
 from common.device import device_for
 from common.prompts import Prompt, longest_response, part_of
-from common.ray_actor import as_ray_actor
+from common.ray_actor import as_ray_actor, own_address
 from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
 from common.vocabulary import token_count, tokenizer_fingerprint
-from common.weights.broadcast import BroadcastTransport, connect
+from common.weights.broadcast import BroadcastTransport, connect, stay_on
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle
 
@@ -82,6 +82,8 @@ class RolloutActor:
             cuda_graphs=config.rollout.cuda_graphs,
             compiled=config.rollout.compile,
         )
+        self.sampler.slot_budget.name = "rollout.slots"
+        self.sampler.prefill_budget.name = "rollout.max_batched_tokens"
         self.shared = ObjectStoreTransport(device, config.weights_timeout_s)
         self.inbox = WeightsInbox(self.shared, config.weights_timeout_s)
         self.held_out: tuple[list[int], HeldOutTargets] | None = None  # by the ordinals of a share
@@ -109,6 +111,7 @@ class RolloutActor:
     def join_weights_group(self, address: tuple[str, int], members: tuple[str, ...], rank: int) -> None:
         """Receive weights by broadcast from now on. Returns when all other members have joined too."""
         device, timeout = self.sampler.device, self.config.weights_timeout_s
+        stay_on(own_address())
         store = connect(*address, timeout)
         self.inbox.transport = BroadcastTransport(store, members, rank, device, timeout)
 
@@ -245,7 +248,7 @@ class RolloutActor:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the actor started; `tokens` are those of finished responses. `spans` says when it sampled or
-        loaded weights since the last call (common/busy.py)."""
+        loaded weights since the last call (common/busy.py), and `warnings` what somebody should hear."""
         return {
             "pid": os.getpid(),
             "busy_seconds": self.busy_seconds,
@@ -256,6 +259,7 @@ class RolloutActor:
             "slot_seconds": self.slot_seconds,
             "weights_version": self.sampler.weights_version,
             "weights_pause_seconds": self.inbox.pause_seconds,
+            "warnings": self.sampler.take_notes(),
         }
 
     def evaluate(

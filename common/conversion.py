@@ -25,7 +25,16 @@ from common.end_tokens import check_chat_template, end_token_ids, known_end_toke
 from common.gguf_files import model_folder
 from common.mask_token import AUTO, NEW, set_mask_token
 from common.model_files import ModelError, check_complete, check_plain, stored_tensors
-from common.student import SUPPORTED_FAMILIES, check_family, load_config, load_model, load_tokenizer, third_party
+from common.student import (
+    SUPPORTED_FAMILIES,
+    check_family,
+    fitted_head,
+    head_of_folder,
+    load_config,
+    load_model,
+    load_tokenizer,
+    third_party,
+)
 from common.vocabulary import check_tokenizer, token_count
 
 _RECORDED = ("mask_token_id", "block_size", "end_token_ids", "opdlm")  # what makes a student of a model's config
@@ -149,6 +158,18 @@ def add_rows(model: PreTrainedModel, rows: int, gathered: Gathered = nullcontext
     if tied:
         head.weight = embedding.weight
     embedding.num_embeddings = head.out_features = model.config.vocab_size = rows
+
+
+def teacher_head_of(config: RunConfig, student: Conversion, device: torch.device) -> tuple[Tensor | None, int | None]:
+    """What the learner needs of the teacher: its LM head [V, d] where targets are hidden states, with as many rows as
+    the student has, and how many of them count (see counted_tokens)."""
+    tokens = counted_tokens(student, config.teacher_path)
+    if config.target_kind != "hidden":
+        return None, tokens
+    head = head_of_folder(config.teacher_path)
+    if tokens is not None:
+        head = fitted_head(head, tokens, student.config.vocab_size)
+    return head.to(device, getattr(torch, config.teacher.dtype)), tokens
 
 
 def counted_tokens(student: Conversion, teacher_path: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,14 @@ import ray
 
 from common.config.run import Resources
 from common.heartbeat import Heartbeat
+
+ADDRESS = "OPDLM_ADDRESS"  # set where all processes of a run are on one machine
+
+
+def own_address() -> str:
+    """Where other processes of the run reach this one: on loopback where all are on this machine, else at the node's
+    address."""
+    return os.environ.get(ADDRESS) or str(ray.util.get_node_ip_address())
 
 
 def as_ray_actor(

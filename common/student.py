@@ -62,10 +62,26 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
     """
     config = load_config(path)
     check_family(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder(path), config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-    )
-    return model.eval()
+    return pretrained(path, config=config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def pretrained(path: str, **options: Any) -> PreTrainedModel:
+    """The causal LM at `path`, from safetensors alone: the pickles of other formats run code when they are read.
+
+    Raises:
+        ModelError: it has no safetensors.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_folder(path), trust_remote_code=False, use_safetensors=True, **options
+        )
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise ModelError(
+            f"has no weights in safetensors ({path}), and others are not read; load it with transformers and save it "
+            "with save_pretrained, on a machine where nothing can be harmed"
+        ) from error
 
 
 @contextmanager

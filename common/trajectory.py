@@ -283,11 +283,14 @@ def read_spool(path: Path) -> list[pa.RecordBatch]:
     """The record batches of an Arrow IPC file, memory-mapped.
 
     Raises:
-        ValueError: the file's schema is not a trajectory schema that this code reads.
+        ValueError: the file is damaged, or its schema is not a trajectory schema that this code reads.
     """
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    TrajectoryMeta.of(reader.schema)
-    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        TrajectoryMeta.of(reader.schema)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{str(path)!r} is no whole Arrow IPC file ({error})") from error
 
 
 def _list_column(values: list[np.ndarray], dtype: pa.ListType) -> pa.ListArray:

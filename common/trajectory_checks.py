@@ -189,6 +189,10 @@ class _Rows:
         self._each("masked_state", states, known, lambda v: f"holds {v}, not below state_count")
         later = np.diff(states.values.astype(np.int64) * 2**32 + offsets.values) > 0
         self._each("masked_offsets", offsets, _within_rows(offsets, later), lambda v: f"holds {v} out of order")
+        first_of_state = _starts(offsets)
+        first_of_state[1:] |= np.diff(states.values) != 0
+        count, told = np.bincount(row[first_of_state], minlength=len(self.written)), self.scalars["state_count"]
+        self._require("state_count", count == told, lambda r: f"is {told[r]}, and {count[r]} have masked positions")
         fine = (weights.values >= 0) & (weights.values < np.inf)  # false for NaN
         self._each("loss_weight", weights, fine, lambda v: f"holds {v}; a weight is finite and 0 or more")
         trained = weights.values > 0
@@ -203,12 +207,11 @@ class _Rows:
         needed, asked = np.zeros((2, int(self.written.sum())), bool)
         needed[(first[row] + offsets.values)[trained]] = True
         asked[first[targets.row] + targets.values] = True
-        if (needed != asked).any():
-            place = int(np.argmax(needed != asked))
+        missing = needed & ~asked
+        if missing.any():
+            place = int(np.argmax(missing))
             bad = int(np.searchsorted(first, place, "right")) - 1
-            offset = place - first[bad]
-            said = f"lacks {offset}, which is trained" if needed[place] else f"holds {offset}, which no state trains"
-            self._fail("target_offsets", bad, said)
+            self._fail("target_offsets", bad, f"lacks {place - first[bad]}, which is trained")
 
     def check_targets(self, vocabulary: int) -> None:
         """As many targets as are asked for, each a distribution or finite hidden states."""
@@ -276,10 +279,16 @@ class _Rows:
 
 def _within_rows(column: _List, later: np.ndarray) -> np.ndarray:
     """`later` bool [values - 1] of neighbours, for each value: the first of a row has none before it."""
-    fine = np.ones(len(column.values), bool)
-    fine[1:] = later
-    fine[column.starts[column.lengths > 0]] = True
+    fine = _starts(column)
+    fine[1:] |= later
     return fine
+
+
+def _starts(column: _List) -> np.ndarray:
+    """bool [values]: the first of each row."""
+    first = np.zeros(len(column.values), bool)
+    first[column.starts[column.lengths > 0]] = True
+    return first
 
 
 def all_finite(values: np.ndarray) -> bool:

@@ -90,6 +90,7 @@ class BatchMetrics:
             "response_tokens": state.response_tokens,
             "trained_positions": learner["trained_positions"],
             "updates": state.updates,
+            "nonfinite_updates": state.nonfinite_updates,
             "weights_version": batch.index + 1,
             "staleness": 0 if batch.oldest_version is None else batch.index - batch.oldest_version,
             "rollout/tokens_per_second": generated / max(rollout_seconds, 1e-9),
@@ -150,6 +151,9 @@ class BatchMetrics:
         reported = self.calls.wait(
             stats, "reporting statistics", shown=False, again=lambda name: self.pools.actor(name).stats.remote()
         )
+        for name, stats_of_one in zip(stats.values(), reported, strict=True):
+            for warning in stats_of_one.get("warnings", []):
+                self.calls.observers.note(f"{name}: {warning}", "warning")
         self._spans += [span for stats_of_one in reported for span in stats_of_one["spans"]]
         return reported
 

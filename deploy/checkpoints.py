@@ -18,9 +18,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from common.config.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.config.errors import ConfigError, explain
 from common.config.file import load_resolved
 from common.config.fingerprint import differences, fingerprint
 from common.config.run import RunConfig
@@ -40,6 +42,7 @@ class RunState:
 
     batches: int = 0
     updates: int = 0
+    nonfinite_updates: int = 0  # of these, left out
     response_tokens: int = 0
     rollout_token_rows: float = 0  # what the samplers computed, see Sampler.token_rows
     seconds: float = 0.0
@@ -49,6 +52,49 @@ class RunState:
     set_aside: int = 0  # prompts
     feedback: Feedback = field(default_factory=Feedback)
     summary: dict[str, Any] = field(default_factory=dict)
+
+
+Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Manifest(BaseModel):
+    """What later releases add is ignored, what earlier ones had not is the default."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class FileSum(_Manifest):
+    bytes: Count
+    sha256: str
+
+
+class FeedbackFields(_Manifest):
+    gates: Count = 0
+    stopped: bool = False
+    growths: Count = 0
+    divergences: list[float] = []
+
+
+class Manifest(_Manifest):
+    """manifest.json of a checkpoint: the fields of RunState, and what they belong to. Earlier releases wrote the
+    length of a file alone."""
+
+    batches: Count
+    updates: Count
+    nonfinite_updates: Count = 0
+    response_tokens: Count = 0
+    rollout_token_rows: Amount = 0.0
+    seconds: Amount = 0.0
+    block_size: Count = 0
+    restarts: dict[str, Count] = dict.fromkeys(ROLES, 0)
+    repair_seconds: Amount = 0.0
+    set_aside: Count = 0
+    feedback: FeedbackFields = FeedbackFields()
+    summary: dict[str, Any] = {}
+    config_fingerprint: str | None = None
+    data: dict[str, str] = {}
+    files: dict[str, Count | FileSum] = {}
 
 
 class Checkpoints:
@@ -137,9 +183,8 @@ class Checkpoints:
                 self.damaged.append(f"checkpoint {folder.name} is not whole and is left aside: {error}")
                 continue
             self._check_same(folder, manifest, accept_changed_data)
-            known = {f.name for f in fields(RunState)}
-            state = {name: value for name, value in manifest.items() if name in known}
-            return folder, RunState(**{**state, "feedback": Feedback(**state.get("feedback", {}))})
+            state = {f.name: getattr(manifest, f.name) for f in fields(RunState)}
+            return folder, RunState(**state | {"feedback": Feedback(**manifest.feedback.model_dump())})
         if self.damaged:
             raise ConfigError(
                 "--resume: " + "; ".join(self.damaged) + ". No other is left; bring a copy back, or begin anew with "
@@ -147,20 +192,19 @@ class Checkpoints:
             )
         return None
 
-    def _check_same(self, folder: Path, manifest: dict[str, Any], accept_changed_data: bool) -> None:
+    def _check_same(self, folder: Path, manifest: Manifest, accept_changed_data: bool) -> None:
         """Manifests of earlier releases have neither fingerprint."""
-        if manifest.get("config_fingerprint", self._fingerprint) != self._fingerprint:
+        if manifest.config_fingerprint not in (None, self._fingerprint):
             raise ConfigError(
                 f"--resume: {str(folder)!r} was made with another config than the run has now; start another run with "
                 "--name"
             )
-        known = manifest.get("data", {})
-        changed = [field for field, value in self._data.items() if known.get(field, value) != value]
+        changed = [field for field, value in self._data.items() if manifest.data.get(field, value) != value]
         if changed and folder.name != FINAL and not accept_changed_data:  # a finished training reads them no more
             raise ConfigError(
                 f"--resume: what {' and '.join(changed)} holds has changed since {folder.name} was written; bring the "
                 "old content back, start another run with --name, or go on with --accept-changed-data, which trains "
-                f"the prompts of the new order that come after the {manifest['batches']} batches that are done"
+                f"the prompts of the new order that come after the {manifest.batches} batches that are done"
             )
 
 
@@ -186,23 +230,22 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint whose files all hold what was written.
 
     Raises:
         DamagedCheckpoint: the manifest or a file is not whole.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        counts = int(manifest["batches"]), int(manifest["updates"])
-        files = dict(manifest.get("files", {}))
-        # manifests of earlier releases have the length only
-        sizes = {name: file["bytes"] if isinstance(file, dict) else int(file) for name, file in files.items()}
-        hashes = {name: file["sha256"] for name, file in files.items() if isinstance(file, dict)}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read ({error!r})") from error
-    if min(counts) < 0:
-        raise DamagedCheckpoint(f"{MANIFEST} counts {counts[0]} batches and {counts[1]} updates")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        raise DamagedCheckpoint(f"{MANIFEST}: {explain(error.errors()[0], Manifest)}") from error
+    sizes = {name: file if isinstance(file, int) else file.bytes for name, file in manifest.files.items()}
+    hashes = {name: file.sha256 for name, file in manifest.files.items() if not isinstance(file, int)}
     for name, size in sizes.items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
@@ -210,8 +253,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(f"{name} has {'no file' if found is None else f'{found} bytes'}, not {size} bytes")
     for name, checksum in zip(hashes, checksums([folder / name for name in hashes]), strict=True):
         if checksum != hashes[name]:
-            raise DamagedCheckpoint(f"{name} has the SHA-256 {checksum[:8]}..., not {str(hashes[name])[:8]}...")
-    return dict(manifest)
+            raise DamagedCheckpoint(f"{name} has the SHA-256 {checksum[:8]}..., not {hashes[name][:8]}...")
+    return manifest
 
 
 def copy_folder(source: Path, url: str) -> None:

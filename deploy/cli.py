@@ -27,6 +27,7 @@ from deploy.commands import (
     lm_eval,
     make_tiny_arlm,
     prompts,
+    replay,
     respond,
     score,
     train,
@@ -46,7 +47,8 @@ app = typer.Typer(
 )
 # in the order of the help
 for command in (
-    train, eval, score, generate, lm_eval, convert, fields, prompts, respond, ablate, dashboard, jobs, make_tiny_arlm,
+    train, eval, score, generate, lm_eval, convert, fields, prompts, respond, replay, ablate, dashboard, jobs,
+    make_tiny_arlm,
 ):  # fmt: skip
     command.register(app)
 

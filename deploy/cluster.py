@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import time
@@ -23,6 +24,7 @@ from common.compiled_code import compiled_code_environment
 from common.config.errors import ConfigError
 from common.config.run import RayConfig, RunConfig
 from common.conversion import counted_tokens, student_of
+from common.ray_actor import ADDRESS
 from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, ray_exists
 from deploy.remote_calls import RemoteCalls
 from deploy.roles import COUNT_FIELDS, ROLES, Role, role_of
@@ -112,8 +114,10 @@ def connect(settings: RayConfig, object_store_mib: int | None = None, cache_dir:
                 "`ray start --head` running there?"
             ) from error
         return
-    # Ray 2.60 turns token mode on by itself once a token file exists; a private local Ray needs none
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray listens on every address of the machine, so it asks for a token that only the processes of this run know
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    environment[ADDRESS] = "127.0.0.1"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with _deaf_children():
         ray.init(

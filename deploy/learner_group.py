@@ -22,6 +22,7 @@ from deploy.curriculum import extra_weights
 from deploy.errors import RunError, WorkerError
 from deploy.remote_calls import Background, RemoteCalls
 from learner import shard_keeper
+from learner.faults import FaultFolder
 from learner.schedule import RunUpdates
 
 _ANSWER_SECONDS = 10.0
@@ -64,6 +65,7 @@ class LearnerGroup:
         self._base: Path | None = None  # the checkpoint that the group began with
         self._base_version = 0
         self._recent: list[TrainedBatch] = []
+        self._faults = config.run_dir.resolve() / "faults"
         self._keeping: list[ray.ObjectRef] = []
         self._keepers = [start_keeper(pools, i) for i in range(len(pools.ranks) if copies else 0)]
 
@@ -84,12 +86,15 @@ class LearnerGroup:
         self.call("load", "loading a checkpoint", folder)
 
     def train(
-        self, refs: list[ray.ObjectRef], first_update: int, spool: Path | None, background: Background
-    ) -> dict[str, float]:
-        """All updates of one rollout batch; returns what rank 0 measured."""
-        learner: dict[str, float]
-        order = refs, first_update, self.updates, spool, extra_weights(self.config.objective, self.version)
-        learner = self.call("train", "training", *order, background=background)[0]
+        self, refs: list[ray.ObjectRef], first_update: int, spool: Path | None, background: Background, keep: int
+    ) -> dict[str, Any]:
+        """All updates of one rollout batch; at most `keep` of those that are left out are written down. Returns what
+        rank 0 measured, with the warnings of all ranks."""
+        weights, faults = extra_weights(self.config.objective, self.version), FaultFolder(self._faults, keep)
+        order = refs, first_update, self.updates, spool, weights, faults
+        results = self.call("train", "training", *order, background=background)
+        warnings = [f"learner-{i}: {warning}" for i, result in enumerate(results) for warning in result["warnings"]]
+        learner: dict[str, Any] = results[0] | {"warnings": warnings}
         if self._keepers:
             newest = max(self._common(), default=self._base_version)
             self._recent = [batch for batch in self._recent if batch.before >= newest]
@@ -135,7 +140,9 @@ class LearnerGroup:
             )
         for batch in again:
             weights = extra_weights(self.config.objective, batch.before)
-            self._once("train", "training again", batch.refs, batch.first_update, self.updates, None, weights)
+            faults = FaultFolder(self._faults, most=0)  # what is left out was written down the first time
+            order = batch.refs, batch.first_update, self.updates, None, weights, faults
+            self._once("train", "training again", *order)
         self.calls.observers.note(f"the learner goes on from version {version}; {len(again)} batches trained again")
 
     def _take_back(self) -> int:

@@ -236,6 +236,7 @@ class Pipeline:
             # what follows is part of the next batch's time, evaluations and checkpoints are of none
             begin = time.time() if evaluated else window.end
             self.observers.batch(metrics | evaluated)
+            self._check_finite(learner)
             self.stop.check()
             self.lock.check()
             if self.state.batches < len(self.batches) and self.saving.due(self.state.batches):
@@ -326,17 +327,34 @@ class Pipeline:
                 f"rollout batch {batch.index} was made with weights {oldest} and the learner is at {self.version}"
             )
 
-    def _learn(self, batch: RolloutBatch) -> dict[str, float]:
+    def _learn(self, batch: RolloutBatch) -> dict[str, Any]:
         """All updates on the oldest batch, which is then no longer in flight; returns what the learner measured."""
         spool = self.config.run_dir / "spool" / f"batch-{batch.index:06d}.arrow" if self.config.pipeline.spool else None
-        learner = self.learner.train(batch.refs, self.state.updates, spool, self.in_flight)
+        left = self.config.learner.nonfinite_updates - self.state.nonfinite_updates
+        learner = self.learner.train(batch.refs, self.state.updates, spool, self.in_flight, keep=max(left, 0) + 1)
+        for warning in (*learner["left_out"], *learner["warnings"]):
+            self.observers.note(warning, "warning")
         self.state.updates += int(learner["updates"])
+        self.state.nonfinite_updates += len(learner["left_out"])
         self.state.block_size = batch.block_size
         self.state.feedback.after_batch(self.config, learner["kl"], learner["entropy"])
         self.state.set_aside += len(batch.set_aside)
         self.in_flight.popleft()
         self.state.batches += 1
         return learner
+
+    def _check_finite(self, learner: dict[str, Any]) -> None:
+        """Raises:
+        RunError: more updates were left out than learner.nonfinite_updates allows; a checkpoint is made first.
+        """
+        allowed, left_out = self.config.learner.nonfinite_updates, self.state.nonfinite_updates
+        if learner["left_out"] and left_out > allowed:
+            self._save(self._batch_name())
+            self.saving.wait()
+            raise RunError(
+                f"{learner['left_out'][0]}; {left_out} updates were left out, learner.nonfinite_updates allows "
+                f"{allowed}. Lower learner.lr or correct the data, or allow more, and go on with --resume auto"
+            )
 
     def _publish(self) -> dict[str, float]:
         """Publish the newest version, queue it on every rollout actor, and behind it the next batch, where nothing else

@@ -24,7 +24,7 @@ from deploy.run_lock import in_progress, living_owner
 
 # everything that a run writes, by the names in its folder and in checkpoints/
 _WRITTEN = re.compile(
-    r"config\.yaml|run\.lock|(?:summary|status|held_out)\.json|(?:metrics|events|trajectories)\.jsonl|wandb_id|wandb|tensorboard|spool|"
+    r"config\.yaml|run\.lock|(?:summary|status|held_out)\.json|(?:metrics|events|trajectories)\.jsonl|wandb_id|wandb|tensorboard|spool|faults|"
     r"checkpoints|checkpoints/(?:final|batch-\d+)|(?:checkpoints/)?\.[^/]+\.partial"
 )
 

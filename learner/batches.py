@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.config.objective import ObjectiveConfig
+from common.config.run import RunConfig
 from common.masks import TILE, packed_mask, per_layer_kind
 from common.prompts import part_of
 from common.seeds import stream_key, uniform
@@ -105,6 +107,26 @@ class BatchBuilder:
     graphs: bool = False
     seed: int = 0
     scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: RunConfig, meta: TrajectoryMeta, **device_and_models: Any) -> BatchBuilder:
+        """As the learner of a run packs; `device_and_models` are the fields that the config does not decide."""
+        curriculum = config.curriculum
+        return cls(
+            meta=meta,
+            normalization=config.objective.normalization,
+            topk_tail=config.objective.topk_tail,
+            max_tokens=config.learner.max_tokens_per_microbatch,
+            objective=config.objective,
+            want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
+            seed=config.seed,
+            **device_and_models,
+        )
+
+    def with_extra(self, objective: ObjectiveConfig, weights: Sequence[float]) -> list[BatchBuilder]:
+        """This one, for the main loss, and one for each loss in `objective.extra`, by their weights."""
+        extra = zip(objective.parts[1:], weights, strict=True)
+        return [self, *(replace(self, objective=part, scale=w, want_entropy=False) for part, w in extra)]
 
     def update(self, trajectories: list[Trajectory], rank: int, ranks: int) -> tuple[list[MicroBatch], int]:
         """This rank's micro-batches of an update, and the number of trained positions over all ranks.

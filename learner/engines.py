@@ -24,7 +24,7 @@ from learner.compiled_layers import compile_layers
 from learner.graphed_layers import GraphedLayers
 from learner.liger import use_liger_kernels
 from learner.objective import LossSums
-from learner.shards import restore, shard
+from learner.shards import discard_gradients, restore, shard
 from learner.training_module import TrainingModule
 from learner.whole_weights import WholeWeights
 
@@ -34,11 +34,15 @@ class Engine(ABC):
 
     Attributes:
         student: what is trained, published and saved.
+        module: what computes the loss.
         graphs: micro-batches must come in the widths that are captured, and without masks.
+        alone: forward and backward wait for no other rank, so that one may make them again.
     """
 
     student: PreTrainedModel
+    module: TrainingModule
     graphs: bool = False
+    alone: bool = False
 
     def __init__(self, config: RunConfig, module: TrainingModule, settings: dict[str, Any]) -> None:
         self.ranks = config.learner.ranks
@@ -62,8 +66,13 @@ class Engine(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget the gradients: the update is not made."""
+
     def step(self) -> float:
-        """Update the weights; returns the norm of the gradients before they were clipped."""
+        """Update the weights; returns the norm of the gradients before they were clipped. Where that is not finite, the
+        same on every rank, no update is made."""
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
@@ -86,11 +95,11 @@ class GatheredEngine(Engine):
     def __init__(self, config: RunConfig, student: PreTrainedModel, settings: dict[str, Any], on_gpu: bool) -> None:
         _prepare(student, config, on_gpu)
         self.student = student
-        module = TrainingModule(student, config)
-        deepspeed.zero.register_external_parameter(module, lm_head_weight(student))
+        self.module = TrainingModule(student, config)
+        deepspeed.zero.register_external_parameter(self.module, lm_head_weight(student))
         # one hook per layer instead of one per submodule: each layer is gathered as a whole
         deepspeed.utils.set_z3_leaf_modules(student, [type(student.model.layers[0])])
-        super().__init__(config, module, settings)
+        super().__init__(config, self.module, settings)
 
     def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
@@ -105,9 +114,14 @@ class GatheredEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss * self.ranks)  # DeepSpeed averages over ranks, the coefficients already normalise
 
+    def discard(self) -> None:
+        discard_gradients(self.deepspeed)
+
 
 class WholeEngine(Engine):
     """Weights are whole on every rank (learner/whole_weights.py); only gradients and steps are collective."""
+
+    alone = True
 
     def __init__(self, config: RunConfig, student: PreTrainedModel, settings: dict[str, Any], on_gpu: bool) -> None:
         super().__init__(config, TrainingModule(student, config), settings)
@@ -131,6 +145,9 @@ class WholeEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def discard(self) -> None:
+        self.weights.clear_gradients()
 
     def step(self) -> float:
         self.weights.hand_over_gradients()

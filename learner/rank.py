@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import socket
 import time
 import warnings
 from collections import Counter
@@ -16,26 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig
-from common.conversion import counted_tokens, load_converted, save_student, student_of
+from common.conversion import load_converted, save_student, student_of, teacher_head_of
 from common.device import device_for
-from common.ray_actor import as_ray_actor
-from common.student import attention_windows, default_attention, fitted_head, head_of_folder, parameter_count
+from common.memory_budget import MemoryBudget
+from common.ray_actor import as_ray_actor, own_address
+from common.student import attention_windows, default_attention, parameter_count
 from common.trajectory import Trajectory, TrajectoryMeta, write_spool
-from common.weights.broadcast import BroadcastTransport, open_store
+from common.weights.broadcast import BroadcastTransport, connect, open_store, stay_on
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
 from learner.batches import BatchBuilder, TrainingBatch, update_shares
 from learner.deepspeed_config import deepspeed_config, keeps_whole
 from learner.difficulty import kept, label_logprobs
+from learner.faults import MODEL, FaultFolder, write_fault
 from learner.objective import LossSums, empty_sums
-from learner.packing import MicroBatch
+from learner.packing import PAD_DOCUMENT, MicroBatch
 from learner.phase_clock import PHASES, PhaseClock
 from learner.publish import gathered_buckets
 from learner.records import RecordReader
@@ -45,6 +49,7 @@ from learner.shard_keeper import receive, send
 from learner.shards import HostCopy, read_shard, write_shard
 
 _WARM_UP_TOKENS = 2048
+_LEAST_CHUNK = 16  # positions in a product with the LM head
 
 
 class PreparedUpdate(NamedTuple):
@@ -101,6 +106,10 @@ class LearnerRank:
         self.rank = rank
         self.spans = BusySpans()
         self.samples: list[Callable[..., dict[str, Any]]] = []
+        self.micro_batch = MemoryBudget(
+            "learner.max_tokens_per_microbatch", config.learner.max_tokens_per_microbatch, least=8
+        )
+        self.chunk = MemoryBudget("learner.logits_chunk_rows", config.learner.logits_chunk_rows, least=_LEAST_CHUNK)
         self.student_copy, self.shard_copy = HostCopy(), HostCopy()
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] = self.writer.submit(lambda: None)
@@ -110,10 +119,10 @@ class LearnerRank:
         self.micro_batches = 0
 
     def address(self) -> tuple[str, int]:
-        """Host and free port for the process group."""
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return ray.util.get_node_ip_address(), s.getsockname()[1]
+        """Host and port of the store in which the process group meets; rank 0 only, which serves it."""
+        host = own_address()
+        self._group_store = open_store(host)
+        return host, self._group_store.port
 
     def start(self, host: str, port: int) -> dict[str, Any]:
         """Join the process group of rank 0, load the ARLM and partition it; returns who this is, for the run's page."""
@@ -126,20 +135,19 @@ class LearnerRank:
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         self.copies = torch.cuda.Stream() if on_gpu else None
         self.clock = PhaseClock(self.device)
-        os.environ.update(
-            RANK=str(self.rank),
-            LOCAL_RANK="0",
-            WORLD_SIZE=str(learner.ranks),
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
+        os.environ.update(RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(learner.ranks))
+        stay_on(own_address())
+        timeout = timedelta(seconds=self.config.pipeline.stage_timeout_s)
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=self._group_store if self.rank == 0 else connect(host, port, timeout.total_seconds()),
+            rank=self.rank,
+            world_size=learner.ranks,
+            timeout=timeout,
         )
         # the optional shared-memory op takes minutes to compile at the first start, and gloo works without it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(seconds=self.config.pipeline.stage_timeout_s),
-        )
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout)
         attention = default_attention() if on_gpu else "sdpa"
         path = self.config.model.path
         self.conversion = student_of(self.config)
@@ -159,13 +167,7 @@ class LearnerRank:
         self.engine = (WholeEngine if whole else GatheredEngine)(self.config, student, settings, on_gpu)
         self.student = self.engine.student
         self.attention = attention
-        self.teacher_head: Tensor | None = None
-        self.teacher_tokens = counted_tokens(self.conversion, self.config.teacher_path)
-        if self.config.target_kind == "hidden":
-            head = head_of_folder(self.config.teacher_path)
-            if self.teacher_tokens is not None:
-                head = fitted_head(head, self.teacher_tokens, self.conversion.config.vocab_size)
-            self.teacher_head = head.to(self.device, getattr(torch, self.config.teacher.dtype))
+        self.teacher_head, self.teacher_tokens = teacher_head_of(self.config, self.conversion, self.device)
         self.transport: WeightsTransport = ObjectStoreTransport()
         if on_gpu or learner.compile:
             self._warm_up()
@@ -180,8 +182,9 @@ class LearnerRank:
 
     def open_weights_group(self) -> tuple[str, int]:
         """Host and port where the members of the weights group meet; rank 0 only."""
-        self._weights_store = open_store()
-        return ray.util.get_node_ip_address(), self._weights_store.port
+        host = own_address()
+        self._weights_store = open_store(host)
+        return host, self._weights_store.port
 
     def join_weights_group(self, members: tuple[str, ...]) -> None:
         """From now on publish by broadcast. Rank 0 only, at the same time as the rollout actors join."""
@@ -207,10 +210,13 @@ class LearnerRank:
         run_updates: RunUpdates,
         spool: Path | None = None,
         extra_weights: tuple[float, ...] = (),
-    ) -> dict[str, float]:
+        faults: FaultFolder | None = None,
+    ) -> dict[str, Any]:
         """All updates of one rollout batch; returns its metrics, the same on every rank.
 
-        Trajectories are ordered by (ordinal, sample), so updates do not depend on the order of arrival.
+        Trajectories are ordered by (ordinal, sample), so updates do not depend on the order of arrival. An update whose
+        loss or gradient is not finite is left out and kept in `faults`: `left_out` says so of each; `updates` counts
+        all, as the learning rate does. `warnings`, of this rank alone, are what else somebody should hear.
 
         Args:
             refs: of the record batches with targets.
@@ -218,62 +224,100 @@ class LearnerRank:
             run_updates: of the whole run, for the learning rate.
             spool: an Arrow IPC file that rank 0 writes the record batches to.
             extra_weights: of the losses in objective.extra.
+            faults: where, and how many, updates are kept that are left out; none: the first raises.
 
         Raises:
             ValueError: a record batch does not fit this run.
-            FloatingPointError: non-finite logits at trained positions; no update is made with them.
+            FloatingPointError: a loss or gradient was not finite, and there are no `faults`; no update is made with it.
         """
         start = time.perf_counter()
         self.clock.mark("read")
         record_batches = ray.get(list(refs))
         trajectories, meta = self.reader.read(record_batches)
-        if spool and self.rank == 0:
-            write_spool(spool, record_batches)
+        warned = self._spool(spool, record_batches)
         read = time.perf_counter()
         builders = self._builders(meta, extra_weights)
         shares = update_shares(
             trajectories, len(builders), self.config.rollout.samples_per_prompt, self.config.learner.batch_rows
         )
         updates = len(shares)
+        left_out: list[str] = []
         totals: Counter[str] = Counter()
         following: list[PreparedUpdate] | None = None
         for u, share in enumerate(shares):
             lr = learning_rate(self.config.learner, first_update + u, run_updates)
             self.engine.set_lr(lr)
-            prepared = following or self._prepared(share, builders)
-            sums = [empty_sums(self.device) for _ in builders]
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
-            sums[0].per_position = [] if wanted else None
-            self._accumulate(prepared, sums)
+            builders = self._within_memory(builders)
+            prepared = following or self._prepared(share, builders)
+            prepared, sums = self._accumulated(prepared, builders, keep_positions=wanted > 0)
             # while the GPU computes, the host packs the next update, unless that depends on the new weights
             ahead = u + 1 < updates and not any(b.objective.reads_difficulty for b in builders)
-            following = self._prepared(shares[u + 1], builders) if ahead else None
-            totals.update(self._step(prepared, sums))
-            if sums[0].per_position:
+            following = self._prepared(shares[u + 1], self._within_memory(builders)) if ahead else None
+            metrics, wrong = self._step(prepared, sums)
+            totals.update(metrics)
+            if sums[0].per_position and not wrong:
                 self._sample(prepared[0], torch.cat(sums[0].per_position).cpu().numpy(), wanted, meta.block_size)
+            if wrong:
+                said = f"update {first_update + u} is left out: {wrong}"
+                if faults is None:
+                    raise FloatingPointError(said)
+                if len(left_out) < faults.most:
+                    facts = {"update": first_update + u, "lr": lr, "wrong": wrong, "extra_weights": extra_weights}
+                    said += self._keep(faults.folder, [part.trajectories for part in prepared], meta, facts)
+                left_out.append(said)
         phases = self.clock.take()
         seconds = time.perf_counter() - start
         self.spans.add(time.perf_counter() - read)
-        positions = max(totals["positions"], 1.0)
+        positions, made = max(totals["positions"], 1.0), updates - len(left_out)
         return {
-            "loss": sum(totals[of_part("loss", i)] for i in range(len(builders))) / updates,
-            **part_metrics(totals, len(builders), updates),
+            "loss": sum(totals[of_part("loss", i)] for i in range(len(builders))) / made if made else math.nan,
+            **part_metrics(totals, len(builders), max(made, 1)),
             "kl": totals["divergence"] / positions,
             "entropy": totals["entropy"] / positions,
             "teacher_agreement": totals["agree"] / positions,
             **({"trusted_share": totals["trusted"] / positions} if self.config.objective.routes else {}),
-            "grad_norm": totals["grad_norm"] / updates,
+            "grad_norm": totals["grad_norm"] / made if made else math.nan,
             "lr": lr,
             "updates": updates,
+            "left_out": left_out,
             "trained_positions": sum(totals[of_part("positions", i)] for i in range(len(builders))),
             "packed_tokens": totals["packed_tokens"],
             "seconds": seconds,
+            "warnings": [*warned, *self.micro_batch.take_notes(), *self.chunk.take_notes()],
             **{f"{phase}_s": phases[phase] for phase in PHASES},
         }
 
     def progress(self) -> int:
         """Micro-batches so far."""
         return self.micro_batches
+
+    def _spool(self, spool: Path | None, record_batches: list[pa.RecordBatch]) -> list[str]:
+        """Write the record batches where that is asked for; returns what somebody should hear."""
+        if not spool or self.rank:
+            return []
+        try:
+            write_spool(spool, record_batches)
+        except OSError as error:  # a full disk: the spool is a record, and nothing that training needs
+            spool.unlink(missing_ok=True)
+            return [f"{str(spool)!r} could not be written ({error}); the run goes on without it: free space there"]
+        return []
+
+    def _keep(
+        self, folder: Path, trajectories: list[list[Trajectory]], meta: TrajectoryMeta, facts: dict[str, Any]
+    ) -> str:
+        """Write down an update that is left out, the trajectories of each loss; collective. Returns the end of the
+        sentence that says so."""
+        state = self._copied_student()
+        if self.rank:
+            return ""
+        facts |= {"ranks": self.config.learner.ranks, "config": self.config.model_dump(mode="json")}
+        try:
+            kept = write_fault(folder, trajectories, meta, facts)
+            save_student(self.student, self.conversion, kept / MODEL, meta.block_size, state)
+        except (OSError, SafetensorError) as error:
+            return f"; it could not be kept in {str(folder)!r} ({error})"
+        return f"; its trajectories and weights are in {str(kept)!r}, which opdlm replay repeats"
 
     def stats(self) -> dict[str, Any]:
         """`spans` is when this rank trained or published since the last call (common/busy.py)."""
@@ -288,26 +332,18 @@ class LearnerRank:
 
     def _builders(self, meta: TrajectoryMeta, extra_weights: tuple[float, ...]) -> list[BatchBuilder]:
         """One for each loss, the main one first."""
-        main = self._builder(meta)
-        extra = zip(self.config.objective.parts[1:], extra_weights, strict=True)
-        return [main, *(replace(main, objective=part, scale=w, want_entropy=False) for part, w in extra)]
+        return self._builder(meta).with_extra(self.config.objective, extra_weights)
 
     def _builder(self, meta: TrajectoryMeta) -> BatchBuilder:
-        curriculum = self.config.curriculum
-        return BatchBuilder(
-            meta=meta,
-            normalization=self.config.objective.normalization,
-            topk_tail=self.config.objective.topk_tail,
-            max_tokens=self.config.learner.max_tokens_per_microbatch,
+        return BatchBuilder.of(
+            self.config,
+            meta,
             attention=self.attention,
             device=self.device,
             teacher_head=self.teacher_head,
             teacher_tokens=self.teacher_tokens,
-            objective=self.config.objective,
             windows=attention_windows(self.conversion.config),
             graphs=self.engine.graphs,
-            want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
-            seed=self.config.seed,
         )
 
     def _warm_up(self) -> None:
@@ -323,17 +359,21 @@ class LearnerRank:
 
     def _prepared(self, share: list[list[Trajectory]], builders: list[BatchBuilder]) -> list[PreparedUpdate]:
         """This rank's micro-batches of an update, for each loss; on a GPU copied beside what it computes."""
-        prepared = []
-        for trajectories, builder in zip(share, builders, strict=True):
-            if builder.objective.reads_difficulty:
-                trajectories = self._kept(trajectories, builder)
-            self.clock.mark("pack")
-            batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
-            self.clock.mark("copy")
-            with torch.cuda.stream(self.copies):
-                tensors = [builder.tensors(batch, trajectories) for batch in batches]
-            prepared.append(PreparedUpdate(trajectories, batches, tensors, positions))
-        return prepared
+        return [
+            self._packed(self._kept(trajectories, b) if b.objective.reads_difficulty else trajectories, b)
+            for trajectories, b in zip(share, builders, strict=True)
+        ]
+
+    def _packed(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
+        self.clock.mark("pack")
+        batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
+        self.clock.mark("copy")
+        with torch.cuda.stream(self.copies):
+            tensors = [builder.tensors(batch, trajectories) for batch in batches]
+        return PreparedUpdate(trajectories, batches, tensors, positions)
+
+    def _within_memory(self, builders: list[BatchBuilder]) -> list[BatchBuilder]:
+        return [replace(builder, max_tokens=self.micro_batch.value) for builder in builders]
 
     def _kept(self, trajectories: list[Trajectory], builder: BatchBuilder) -> list[Trajectory]:
         """The update with what stays masked after one forward of the student as it is now."""
@@ -341,6 +381,46 @@ class LearnerRank:
         log_p = label_logprobs(trajectories, builder, self.rank, self.config.learner.ranks, self.engine.label_logprobs)
         torch.distributed.all_reduce(log_p)
         return kept(trajectories, log_p.cpu().numpy(), builder.objective, builder.meta.block_size, self.config.seed)
+
+    def _accumulated(
+        self, update: list[PreparedUpdate], builders: list[BatchBuilder], keep_positions: bool
+    ) -> tuple[list[PreparedUpdate], list[LossSums]]:
+        """Forward and backward of an update. Where memory runs out, they are made anew in smaller micro-batches, which
+        give the same gradients up to rounding."""
+        while True:
+            sums = [empty_sums(self.device) for _ in builders]
+            sums[0].per_position = [] if keep_positions else None
+            try:
+                self._accumulate(update, sums)
+                return update, sums
+            except torch.OutOfMemoryError as error:
+                too_large = self._too_large(update, error)
+            trajectories = [part.trajectories for part in update]
+            largest = max(batch.ids.size for part in update for batch in part.batches)
+            del update
+            self.engine.discard()
+            too_large.halve(most=largest if too_large is self.micro_batch else None)
+            self.engine.module.chunk = self.chunk.value
+            smaller = self._within_memory(builders)
+            update = [self._packed(part, builder) for part, builder in zip(trajectories, smaller, strict=True)]
+
+    def _too_large(self, update: list[PreparedUpdate], error: torch.OutOfMemoryError) -> MemoryBudget:
+        """What to halve after memory ran out.
+
+        Raises:
+            torch.OutOfMemoryError: nothing that would help can be; or other ranks wait for this one in the middle of a
+                forward, so that all must begin anew.
+        """
+        largest = max((batch for part in update for batch in part.batches), key=lambda batch: batch.tokens)
+        if self.engine.alone and len(np.unique(largest.doc[largest.doc != PAD_DOCUMENT])) > 1:
+            return self.micro_batch
+        if self.engine.alone and self.chunk.can_halve:
+            return self.chunk
+        raise torch.OutOfMemoryError(
+            f"the learner's memory does not hold a micro-batch of {largest.tokens} tokens: lower "
+            f"learner.max_tokens_per_microbatch ({self.micro_batch.value}) or curriculum.max_tokens, or set "
+            "learner.gradient_checkpointing"
+        ) from error
 
     def _accumulate(self, update: list[PreparedUpdate], sums: list[LossSums]) -> None:
         """Forward and backward of all micro-batches."""
@@ -354,8 +434,13 @@ class LearnerRank:
             self.engine.backward(loss)
             self.micro_batches += 1
 
-    def _step(self, update: list[PreparedUpdate], sums: list[LossSums]) -> dict[str, float]:
-        """One optimizer step over all ranks; the sums of the update over all ranks."""
+    def _step(self, update: list[PreparedUpdate], sums: list[LossSums]) -> tuple[dict[str, float], str]:
+        """One optimizer step over all ranks.
+
+        Returns:
+            The sums of the update over all ranks, and what is not finite in it; then no step is made, and of the sums
+            only the work counts. Both are the same on every rank.
+        """
         self.clock.mark("sums")
         tokens = float(sum(tensors.tokens for part in update for tensors in part.tensors))
         scalars = {"packed_tokens": torch.tensor(tokens, dtype=torch.float64, device=self.device)}
@@ -364,13 +449,21 @@ class LearnerRank:
         values = torch.stack(list(scalars.values()))
         torch.distributed.all_reduce(values)
         totals = dict(zip(scalars, values.tolist(), strict=True))
-        bad = sum(totals[of_part("bad", i)] for i in range(len(sums)))
-        if bad:
-            raise FloatingPointError(f"{int(bad)} trained positions had non-finite logits or divergence")
+        work = {"packed_tokens": totals["packed_tokens"]}
+        loss, bad = (sum(totals[of_part(name, i)] for i in range(len(sums))) for name in ("loss", "bad"))
         self.clock.mark("optimizer")
+        if bad or not math.isfinite(loss):
+            self.engine.discard()
+            trained = sum(part.positions for part in update)
+            return work, (
+                f"the loss is {loss:.6g}, and {bad:.0f} of {trained} trained positions have logits or a divergence "
+                "that are not finite"
+            )
         norm = self.engine.step() if any(part.tensors for part in update) else 0.0
+        if not math.isfinite(norm):
+            return work, f"the loss is {loss:.6g}, and the gradient is not finite"
         positions = {of_part("positions", i): float(part.positions) for i, part in enumerate(update)}
-        return totals | positions | {"grad_norm": norm}
+        return totals | positions | {"grad_norm": norm}, ""
 
     def _sample(self, update: PreparedUpdate, kl: np.ndarray, wanted: int, block_size: int) -> None:
         """Keep the first `wanted` trajectories of an update, with the target rows and divergences of their trained
@@ -405,11 +498,7 @@ class LearnerRank:
         Every rank also writes its shard of weights and optimizer into `resume`, where that is given. Both folders must
         be on storage that all ranks share.
         """
-        wait([self.writing])  # it reads the copies
-        state: dict[str, Tensor] = {}
-        for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):
-            if self.rank == 0:
-                state |= self.student_copy.take(dict(bucket))
+        state = self._copied_student()
         states = self.shard_copy.take(self.engine.shard()) if resume else {}
 
         def write() -> None:
@@ -419,6 +508,15 @@ class LearnerRank:
                 write_shard(resume, self.rank, self.config.learner.ranks, states)
 
         self.writing = self.writer.submit(write)
+
+    def _copied_student(self) -> dict[str, Tensor]:
+        """Rank 0's copy of the whole student in host memory, once the one before is written; collective."""
+        wait([self.writing])
+        state: dict[str, Tensor] = {}
+        for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):
+            if self.rank == 0:
+                state |= self.student_copy.take(dict(bucket))
+        return state
 
     @ray.method(concurrency_group="files")
     def written(self) -> None:
@@ -456,8 +554,8 @@ class LearnerRank:
         self.engine.load(receive(keeper, version))
 
 
-def as_remote(config: RunConfig) -> Any:
+def as_remote(config: RunConfig, actor_class: type[LearnerRank] = LearnerRank) -> Any:
     resources = config.learner.resources
     environment = None if resources.gpus else {"DS_ACCELERATOR": "cpu"}
     groups = {"files": 1, "keeper": 1, "weights": 1}
-    return as_ray_actor(LearnerRank, resources, environment=environment, concurrency_groups=groups)
+    return as_ray_actor(actor_class, resources, environment=environment, concurrency_groups=groups)

@@ -36,14 +36,15 @@ class RecordReader:
             ValueError: a record batch does not fit the run or the others, or holds what cannot be; names the field and
                 the values.
         """
-        batches = [from_batch(batch) for batch in record_batches]
-        meta = batches[0][1]
+        metas = [TrajectoryMeta.of(batch.schema) for batch in record_batches]
+        meta = metas[0]
         if meta.block_size not in self.block_sizes:
             raise ValueError(f"trajectory batch has block_size {meta.block_size}, not one of {self.block_sizes}")
-        for batch, (_, other) in zip(record_batches, batches, strict=True):
+        for batch, other in zip(record_batches, metas, strict=True):
             other.require(block_size=meta.block_size, target_width=meta.target_width, **self.expected)
             check_batch(batch, self.vocabulary)
-        trajectories = sorted((t for rows, _ in batches for t in rows), key=lambda t: (t.ordinal, t.sample))
+        rows = [t for batch in record_batches for t in from_batch(batch)[0]]
+        trajectories = sorted(rows, key=lambda t: (t.ordinal, t.sample))
         for before, after in pairwise(trajectories):
             if (before.ordinal, before.sample) == (after.ordinal, after.sample):
                 raise ValueError(f"trajectory batches hold ordinal {after.ordinal}, sample {after.sample} twice")

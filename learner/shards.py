@@ -68,6 +68,12 @@ def restore(engine: Any, tensors: Mapping[str, Tensor]) -> None:
     optimizer.checkpoint_event_epilogue()
 
 
+def discard_gradients(engine: Any) -> None:
+    """Forget the gradients of an update that is not made, as DeepSpeed does for one whose norm is not finite."""
+    engine.optimizer._pre_step()
+    engine.optimizer._overflow_clean_up(engine.optimizer.loss_scale)
+
+
 def _weights(engine: Any) -> dict[str, Tensor]:
     return {f"{i}.weights": flat.detach() for i, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from actors.evaluation.evaluation import Evaluation
 from actors.evaluation.responses import Response, said
@@ -18,10 +18,9 @@ from actors.sampler.stop_strings import StopStrings, reach
 from common.answers import is_correct
 from common.config.run import AnswerFormat
 from common.end_tokens import set_end_tokens
-from common.gguf_files import model_folder
 from common.prompts import Prompt
 from common.seeds import stream_key
-from common.student import load_tokenizer
+from common.student import load_tokenizer, pretrained
 from common.trajectory import finish_reason, until_end, without_end
 
 
@@ -31,9 +30,7 @@ def load_autoregressive(
     """A causal LM with its own mask, its end tokens (or `ends`) in its generation config; default dtype: float32 on
     CPU, else bfloat16."""
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder(path), dtype=getattr(torch, dtype), trust_remote_code=False
-    )
+    model = pretrained(path, dtype=getattr(torch, dtype))
     tokenizer = load_tokenizer(path)
     set_end_tokens(model, tokenizer, ends)
     return model.to(device).eval(), tokenizer

@@ -20,7 +20,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ from actors.sampler.stop_strings import StopStrings
 from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
 from common.config.run import Unmasking
 from common.grid import grid_ceil
+from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches
 from common.seeds import stream_key, uniform
 from common.student import full_precision_logits, hidden_states
@@ -51,6 +52,26 @@ FEW_ROWS = 32  # passes of so few rows, or fewer, have room for all commits and 
 MOST_GRAPHED_TOKENS = 4096  # of a prefill that is a graph: one of more keeps the GPU busy for longer than its launches
 # further requests that have come, where the argument is true after waiting for some; None: no more will come
 More = Callable[[bool], list[Request] | None]
+
+
+@dataclass
+class RequestQueue:
+    """Requests that wait for a slot; `more` tells of those that come later, until it says that there are no more."""
+
+    requests: deque[Request]
+    more: More | None
+
+    def __bool__(self) -> bool:
+        return bool(self.requests or self.more)
+
+    def receive(self, idle: bool) -> None:
+        """Take in what has come; where nothing else is to be done, wait for it."""
+        if self.more:
+            came = self.more(idle and not self.requests)
+            self.requests.extend(came or ())
+            self.more = None if came is None else self.more
+
+
 _log = logging.getLogger(__name__)
 
 
@@ -115,10 +136,10 @@ class Sampler:
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
         self.token_count = token_count
-        self.slots = slots
+        self.slot_budget = MemoryBudget("slots", slots)
         self.seed = seed
         self.stops = StopStrings(tokenizer) if tokenizer else None
-        self.max_batched_tokens = max_batched_tokens
+        self.prefill_budget = MemoryBudget("max_batched_tokens", max_batched_tokens)
         self.device = model.get_output_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
         self.weights_version = 0
@@ -130,6 +151,8 @@ class Sampler:
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
+        self._graphs: PassGraphs | None = None
+        self._together = 0  # tokens of several prompts that are being cached together
         self._end_tokens = torch.tensor(eos_token_id, device=self.device).reshape(-1)
         self._plan: Callable[..., Any] = plan
         self._unmask: Callable[..., Any] = unmask
@@ -145,6 +168,14 @@ class Sampler:
             for layer in model.model.layers:  # one compiled layer serves all
                 layer.compile(dynamic=True)
             self._plan, self._unmask = (torch.compile(part, dynamic=True) for part in (plan, unmask))
+
+    @property
+    def slots(self) -> int:
+        return self.slot_budget.value
+
+    def take_notes(self) -> list[str]:
+        """What was made smaller since the last call, since memory ran out; for whoever runs the sampler."""
+        return self.slot_budget.take_notes() + self.prefill_budget.take_notes()
 
     def set_block_size(self, block_size: int) -> None:
         """Decode in blocks of this size from the next call on."""
@@ -168,37 +199,61 @@ class Sampler:
     ) -> Iterator[Trajectory]:
         """Yield each trajectory as it ends; its forwards count every pass that it took part in.
 
+        Where memory runs out, the sequences that are not finished begin anew, in fewer slots or with smaller prefills;
+        their trajectories are the same, up to rounding (common/seeds.py).
+
         Args:
             more: asked before every pass for requests, without stop strings, that have come meanwhile.
             longest: the longest possible x0 of these, in tokens.
 
         Raises:
             FloatingPointError: the model gave a non-finite logit at a sampled position.
+            torch.OutOfMemoryError: memory does not hold a single sequence.
             ValueError: a request has stop strings, and the sampler no tokenizer to find them with.
         """
-        waiting = deque(requests)
-        if not waiting and not more:
+        queue = RequestQueue(deque(requests), more)
+        if not queue:
             return
-        has_stops = any(request.stop for request in waiting)
+        has_stops = any(request.stop for request in queue.requests)
         stops = self.stops if has_stops else None
         if has_stops and not stops:
             raise ValueError("requests with stop strings need a sampler with a tokenizer")
-        # on CUDA new memory would discard all graphs, and the limit of responses grows during a run
-        at_once = self.longest if self.few_shapes else 0
-        state, cache = self._memory(max([at_once, longest, *(self._end(r) for r in waiting)]))
         rule, threshold = without_threshold(decoding.unmasking)
         decoding = replace(decoding, unmasking=rule)
+        # on CUDA new memory would discard all graphs, and the limit of responses grows during a run
+        at_once = self.longest if self.few_shapes else 0
+        longest = max([at_once, longest, *(self._end(r) for r in queue.requests)])
+        while queue:
+            self._together = 0
+            try:
+                yield from self._finished(queue, longest, threshold, decoding, stops)
+            except torch.OutOfMemoryError as error:
+                too_large = self.prefill_budget if self._together else self.slot_budget
+                if not too_large.can_halve:
+                    raise torch.OutOfMemoryError(
+                        f"memory does not hold one sequence of {longest} tokens: lower curriculum.max_tokens or "
+                        "data.max_prompt_tokens, or give the process another GPU"
+                    ) from error
+            else:
+                return
+            if self._state:
+                queue.requests.extendleft(reversed(self._state.active.values()))
+            self._state = self._cache = self._graphs = None
+            too_large.halve(most=self._together or None)
+
+    def _finished(
+        self, queue: RequestQueue, longest: int, threshold: float, decoding: Decoding, stops: StopStrings | None
+    ) -> Iterator[Trajectory]:
+        """The trajectories of all requests of the queue, which are taken off as slots get free; `longest` in tokens."""
+        state, cache = self._memory(longest)
         state.threshold.fill_(threshold)
         then = time.perf_counter()
-        while waiting or state.active or more:
-            if more:
-                came = more(not waiting and not state.active)
-                waiting.extend(came or ())
-                more = None if came is None else more
-                if not waiting and not state.active:
-                    continue
-            free = np.flatnonzero(~state.running).tolist() if waiting else []
-            admitted = {slot: waiting.popleft() for slot in free[: len(waiting)]}
+        while queue or state.active:
+            queue.receive(idle=not state.active)
+            if not queue.requests and not state.active:
+                continue
+            free = np.flatnonzero(~state.running).tolist() if queue.requests else []
+            admitted = {slot: queue.requests.popleft() for slot in free[: len(queue.requests)]}
             if admitted:
                 state.admit(admitted, self._keys(admitted), self.mask_token_id, self._end)
                 self._prefill(state, cache, admitted)
@@ -255,8 +310,10 @@ class Sampler:
         first = [group[0] for group in samples.values()]
         lengths = [int(state.block_host[slot]) * self.block_size for slot in first]
         self.token_rows += sum(lengths)
-        for batch in padded_batches(lengths, self.max_batched_tokens):
+        for batch in padded_batches(lengths, self.prefill_budget.value):
+            self._together = len(batch) * max(lengths[index] for index in batch) if len(batch) > 1 else 0
             self._cache_prompts(state, [first[index] for index in batch], [lengths[index] for index in batch])
+        self._together = 0
         copies = [(group[0], slot) for group in samples.values() for slot in group[1:]]
         if copies:
             source, target = state.upload(np.array(copies).T)

@@ -148,7 +148,7 @@ class TeacherActor:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the actor started; `queue_depth` is the number of record batches in it now. `spans` says when
-        it computed targets since the last call (common/busy.py)."""
+        it computed targets since the last call (common/busy.py), and `warnings` what somebody should hear."""
         return {
             "pid": os.getpid(),
             "sequences": self.sequences,
@@ -158,6 +158,7 @@ class TeacherActor:
             "batches": self.batches,
             "failed_requests": self.failed_requests,
             "queue_depth": len(self.waiting),
+            "warnings": self.backend.take_notes(),
         }
 
     async def annotate(self, batch: pa.RecordBatch) -> pa.RecordBatch:

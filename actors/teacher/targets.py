@@ -92,6 +92,10 @@ class TeacherBackend(ABC):
         answers = iter(self._forward(asked) if asked else [])
         return [next(answers) if len(r.positions) else self._nothing() for r in requests]
 
+    def take_notes(self) -> list[str]:
+        """What somebody should hear of since the last call."""
+        return []
+
     def close(self) -> None:
         """Release the engine."""
 

@@ -21,6 +21,7 @@ from actors.teacher.targets import (
 )
 from common.config.run import TeacherConfig
 from common.device import device_for
+from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches
 from common.student import lm_head_weight, load_model
 
@@ -36,7 +37,7 @@ class TransformersBackend(TeacherBackend):
     def __init__(self, config: TeacherConfig, model_path: str, tokens: int | None = None) -> None:
         self.device = device_for("teacher", config.resources)
         self.model = self._load(config, model_path)
-        self.max_batched_tokens = config.max_batched_tokens
+        self.budget = MemoryBudget("teacher.max_batched_tokens", config.max_batched_tokens)
         self.tokens = tokens
         model = self.model.config
         super().__init__(
@@ -51,14 +52,41 @@ class TransformersBackend(TeacherBackend):
     def _load(self, config: TeacherConfig, model_path: str) -> PreTrainedModel:
         return load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
 
-    @torch.inference_mode()
     def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
+        """Where memory runs out, the rest is read in smaller batches, down to one sequence at a time."""
         answers: dict[int, Targets] = {}
-        for rows in padded_batches([len(r.ids) for r in requests], self.max_batched_tokens):
-            batch = [requests[row] for row in rows]
-            for row, hidden in zip(rows, causal_hidden_states(self.model, batch), strict=True):
-                answers[row] = self._targets_of(hidden)
+        while left := [row for row in range(len(requests)) if row not in answers]:
+            for places in padded_batches([len(requests[row].ids) for row in left], self.budget.value):
+                rows = [left[place] for place in places]
+                read = self._read([requests[row] for row in rows])
+                if read is None:
+                    break
+                answers |= zip(rows, read, strict=True)
         return [answers[row] for row in range(len(requests))]
+
+    def _read(self, batch: list[TargetRequest]) -> list[Targets] | None:
+        """The targets of one forward; None where memory ran out, and from now on fewer sequences are read at once.
+
+        Raises:
+            torch.OutOfMemoryError: it does not hold a single sequence.
+        """
+        try:
+            return self._targets(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise torch.OutOfMemoryError(
+                    f"the teacher's memory does not hold one sequence of {len(batch[0].ids)} tokens: lower "
+                    "curriculum.max_tokens, or give the teacher another GPU"
+                ) from error
+        self.budget.halve(most=len(batch) * max(len(r.ids) for r in batch))
+        return None
+
+    @torch.inference_mode()
+    def _targets(self, batch: list[TargetRequest]) -> list[Targets]:
+        return [self._targets_of(hidden) for hidden in causal_hidden_states(self.model, batch)]
+
+    def take_notes(self) -> list[str]:
+        return self.budget.take_notes()
 
     def _targets_of(self, hidden: Tensor) -> Targets:
         if self.kind == "hidden":

@@ -104,6 +104,7 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
     if on_cpu:
         # even in eager mode vLLM compiles a few functions: 15 s of C++ compiler at the first request
         torch._dynamo.config.disable = True
+    arguments.setdefault("load_format", "safetensors")  # no pickles, which run code when they are read
     arguments.setdefault("max_model_len", -1)  # the model's own, or as much as the KV cache holds
     return LLM(
         model_folder(model_path),

@@ -358,6 +358,13 @@ class LearnerConfig(Section):
         description="Liger's fused RMSNorm, RoPE and SwiGLU, on GPUs: a quarter less time and activation memory",
         json_schema_extra=OPERATION,
     )
+    nonfinite_updates: int = Field(
+        0,
+        ge=0,
+        description="updates that may be left out since their loss or gradient is not finite; one more ends the run, "
+        "with a checkpoint",
+        json_schema_extra=OPERATION,
+    )
     deepspeed: dict[str, Any] = Field(
         {},
         description="DeepSpeed keys merged over the generated ones, e.g. zero_optimization.offload_optimizer; those "

@@ -13,6 +13,8 @@ as it is gathered, because the learner would then wait for the slowest rollout a
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.config.dashboard import is_loopback
 from common.weights.checksums import device_checksums, host_checksums
 from common.weights.staged_buckets import StagedBuckets, as_tensor
 from common.weights.transport import Bucket, PublishedBucket, WeightsHandle, WeightsTransport, spec_of, verify
@@ -35,9 +38,15 @@ _LOOK_SECONDS = 1.0  # how often a waiting member looks whether it is
 _POLL_SECONDS = 0.002  # while a broadcast runs: NCCL's own wait with a deadline would abort the group
 
 
-def open_store() -> dist.TCPStore:
-    """The store of a new group, served by this process on a free port (`port`)."""
-    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+def open_store(host: str) -> dist.TCPStore:
+    """The store of a new group, served by this process on a free port (`port`) of the address `host` and of no other:
+    what others know this node as, which is loopback where the whole run is on this machine."""
+    family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family)
+    listener.bind(address)
+    listener.listen(128)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def connect(host: str, port: int, timeout_s: float) -> dist.TCPStore:
@@ -47,6 +56,15 @@ def connect(host: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 class GroupDissolved(RuntimeError):  # noqa: N818 (what happened)
     """A member is gone, so nothing more is sent in this group."""
+
+
+def stay_on(host: str) -> None:
+    """Let gloo and NCCL listen on loopback alone, where `host`, which others know this node as, is loopback. A user's
+    own choice of interfaces wins."""
+    if is_loopback(host):
+        interface = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
 
 
 class BroadcastTransport(WeightsTransport):

@@ -62,6 +62,7 @@ METRICS: dict[str, MetricSpec] = {
     "response_tokens": MetricSpec("tokens", "response tokens so far, of rollouts and offline responses"),
     "trained_positions": MetricSpec("tokens", "masked positions in the loss of this batch"),
     "updates": MetricSpec("", "optimiser updates so far"),
+    "nonfinite_updates": MetricSpec("", "updates so far that were left out, for a loss or gradient that is not finite"),
     "weights_version": MetricSpec("", "version published after this batch"),
     "staleness": MetricSpec("versions", "learner version minus the oldest version in the batch when trained"),
     "rollout/tokens_per_second": MetricSpec("tokens/s", "response tokens per busy second of the slowest actor"),

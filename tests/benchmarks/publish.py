@@ -134,7 +134,7 @@ class Publisher(_Party):
 
     def open(self, way: str) -> tuple[str, int]:
         self.way = way
-        self.store = open_store()
+        self.store = open_store("localhost")
         return "localhost", self.store.port
 
     def join(self) -> None:

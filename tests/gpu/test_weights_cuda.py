@@ -57,7 +57,7 @@ def test_object_store_between_gpu_memories(ray_local):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each member")
 def test_broadcast_between_gpus():
-    store, members = open_store(), ("learner-0", "rollout-0")
+    store, members = open_store("localhost"), ("learner-0", "rollout-0")
     with ThreadPoolExecutor(2) as pool:
         sends = pool.submit(BroadcastTransport, store, members, 0, torch.device("cuda", 0), 60.0)
         own = connect("localhost", store.port, 60.0)

@@ -1,9 +1,13 @@
 """The real learner: DeepSpeed ZeRO-3 ranks in Ray actors over gloo, against one plain PyTorch process."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import ray
 import torch
+from typer.testing import CliRunner
 
 from common.config.objective import ObjectiveConfig
 from common.config.run import DynamicUnmasking, RunConfig
@@ -15,9 +19,12 @@ from common.trajectory import Trajectory, TrajectoryMeta, read_spool, to_batch
 from common.vocabulary import tokenizer_fingerprint
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import load_weights
+from deploy import cli
 from learner import rank
 from learner.batches import BatchBuilder
+from learner.faults import FaultFolder
 from learner.objective import ChunkedDivergence, empty_sums
+from learner.replay import replay
 from learner.schedule import RunUpdates
 from tests.models import tiny_qwen3, tiny_tokenizer
 from tests.unit.test_parity import set_targets, trajectories
@@ -123,17 +130,11 @@ def test_what_a_checkpoint_resumes_is_equal_bit_by_bit(tmp_path, ray_local, deep
     refs = refs_of(path)
     updates = RunUpdates(warmup=0, total=6)
 
-    def started() -> list:
-        actors = [rank.as_remote(settings).remote(settings, i) for i in range(2)]
-        address = ray.get(actors[0].address.remote())
-        ray.get([a.start.remote(*address) for a in actors])
-        return actors
-
     def trained(actors: list, first: int) -> dict[str, float]:
         results: list[dict[str, float]] = ray.get([a.train.remote(refs, first, updates) for a in actors])
-        return {name: value for name, value in results[0].items() if name != "seconds"}
+        return {name: value for name, value in results[0].items() if not name.endswith(("seconds", "_s"))}
 
-    first = started()
+    first = started_ranks(settings)
     trained(first, 0)
     ray.get([a.save.remote(tmp_path / "saved", tmp_path / "resume") for a in first])
     results = [trained(first, 2), trained(first, 4)]
@@ -142,11 +143,117 @@ def test_what_a_checkpoint_resumes_is_equal_bit_by_bit(tmp_path, ray_local, deep
     for actor in first:
         ray.kill(actor)
 
-    second = started()
+    second = started_ranks(settings)
     ray.get([a.load.remote(tmp_path / "resume") for a in second])
     assert [trained(second, 2), trained(second, 4)] == results
     again = published_by(second, path)
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
+def started_ranks(settings: RunConfig, remote=rank.as_remote) -> list:
+    actors = [remote(settings).remote(settings, i) for i in range(settings.learner.ranks)]
+    address = ray.get(actors[0].address.remote())
+    ray.get([a.start.remote(*address) for a in actors])
+    return actors
+
+
+class LimitedRank(rank.LearnerRank):
+    """Memory of rank 1 runs out in the backward of micro-batches of more than `most` tokens, or of larger products with
+    the LM head than `most_rows`."""
+
+    most, most_rows = 70, 10_000
+
+    def start(self, host: str, port: int) -> dict:
+        facts = super().start(host, port)
+        forward, backward = self.engine.forward, self.engine.backward
+
+        def limited_forward(batch, sums, *, last):
+            self.tokens = batch.tokens
+            return forward(batch, sums, last=last)
+
+        def limited_backward(loss):
+            backward(loss)
+            if self.rank == 1 and (self.tokens > self.most or self.engine.module.chunk > self.most_rows):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        self.engine.forward, self.engine.backward = limited_forward, limited_backward
+        return facts
+
+
+class RankOfOneTrajectory(LimitedRank):
+    most, most_rows = 10_000, 100
+
+
+@pytest.mark.parametrize("limited", [LimitedRank, RankOfOneTrajectory])
+def test_micro_batches_that_memory_does_not_hold_are_made_again_smaller(tmp_path, ray_local, limited):
+    """The updates are those of ranks that hold them, up to rounding."""
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    settings = config(path, 2, {})
+    refs, updates = refs_of(path), RunUpdates(warmup=0, total=2)
+    whole = started_ranks(settings)
+    expected = ray.get([a.train.remote(refs, 0, updates) for a in whole])[0]
+    weights = published_by(whole, path)
+    for actor in whole:
+        ray.kill(actor)
+
+    remote = partial(rank.as_remote, actor_class=limited)
+    actors = started_ranks(settings, remote)
+    results = ray.get([a.train.remote(refs, 0, updates) for a in actors])
+    assert results[0]["warnings"] == []
+    field = "max_tokens_per_microbatch" if limited is LimitedRank else "logits_chunk_rows"
+    assert f"learner.{field} is" in results[1]["warnings"][-1]
+    for name in ("loss", "kl", "grad_norm"):
+        assert results[0][name] == pytest.approx(expected[name], rel=1e-5), name
+    for name, tensor in published_by(actors, path).items():
+        torch.testing.assert_close(tensor, weights[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("deepspeed", [{}, PARTITIONED], ids=["whole", "partitioned"])
+def test_an_update_that_is_not_finite_is_left_out_and_repeated_by_replay(tmp_path, ray_local, deepspeed):
+    """A hidden state of the teacher so large that its logits overflow, then weights of the loss so large that the
+    gradient does: the third update is made as if there had been no other."""
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    settings = config(path, 2, deepspeed)
+    rows, meta = rows_of(path)
+    updates = RunUpdates(warmup=0, total=3)
+    third = [replace(t, ordinal=t.ordinal + 16) for t in rows[4:]]
+    first = [replace(t, hidden=t.hidden.copy()) for t in rows[:4]]
+    first[2].hidden[:] = 3e38
+    second = [replace(t, ordinal=t.ordinal + 8) for t in rows[:4]]
+    second[1].loss_weight = np.zeros_like(second[1].loss_weight)
+    second[1].loss_weight[0] = 3e38
+
+    alone = started_ranks(settings)
+    expected = ray.get([a.train.remote([ray.put(to_batch(third, meta))], 2, updates) for a in alone])[0]
+    weights = published_by(alone, path)
+    for actor in alone:
+        ray.kill(actor)
+
+    actors = started_ranks(settings)
+    refs = [ray.put(to_batch(part, meta)) for part in (first, second, third)]
+    faults = FaultFolder(tmp_path / "faults", most=2)
+    results = ray.get([a.train.remote(refs, 0, updates, None, faults) for a in actors])
+    assert [len(r["left_out"]) for r in results] == [2, 2]
+    assert (results[0]["updates"], results[0]["loss"]) == (3, expected["loss"])
+    assert results[0]["grad_norm"] == expected["grad_norm"]
+    overflow, gradient = results[0]["left_out"]
+    assert "update 0 is left out: the loss is nan, and" in overflow and f"{tmp_path}/faults/001" in overflow
+    assert "update 1 is left out: the loss is" in gradient and "the gradient is not finite" in gradient
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in published_by(actors, path).items())
+
+    found = replay(tmp_path / "faults" / "001")
+    assert not found.whole.finite and found.weights == []
+    assert [part.finite for _, part in found.rows] == [True, True, False, True]
+    assert [t.ordinal for t, _ in found.rows] == [0, 1, 2, 3]
+    found = replay(tmp_path / "faults" / "002")
+    assert found.whole.bad == 0 and not np.isfinite(found.whole.grad_norm)
+    assert [part.finite for _, part in found.rows] == [True, False, True, True]
+
+    result = CliRunner().invoke(cli.app, ["replay", str(tmp_path / "faults" / "001" / "trajectories.arrow")])
+    assert result.exit_code == 0 and "repeated: loss nan, gradient norm nan" in result.output, result.output
+
+    with pytest.raises(ray.exceptions.RayTaskError, match="update 0 is left out: the loss is nan"):
+        ray.get([a.train.remote(refs[:1], 0, updates) for a in actors])
 
 
 def train_reference(settings: RunConfig, path: str, rows, meta) -> float:

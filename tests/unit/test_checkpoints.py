@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pyarrow import fs
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from deploy import preflight
-from deploy.checkpoints import Checkpoints, RunState, check_same_run, copy_folder
+from deploy.checkpoints import Checkpoints, FeedbackFields, Manifest, RunState, check_same_run, copy_folder
 from deploy.curriculum import Feedback
 from deploy.monitoring.observer import Note, Observer, Observers
 from deploy.pipeline import write_resolved_config
@@ -187,6 +188,11 @@ def test_the_manifest_holds_length_and_sha256_of_every_file(tmp_path):
     }
 
 
+def test_a_manifest_has_every_counter_of_a_run():
+    for state, read in ((RunState, Manifest), (Feedback, FeedbackFields)):
+        assert {f.name for f in fields(state)} <= read.model_fields.keys()
+
+
 def test_a_manifest_that_knows_lengths_only_is_read(tmp_path):
     """Of an earlier release."""
     checkpoints = checkpoints_of(tmp_path, 2)
@@ -208,9 +214,19 @@ def truncated(file: Path) -> None:
     [
         ("manifest.json", lambda file: file.write_text(""), "manifest.json cannot be read"),
         ("manifest.json", truncated, "manifest.json cannot be read"),
-        ("manifest.json", lambda file: file.write_text("[]"), "manifest.json cannot be read"),
+        ("manifest.json", lambda file: file.write_text("[]"), "manifest.json: "),
         ("manifest.json", lambda file: file.write_bytes(b"\xff"), "manifest.json cannot be read"),
-        ("manifest.json", lambda file: file.write_text('{"batches": -1, "updates": 0}'), "counts -1 batches"),
+        (
+            "manifest.json",
+            lambda file: file.write_text('{"batches": -1, "updates": 0}'),
+            "manifest.json: batches: -1 is not accepted",
+        ),
+        ("manifest.json", lambda file: file.write_text('{"batches": 5}'), "manifest.json: updates: missing"),
+        (
+            "manifest.json",
+            lambda file: file.write_text('{"batches": 5, "updates": 1, "feedback": [1]}'),
+            "manifest.json: feedback: expected fields below it, found [1]",
+        ),
         ("resume/shard", truncated, "resume/shard has 3 bytes, not 6 bytes"),
         ("resume/shard", lambda file: file.unlink(), "resume/shard has no file, not 6 bytes"),
         ("model.safetensors", truncated, "model.safetensors has 1 bytes, not 2 bytes"),

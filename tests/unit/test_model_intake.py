@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+from actors.evaluation.autoregressive import load_autoregressive
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.conversion import convert_folder, load_generation_config, mended, save_student
+from common.model_files import ModelError
 from common.prompts import prompt_ids
 from common.student import head_of_folder, load_model, load_tokenizer
 from deploy.commands.convert import convert_model as convert
@@ -547,3 +549,15 @@ def test_another_weights_file_beside_is_refused_for_vllm(model):
         check(model, "--teacher.backend", "vllm")
     shards(model)
     check(model, "--teacher.backend", "vllm")  # an index says which files count
+
+
+@pytest.mark.parametrize(
+    "load", [lambda path: load_model(path, torch.float32, "sdpa"), lambda path: load_autoregressive(path, "cpu")]
+)
+def test_pickled_weights_are_not_loaded(tmp_path, load):
+    """Not even where no check of the folder has come before."""
+    folder = Path(tiny_qwen3(tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no weights in safetensors \(.*save_pretrained"):
+        load(str(folder))

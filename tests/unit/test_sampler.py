@@ -99,6 +99,60 @@ def test_trajectories_do_not_depend_on_slots_or_order(model, slots):
         np.testing.assert_allclose(t.confidence, other[ordinal].confidence, atol=1e-5)
 
 
+def limited(of: Sampler, method: str, tokens, most: int) -> Sampler:
+    """Memory runs out where `tokens` of a call's arguments are more than `most`."""
+    whole = getattr(of, method)
+
+    def call(*arguments):
+        if tokens(*arguments) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(*arguments)
+
+    setattr(of, method, call)
+    return of
+
+
+def test_passes_that_memory_does_not_hold_are_made_again_with_fewer_slots(model):
+    decoding = Decoding(DynamicUnmasking(threshold=0.2), 1.0)
+    base = {t.ordinal: t for t in sampler(model, slots=8).generate(requests(), decoding)}
+    of = limited(sampler(model, slots=8), "_decode", lambda ids, *_: ids.numel(), most=20)
+    made = list(of.generate(requests(), decoding))
+    assert sorted(t.ordinal for t in made) == sorted(base), "each once"
+    for t in made:
+        assert t.response_ids.tolist() == base[t.ordinal].response_ids.tolist()
+        assert t.reveal_round.tolist() == base[t.ordinal].reveal_round.tolist()
+        assert t.denoise_forwards == base[t.ordinal].denoise_forwards
+    assert of.slots == 2
+    notes = of.take_notes()
+    assert [note.split(": ")[1].split(" from")[0] for note in notes] == [
+        "slots is 4 instead of 8",
+        "slots is 2 instead of 4",
+    ]
+    assert notes[-1].endswith("set slots to 2") and of.take_notes() == []
+    assert len(list(of.generate(requests(), decoding))) == 8 and of.take_notes() == [], "what fits is known"
+
+
+def test_prompts_that_memory_does_not_hold_together_are_cached_in_smaller_forwards(model):
+    decoding = Decoding(StaticUnmasking(), 1.0)
+    base = {t.ordinal: t.response_ids.tolist() for t in sampler(model, slots=8).generate(requests(), decoding)}
+
+    def tokens(state, slots, lengths):
+        return len(slots) * max(lengths)
+
+    of = limited(sampler(model, slots=8), "_cache_prompts", tokens, most=16)
+    assert {t.ordinal: t.response_ids.tolist() for t in of.generate(requests(), decoding)} == base
+    assert (of.slots, of.prefill_budget.value) == (8, 12)
+    assert all("max_batched_tokens is" in note for note in of.take_notes())
+
+
+def test_memory_for_no_sequence_is_an_error_that_says_what_to_do(model):
+    of = limited(sampler(model, slots=8), "_decode", lambda ids, *_: ids.numel(), most=3)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"does not hold one sequence of 40 tokens: lower curriculum\.max_"
+    ):
+        list(of.generate(requests(), Decoding(StaticUnmasking(), 1.0)))
+
+
 @pytest.mark.parametrize("most", [1, 40])
 def test_prompts_cached_in_several_forwards_change_nothing(model, most):
     decoding = Decoding(StaticUnmasking(), 1.0)
@@ -109,7 +163,7 @@ def test_prompts_cached_in_several_forwards_change_nothing(model, most):
 
     base = responses(sampler(model, slots=24))
     several = sampler(model, slots=24)
-    several.max_batched_tokens = most
+    several.prefill_budget.value = most
     assert responses(several) == base
 
 

@@ -238,6 +238,30 @@ def test_no_forward_or_product_grows_with_the_number_of_requests(path: str, monk
     assert largest["layers"] <= 80
 
 
+@pytest.mark.parametrize("target", ["topk", "hidden"])
+def test_batches_that_memory_does_not_hold_are_read_in_parts(path: str, target: str, monkeypatch: Any) -> None:
+    whole = build_backend(config(target, max_batched_tokens=400), path).targets(requests())
+    forward = actors.teacher.transformers_backend.causal_hidden_states
+
+    def limited(model: Any, batch: Sequence[TargetRequest]) -> list[torch.Tensor]:
+        if len(batch) * max(len(r.ids) for r in batch) > 70:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, batch)
+
+    monkeypatch.setattr(actors.teacher.transformers_backend, "causal_hidden_states", limited)
+    backend = build_backend(config(target, max_batched_tokens=400), path)
+    for answer, expected in zip(backend.targets(requests()), whole, strict=True):
+        for name, values in vars(expected).items():
+            np.testing.assert_allclose(getattr(answer, name), values, atol=1e-5)
+    notes = backend.take_notes()
+    assert notes and all("teacher.max_batched_tokens is" in note for note in notes)
+    backend.targets(requests())
+    assert backend.take_notes() == [], "what fits is known"
+    long = TargetRequest(np.zeros(80, np.int32), np.array([80]))
+    with pytest.raises(torch.OutOfMemoryError, match="does not hold one sequence of 80 tokens: lower curriculum"):
+        backend.targets([long])
+
+
 def _annotated_together(actor: TeacherActor, batches: list[list[Trajectory]]) -> list[Any]:
     async def run() -> list[Any]:
         calls = [actor.annotate(to_batch(batch, META)) for batch in batches]

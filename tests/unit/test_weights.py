@@ -77,7 +77,7 @@ def test_object_store_round_trip(ray_local, monkeypatch):
 @pytest.fixture
 def group():
     """A sender and two receivers over gloo, in threads of this process."""
-    store = open_store()
+    store = open_store("localhost")
     with ThreadPoolExecutor(3) as pool:
         joined = [pool.submit(BroadcastTransport, store, MEMBERS, 0, "cpu", 20.0)]
         for rank in (1, 2):
@@ -128,7 +128,7 @@ def test_a_receiver_that_does_not_come_is_named_on_both_sides(group):
 
 def test_a_member_that_does_not_join_is_named():
     with pytest.raises(TimeoutError, match=r"join the weights group .* waiting for rollout-0, rollout-1"):
-        BroadcastTransport(open_store(), MEMBERS, 0, "cpu", 0.3)
+        BroadcastTransport(open_store("localhost"), MEMBERS, 0, "cpu", 0.3)
 
 
 @given(st.binary(max_size=300), st.integers(1, 100))
