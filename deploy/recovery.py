@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from common.config.run import RunConfig
-from common.heartbeat import forget, last_beat
+from common.heartbeat import forget, last_beats
 from common.weights.broadcast import DISSOLVED
 from deploy.checkpoints import RunState
 from deploy.cluster import Pools, actor_id, asked
@@ -110,11 +110,13 @@ class Supervisor(Repair):
             for pulse in self._pulses.values():
                 pulse.heard = now if pulse.heard else None
                 pulse.moved = now
-        for actor, name in self.pools.names().items():
+        names = self.pools.names()
+        beats = last_beats([actor_id(actor) for actor in names])
+        for actor, name in names.items():
             if actor_id(actor) in self._killed:
                 continue
             pulse = self._pulses.setdefault(actor_id(actor), Pulse(now, moved=now))
-            self._feel(actor, name, pulse, working.get(name), now)
+            self._feel(name, pulse, beats.get(actor_id(actor), {}), working.get(name), now)
             if not (wrong := self._wrong(name, pulse, now)):
                 continue
             if role_of(name) == "learner":  # whoever calls it next restarts the group
@@ -173,8 +175,7 @@ class Supervisor(Repair):
         self.state.repair_seconds = self._clock() - since
         self.observers.note(f"{name} works again, {self.state.repair_seconds:.1f} s after the fault")
 
-    def _feel(self, actor: Any, name: str, pulse: Pulse, work: str | None, now: float) -> None:
-        beat = last_beat(actor_id(actor)) or {}
+    def _feel(self, name: str, pulse: Pulse, beat: Mapping[str, Any], work: str | None, now: float) -> None:
         if beat and beat.get("beat") != pulse.beat.get("beat"):
             if pulse.heard is None:
                 self.observers.heard(name, pid=beat["pid"])

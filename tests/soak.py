@@ -184,7 +184,8 @@ class SoakRun:
 
         def reached() -> bool:
             seen = self._seen()
-            return seen["batches"] >= fault.batch and action in seen["working"].values()
+            known = fault.role == "driver" or any(name.startswith(fault.role) for name in seen["pids"])
+            return known and seen["batches"] >= fault.batch and action in seen["working"].values()
 
         return self._wait_until(reached)
 
