@@ -130,6 +130,7 @@ class LearnerGroup:
     def _restart(self) -> None:
         for name in self._names():
             self.pools.replace(name)
+        self._keeping = []  # their calls have failed, the keepers are well
         start_learner(self.config, self.pools, self.calls)
         version = self._take_back()
         again = [batch for batch in self._recent if batch.before >= version]

@@ -12,7 +12,7 @@ ends the wait, since the first step may compile for minutes.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,7 @@ LEAST_STILL_SECONDS = 30.0
 STILL_FACTOR = 10
 HOUR = 3600.0
 _WEIGHTS_LOST = (DISSOLVED, "rollouts need weights version")
+_LEARNER_TRIES = 3  # of a rollout batch after a fault
 _CREATION = "error raised in its creation task"  # Ray's words for an exception in an actor's constructor
 
 # what an actor's progress counts; other work has no steps, and is watched by the deadline of its wait alone
@@ -87,6 +88,7 @@ class Supervisor(Repair):
         self._pauses: dict[Role, float] = {}
         self._recent: dict[Role, deque[float]] = {role: deque() for role in ROLES}
         self._first: str | None = None
+        self._learner_faults: Counter[int] = Counter()  # by rollout batch
         self._loaded: set[Role] = set()  # roles of which a process has loaded its model
         self._reloaded: set[str] = set()  # ids of rollout actors that lost their next weights with another process
         self._killed: dict[str, str] = {}  # what was wrong with a rank that was killed, by its id
@@ -154,9 +156,12 @@ class Supervisor(Repair):
         """Count a fault of the learner.
 
         Raises:
-            RunError: the budget is spent: it is not restarted.
+            RunError: the budget is spent, or it fails on the same rollout batch each time: it is not restarted.
         """
         self._count("learner", cause)
+        self._learner_faults[self.state.batches] += 1
+        if self._learner_faults[self.state.batches] > _LEARNER_TRIES:
+            self.stop.fail(RunError(f"the learner failed on rollout batch {self.state.batches} each time: {cause}"))
         if self.stop.failure:
             raise self.stop.failure
         budget = self.config.recovery.restarts

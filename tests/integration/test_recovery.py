@@ -174,6 +174,16 @@ def test_the_first_cause_is_told_beside_the_last():
     )
 
 
+def test_a_learner_that_fails_on_the_same_batch_each_time_ends_the_run():
+    state, stop = RunState(batches=6), StopSignals()
+    supervisor = Supervisor(load_config("tiny"), state, Observers(), stop)
+    for batches in (6, 6, 7, 7, 7):
+        state.batches = batches
+        supervisor.learner_failed("learner-1 died while training")
+    with pytest.raises(RunError, match="failed on rollout batch 7 each time: learner-1 failed"):
+        supervisor.learner_failed("learner-1 failed while training: ValueError()")
+
+
 COMMAND = [
     sys.executable, "-m", "deploy", "train", "tiny", "--teacher.backend", "transformers", "--teacher.actors", "2",
     "--learner.resources.cpus", "0.25", "--evaluation.problems", "null", "--pipeline.max_batches", str(BATCHES),
