@@ -406,6 +406,9 @@ def soak(faults: int, parallel: int, out: Path, first_seed: int, work: Path) -> 
                 seed = max([first_seed - 1, *(r["seed"] for r in results["runs"]), *begun]) + 1
                 begun.add(seed)
             result = one(seed, *schedule(seed))
+            if not result["completed"] and not result["faults"]:
+                log = (work / f"seed-{seed}" / "log").read_text()[-2000:]
+                raise RuntimeError(f"the run of seed {seed} did not get anywhere:\n{log}")
             with lock:
                 finished.add(seed)
                 results["runs"].append(result)
