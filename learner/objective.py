@@ -199,7 +199,7 @@ class ChunkedDivergence(torch.autograd.Function):
         need_grad = hidden.requires_grad or weight.requires_grad
         grad_hidden = torch.zeros_like(hidden)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros(weight.shape if need_grad else (0,), dtype=wide, device=weight.device)
+        grad_weight = torch.zeros(weight.shape if weight.requires_grad else (0,), dtype=wide, device=weight.device)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         starts = range(0, len(hidden), chunk)
         spans = terms.spans(len(hidden), chunk) if terms else ((slice(s, s + chunk), slice(0, 0)) for s in starts)
@@ -225,7 +225,8 @@ class ChunkedDivergence(torch.autograd.Function):
                 (grad_logits,) = torch.autograd.grad(chunk_loss, leaf)
                 grad_logits = grad_logits.to(weight.dtype)
                 grad_hidden[rows] = grad_logits @ weight.detach()
-                grad_weight += grad_logits.T @ hidden[rows].detach()
+                if weight.requires_grad:
+                    grad_weight += grad_logits.T @ hidden[rows].detach()
             loss += chunk_loss.detach()
             _add(sums, per_position.detach(), chunk_loss.detach(), logits.detach(), agree)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -238,7 +239,7 @@ class ChunkedDivergence(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             grad_hidden * grad_loss.to(grad_hidden.dtype),
-            (grad_weight * grad_loss).to(ctx.weight_dtype),
+            (grad_weight * grad_loss).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None,
             None,
             None,
             None,

@@ -28,12 +28,18 @@ class TrainingModule(nn.Module):
         self.student = student
         self.read = read or (lambda batch: hidden_states(student, batch.ids, batch.positions, batch.mask))
         self.chunk = config.learner.logits_chunk_rows
+        self.freezes = config.learner.freeze_embeddings
+        if self.freezes:
+            # no gradient arrives, so that the optimizer, which has them like all other weights, changes nothing
+            student.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.detach())
 
     def forward(self, batch: TrainingBatch, sums: LossSums | None) -> Tensor:
         """The loss, added up in `sums` too; without them, float [L], the log-probabilities of the tokens of x0."""
         hidden = self.read(batch)
         rows = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
-        head = lm_head_weight(self.student)
+        head: Tensor = lm_head_weight(self.student)
+        if self.freezes:
+            head = head.detach()
         if sums is None:
             return token_logprobs(rows, head, batch.labels, self.chunk)
         loss = ChunkedDivergence.apply(

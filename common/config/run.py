@@ -345,6 +345,7 @@ class LearnerConfig(Section):
     logits_chunk_rows: int = Field(
         1024, ge=1, description="masked positions per chunk of the LM head and the loss", json_schema_extra=OPERATION
     )
+    freeze_embeddings: bool = Field(False, description="leave the embeddings and the LM head as they are (REPR-ALIGN)")
     gradient_checkpointing: bool = Field(
         True, description="recompute activations: less memory, a third more work", json_schema_extra=OPERATION
     )
@@ -388,6 +389,11 @@ class LearnerConfig(Section):
             )
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr}); lower min_lr")
+        if self.freeze_embeddings and self.weight_decay:
+            raise ValueError(
+                f"weight_decay ({self.weight_decay:g}) would shrink what freeze_embeddings freezes; set weight_decay "
+                "to 0 or freeze_embeddings to false"
+            )
         if self.liger_kernels and not self.resources.gpus:
             raise ValueError("liger_kernels need a GPU; set learner.resources.gpus to 1 or liger_kernels to false")
         if self.liger_kernels and self.compile:

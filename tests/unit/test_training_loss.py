@@ -6,6 +6,7 @@ Every normalisation and every option of the objective, with its gradient, in flo
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from common.config.run import DynamicUnmasking
 from common.seeds import state_rng
@@ -272,3 +273,32 @@ def test_hidden_states_travel_as_bfloat16_bits(student_teacher_rows):
     expected = torch.stack([values[d][r] for d, r in zip(micro.loss_doc, micro.loss_target, strict=True)])
     assert hidden.dtype == torch.bfloat16
     assert torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_embeddings_and_head_get_no_gradient_and_all_else_gets_its_own(student_teacher_rows, tmp_path, tied):
+    _, teacher, tokenizer, rows = student_teacher_rows
+    objective = {"terms": {"alignment": 2.0, "autoregressive": 0.5}}
+    found = {}
+    for frozen in (False, True):
+        student = load_model(tiny_qwen3(tmp_path / str(frozen), seed=0, tied=tied), torch.float64, "sdpa")
+        config = run_config(objective=objective, learner={"logits_chunk_rows": 5, "freeze_embeddings": frozen})
+        for t in rows:
+            select_states(t, config.objective, BLOCK, tokenizer.eos_token_id, state_rng(0, t.ordinal, 0))
+        set_targets(teacher, rows)
+        loss = packed_loss(student, teacher, tokenizer, rows, config)
+        found[frozen] = loss, {name: p.grad for name, p in student.named_parameters()}
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-12)
+    ends = {"model.embed_tokens.weight", "lm_head.weight"} & found[True][1].keys()
+    assert len(ends) == (1 if tied else 2)
+    for name, gradient in found[True][1].items():
+        assert found[False][1][name].abs().max() > 0
+        if name in ends:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, found[False][1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_weight_decay_does_not_go_with_frozen_embeddings():
+    with pytest.raises(ValidationError, match=r"weight_decay \(0\.1\) would shrink what freeze_embeddings freezes"):
+        run_config(learner={"weight_decay": 0.1, "freeze_embeddings": True})
