@@ -95,6 +95,17 @@ def test_run_fits_the_schema_and_the_rules(folder: str) -> None:
     assert schema_errors(job) == []
 
 
+@pytest.mark.parametrize("folder", RUNS)
+def test_a_lost_worker_pod_is_replaced_and_waited_for(folder: str) -> None:
+    """KubeRay makes a new pod where `replicas` asks for it; the run waits longer for it than an autoscaler takes."""
+    job = rayjob_of(folder)
+    assert config_of(job).ray.placement_timeout_s >= 1800
+    assert config_of(job).recovery.restarts > 0
+    for role in ROLES:
+        assert groups(job)[role]["template"]["spec"]["restartPolicy"] == "Never"
+        assert groups(job)[role]["replicas"] >= 1
+
+
 def test_schema_refuses_unknown_fields_and_wrong_types() -> None:
     def container(job: Object) -> Object:
         return ray_container(groups(job)["learner"])
