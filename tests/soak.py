@@ -412,6 +412,8 @@ def soak(faults: int, parallel: int, out: Path, first_seed: int, work: Path) -> 
             with lock:
                 finished.add(seed)
                 results["runs"].append(result)
+                if reference and reference.done():
+                    results["reference"] = reference.result()
                 summarize(results)
                 out.write_text(json.dumps(results, indent=1) + "\n")
                 print(_line(result), flush=True)
