@@ -33,10 +33,11 @@ from typing import Any
 
 import psutil
 
-BATCHES, PROMPTS, SAMPLES = 10, 8, 2
+BATCHES, PROMPTS, SAMPLES = 20, 8, 2
+FAULTS = 8  # of a run
 STILL_SECONDS = 300.0  # a run in which nothing happens for so long waits without a deadline
 REPAIR_SECONDS = 120.0  # how long the next fault waits for the repair of the one before
-SLOW_SECONDS, SLOW_FOR = 0.3, 10.0
+SLOW_SECONDS, SLOW_FOR = 0.3, 4.0
 ORDERS = "SOAK_ORDERS"  # environment: the folder with orders to the actors
 
 ARGUMENTS = [
@@ -80,8 +81,12 @@ def schedule(seed: int) -> tuple[int, int, list[Fault]]:
     faults = []
     if nodes_of(seed):
         phases = ["rollout", "teacher", "training", "publishing", "weights"]
-        return seed % 2, teachers, [Fault("raylet killed", "node", rng.choice(phases), batch) for batch in (1, 4, 7)]
-    for batch in sorted(rng.sample(range(BATCHES), 5)):
+        return (
+            seed % 2,
+            teachers,
+            [Fault("raylet killed", "node", rng.choice(phases), batch) for batch in (1, 6, 11, 16)],
+        )
+    for batch in sorted(rng.sample(range(BATCHES), FAULTS)):
         if rng.random() < 0.12:
             faults.append(Fault(rng.choice(DRIVER_KINDS), "driver", rng.choice(["rollout", "training"]), batch))
             continue
@@ -400,7 +405,7 @@ def soak(faults: int, parallel: int, out: Path, first_seed: int, work: Path) -> 
     def work_off() -> None:
         while True:
             with lock:
-                under_way = sum(len(r["faults"]) for r in results["runs"]) + 5 * len(begun - finished)
+                under_way = sum(len(r["faults"]) for r in results["runs"]) + FAULTS * len(begun - finished)
                 if under_way >= faults:
                     return
                 seed = max([first_seed - 1, *(r["seed"] for r in results["runs"]), *begun]) + 1
