@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
 import time
@@ -114,9 +113,8 @@ def connect(settings: RayConfig, object_store_mib: int | None = None, cache_dir:
                 "`ray start --head` running there?"
             ) from error
         return
-    # Ray listens on every address of the machine, so it asks for a token that only the processes of this run know
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # a token mode that is not set before Ray is imported reaches the head and not this process; a user may set it
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     environment[ADDRESS] = "127.0.0.1"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with _deaf_children():

@@ -1,6 +1,7 @@
-"""What a run on one machine opens: ports on loopback, and Ray's, which ask for a token."""
+"""What a run on one machine opens: ports on loopback, and Ray's, which ask for a token where that is set."""
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ def test_every_port_is_on_loopback_or_asks_for_a_token(tmp_path, transport):
         "true", "--dashboard.port", "0", "--evaluation.problems", "null", "--publish.transport", transport,
         "--rollout.prompts_per_batch", "8", "--output_dir", str(tmp_path),
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     log, metrics = tmp_path / "log", tmp_path / "tiny" / "metrics.jsonl"
     with log.open("w") as out:
         run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
