@@ -212,6 +212,9 @@ class SoakRun:
             fault.seconds = time.time() - start
             return True
         names = sorted(n for n, pid in seen["pids"].items() if n.startswith(fault.role) and _alive(pid))
+        if fault.role == "node":  # one with actors
+            parents = {psutil.Process(pid).ppid() for pid in seen["pids"].values() if _alive(pid)}
+            names = [name for name in names if seen["pids"][name] in parents]
         if not names:
             return False
         name = self.rng.choice(names)
