@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from actors.teacher.targets import TargetRequest, Targets
-from actors.teacher.transformers_backend import TransformersBackend
+from actors.teacher.transformers_backend import TransformersBackend, causal_hidden_states
 from common.config.run import Resources, TeacherConfig
 from common.padded_batches import padded_batches
 from tests.benchmarks.models import random_model
@@ -111,9 +111,11 @@ class LoadedBackend(TransformersBackend):
     def whole(self, requests: Sequence[TargetRequest], every_position: bool) -> list[Targets]:
         """As the predecessor: no sequence ends at its last asked position; targets of every position on demand."""
         made = []
-        for rows in padded_batches([len(r.ids) for r in requests], self.max_batched_tokens):
+        for rows in padded_batches([len(r.ids) for r in requests], self.budget.value):
             batch = [requests[row] for row in rows]
-            hidden = self._hidden([replace(r, positions=np.arange(1, len(r.ids) + 1)) for r in batch])
+            hidden = causal_hidden_states(
+                self.model, [replace(r, positions=np.arange(1, len(r.ids) + 1)) for r in batch]
+            )
             for states, request in zip(hidden, batch, strict=True):
                 wanted = torch.from_numpy(request.positions - 1)
                 if not every_position:
