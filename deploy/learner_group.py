@@ -20,7 +20,7 @@ from common.config.run import RunConfig
 from deploy.cluster import Pools, start_learner
 from deploy.curriculum import extra_weights
 from deploy.errors import RunError, WorkerError
-from deploy.remote_calls import Background, RemoteCalls
+from deploy.remote_calls import Background, RemoteCalls, is_failed
 from learner import shard_keeper
 from learner.faults import FaultFolder
 from learner.schedule import RunUpdates
@@ -159,7 +159,7 @@ class LearnerGroup:
     def _keep(self) -> None:
         """Have every rank send its state to its keeper, and replace keepers that are gone."""
         for i, ref in enumerate(self._keeping):
-            if ray.wait([ref], timeout=0)[0] and _failed(ref):
+            if ray.wait([ref], timeout=0)[0] and is_failed(ref):
                 self._keepers[i] = start_keeper(self.pools, i)
         for rank, keeper in zip(self.pools.ranks, self._keepers, strict=True):
             rank.keep.remote(self.version, keeper)
@@ -201,11 +201,3 @@ def _versions_of(keeper: Any) -> set[int]:
         return set(ray.get(keeper.versions.remote(), timeout=_ANSWER_SECONDS))
     except ray.exceptions.RayError:  # it is gone, or its node
         return set()
-
-
-def _failed(ref: ray.ObjectRef) -> bool:
-    try:
-        ray.get(ref)
-    except ray.exceptions.RayError:
-        return True
-    return False

@@ -26,13 +26,14 @@ from deploy.checkpoints import RunState
 from deploy.cluster import Pools, actor_id, asked
 from deploy.errors import RunError, WorkerError
 from deploy.monitoring.observer import Observers
-from deploy.remote_calls import Repair
+from deploy.remote_calls import Repair, is_failed
 from deploy.roles import ROLES, Role, role_of
 from deploy.stop_signals import StopSignals
 
 LOOK_SECONDS = 1.0
 SILENT_SECONDS, LOADING_SILENT_SECONDS = 15.0, 60.0  # imports and model loading may hold all threads for a while
 AWAY_SECONDS = 5.0
+PROBE_SECONDS = 1.0
 LEAST_STILL_SECONDS = 30.0
 STILL_FACTOR = 10
 HOUR = 3600.0
@@ -110,8 +111,8 @@ class Supervisor(Repair):
         self._looked = now
         if away > AWAY_SECONDS:  # this process stood still itself: nobody else is to blame
             for pulse in self._pulses.values():
-                pulse.heard = now if pulse.heard else None
-                pulse.moved = now
+                pulse.heard = pulse.heard and pulse.heard + away
+                pulse.moved += away
         names = self.pools.names()
         beats = last_beats([actor_id(actor) for actor in names])
         for actor, name in names.items():
@@ -136,10 +137,14 @@ class Supervisor(Repair):
         role, actor = role_of(name), actor_id(self.pools.actor(name))
         if asked(ref) != actor:
             return
-        if any(words in str(error) for words in _WEIGHTS_LOST) and actor not in self._reloaded:
-            self._reloaded.add(actor)
-            self.prepare(name)
-            return
+        if any(words in str(error) for words in _WEIGHTS_LOST):
+            if self.restart_learner and (rank := self._dead_rank()):  # what it had published is gone with it
+                self._restart_learner(f"{rank} died", str(error))
+                self._reloaded.discard(actor)
+            if actor not in self._reloaded:
+                self._reloaded.add(actor)
+                self.prepare(name)
+                return
         if role not in self._loaded and _CREATION in str(error):
             raise error
         if role != "learner":
@@ -147,10 +152,23 @@ class Supervisor(Repair):
             return
         if not self.restart_learner:
             raise error
+        self._restart_learner(self._killed.get(actor, str(error)), str(error))
+
+    def _restart_learner(self, cause: str, error: str) -> None:
+        assert self.restart_learner
         since = self._clock()
-        self.learner_failed(self._killed.get(actor, str(error)))
-        self.restart_learner(str(error))
+        self.learner_failed(cause)
+        self.restart_learner(error)
         self._repaired("the learner", since)
+
+    def _dead_rank(self) -> str | None:
+        """The first rank whose process is gone; one that is busy does not answer at once."""
+        for actor, name in self.pools.names().items():
+            if role_of(name) == "learner":
+                ref = actor.__ray_ready__.remote()
+                if ray.wait([ref], timeout=PROBE_SECONDS)[0] and is_failed(ref):
+                    return name
+        return None
 
     def learner_failed(self, cause: str) -> None:
         """Count a fault of the learner.

@@ -161,3 +161,12 @@ class RemoteCalls:
     ) -> dict[str, str]:
         others = background.working if background else {}
         return {**others, **dict.fromkeys((calls[place][1] for place in open_places.values()), action)}
+
+
+def is_failed(ref: ray.ObjectRef) -> bool:
+    """Whether a call that is over ended in an error."""
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError:
+        return True
+    return False
