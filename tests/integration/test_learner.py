@@ -232,7 +232,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_repeated_by_replay(tmp_pat
     actors = started_ranks(settings)
     refs = [ray.put(to_batch(part, meta)) for part in (first, second, third)]
     faults = FaultFolder(tmp_path / "faults", most=2)
-    results = ray.get([a.train.remote(refs, 0, updates, None, faults) for a in actors])
+    results = ray.get([a.train.remote(refs, 0, updates, faults=faults) for a in actors])
     assert [len(r["left_out"]) for r in results] == [2, 2]
     assert (results[0]["updates"], results[0]["loss"]) == (3, expected["loss"])
     assert results[0]["grad_norm"] == expected["grad_norm"]
