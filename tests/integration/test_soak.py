@@ -6,7 +6,7 @@ import pytest
 
 from tests import soak
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_runs_with_faults_lose_and_double_nothing(tmp_path):
