@@ -177,7 +177,7 @@ def hidden_states(
         mask: bool [R, 1, N, keys] or a BlockMask for every layer, or one by kind of layer.
         attention: what the model's attention implementation takes beyond the mask.
     """
-    if ids.is_cuda and model.config._attn_implementation == "flex_attention" and _head_width(model.config) <= 64:
+    if ids.is_cuda and model.config._attn_implementation == "flex_attention" and head_width(model.config) <= 64:
         attention = {"kernel_options": _NARROW_HEADS} | attention
     output = model.model(
         input_ids=ids,
@@ -189,8 +189,9 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def _head_width(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def head_width(config: Any) -> int:
+    """Elements of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def full_precision_logits(hidden: Tensor, weight: Tensor) -> Tensor:

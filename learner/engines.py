@@ -9,7 +9,7 @@ updates, up to rounding, and share DeepSpeed's optimizer and checkpoints.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -35,12 +35,14 @@ class Engine(ABC):
     Attributes:
         student: what is trained, published and saved.
         module: what computes the loss.
+        run: how the module is called.
         graphs: micro-batches must come in the widths that are captured, and without masks.
         alone: forward and backward wait for no other rank, so that one may make them again.
     """
 
     student: PreTrainedModel
     module: TrainingModule
+    run: Callable[[TrainingBatch, LossSums | None], Tensor]
     graphs: bool = False
     alone: bool = False
 
@@ -54,9 +56,10 @@ class Engine(ABC):
     def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
         """The loss of a micro-batch, a scalar; `last`: of this update."""
 
-    @abstractmethod
+    @torch.no_grad()
     def label_logprobs(self, batch: TrainingBatch) -> Tensor:
         """log p of the tokens of x0 at the masked positions of a micro-batch, float [L]; without gradient."""
+        return self.run(batch, None)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -100,16 +103,11 @@ class GatheredEngine(Engine):
         # one hook per layer instead of one per submodule: each layer is gathered as a whole
         deepspeed.utils.set_z3_leaf_modules(student, [type(student.model.layers[0])])
         super().__init__(config, self.module, settings)
+        self.run = self.deepspeed
 
     def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        loss: Tensor = self.deepspeed(batch, sums)
-        return loss
-
-    @torch.no_grad()
-    def label_logprobs(self, batch: TrainingBatch) -> Tensor:
-        log_p: Tensor = self.deepspeed(batch, None)
-        return log_p
+        return self.run(batch, sums)
 
     def backward(self, loss: Tensor) -> None:
         self.deepspeed.backward(loss * self.ranks)  # DeepSpeed averages over ranks, the coefficients already normalise
@@ -132,16 +130,10 @@ class WholeEngine(Engine):
         read = None
         if self.graphs:
             read = GraphedLayers(self.student, attention_windows(student.config), "flex_attention")
-        self.module = TrainingModule(self.student, config, read)
+        self.run = self.module = TrainingModule(self.student, config, read)
 
     def forward(self, batch: TrainingBatch, sums: LossSums, *, last: bool) -> Tensor:
-        loss: Tensor = self.module(batch, sums)
-        return loss
-
-    @torch.no_grad()
-    def label_logprobs(self, batch: TrainingBatch) -> Tensor:
-        log_p: Tensor = self.module(batch, None)
-        return log_p
+        return self.run(batch, sums)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.student import head_width
+
 NO_WINDOW = 2**30  # the window of a layer that attends to all positions before it
 
 
@@ -26,7 +28,7 @@ class SlotCache:
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
         config, like = model.config, model.get_output_embeddings().weight
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = head_width(config)
         shape = (slots, config.num_key_value_heads, length, head_dim)
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
         self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]

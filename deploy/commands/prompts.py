@@ -99,14 +99,13 @@ def _gpu_tokens(model: str) -> int:
     few."""
     import torch
 
-    from common.student import load_config
+    from common.student import head_width, load_config
     from deploy.model_checks import check_model_folder, model_errors
 
     check_model_folder("MODEL", model)
     with model_errors("MODEL", model):
         config = load_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * 2 * config.num_hidden_layers * heads * width
+    token_bytes = 2 * 2 * config.num_hidden_layers * heads * head_width(config)
     memory = torch.cuda.get_device_properties(0).total_memory
     return max(_CPU_TOKENS, min(_MOST_TOKENS, memory // _CACHE_SHARE // token_bytes))
