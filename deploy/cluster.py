@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import signal
 import socket
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication import authentication_token_setup
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -113,8 +116,10 @@ def connect(settings: RayConfig, object_store_mib: int | None = None, cache_dir:
                 "`ray start --head` running there?"
             ) from error
         return
-    # a token mode that is not set before Ray is imported reaches the head and not this process; a user may set it
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray listens on every address of the machine: it asks for a token that only the processes of this run know. Ray
+    # itself turns tokens on when no mode is set; a mode set here would reach its head alone
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)  # it advises to turn them off
     environment[ADDRESS] = "127.0.0.1"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with _deaf_children():

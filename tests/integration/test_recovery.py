@@ -76,6 +76,7 @@ class FakeRollout:
         mark.touch()
         if self.wrong == "hangs once":
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(600)  # another thread may get the signal first, and this one would go on
         if self.wrong == "raises once":
             raise ValueError("a bad day")
         os._exit(1)
