@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from actors.sampler.graphs import PassGraphs
 from actors.sampler.projections import pack_projections
 from actors.sampler.request import Request
 from actors.sampler.sampling import Candidates, Decoding, sample_tokens
-from actors.sampler.slots import SlotState
+from actors.sampler.slots import SlotState, WrittenBlock
 from actors.sampler.stop_strings import StopStrings
 from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
 from common.config.run import Unmasking
@@ -49,6 +49,7 @@ from common.trajectory import EndTokens, Trajectory
 
 FEWEST_ROWS = 8  # of a pass on CUDA: with fewer it takes as long
 FEW_ROWS = 32  # passes of so few rows, or fewer, have room for all commits and masked positions
+MOST_GRAPHED_DECODINGS = 16  # decoding settings whose passes are graphs: clients of a server may bring any number
 MOST_GRAPHED_TOKENS = 4096  # of a prefill that is a graph: one of more keeps the GPU busy for longer than its launches
 # further requests that have come, where the argument is true after waiting for some; None: no more will come
 More = Callable[[bool], list[Request] | None]
@@ -85,7 +86,9 @@ class Sampler:
     Then `generate`, any number of times, one call at a time. Between two calls the owner may copy new weights into the
     model, in place, and set `weights_version`, which every trajectory carries; set `seed`; or call `set_block_size`.
     A caller may leave `generate` before its end: the next call forgets what was running. The cache is kept from call
-    to call and grows with the longest request; on CUDA it is made for x0 of `longest` tokens at once.
+    to call and grows with the longest request; on CUDA it is made for x0 of `longest` tokens at once. `passes` is
+    `generate` pass by pass; between two passes the caller may read what running sequences have written, and cancel
+    some.
 
     Example, which prints responses as they end::
 
@@ -152,6 +155,8 @@ class Sampler:
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
         self._graphs: PassGraphs | None = None
+        self._decodings: dict[int, Decoding] = {}  # by slot, without their thresholds
+        self._graphed: set[Decoding] = set()
         self._together = 0  # tokens of several prompts that are being cached together
         self._end_tokens = torch.tensor(eos_token_id, device=self.device).reshape(-1)
         self._plan: Callable[..., Any] = plan
@@ -193,17 +198,25 @@ class Sampler:
             pass
         self.forwards, self.token_rows, self.slot_seconds = before
 
-    @torch.inference_mode()
     def generate(
         self, requests: Iterable[Request], decoding: Decoding, more: More | None = None, longest: int = 0
     ) -> Iterator[Trajectory]:
-        """Yield each trajectory as it ends; its forwards count every pass that it took part in.
+        """Yield each trajectory as it ends; arguments and errors as in `passes`."""
+        for ended in self.passes(requests, decoding, more, longest):
+            yield from ended
+
+    @torch.inference_mode()
+    def passes(
+        self, requests: Iterable[Request], decoding: Decoding, more: More | None = None, longest: int = 0
+    ) -> Iterator[list[Trajectory]]:
+        """Yield after every pass the trajectories that have ended; each counts the passes that it took part in.
 
         Where memory runs out, the sequences that are not finished begin anew, in fewer slots or with smaller prefills;
         their trajectories are the same, up to rounding (common/seeds.py).
 
         Args:
-            more: asked before every pass for requests, without stop strings, that have come meanwhile.
+            decoding: of the requests that bring none.
+            more: asked before every pass for requests that have come meanwhile.
             longest: the longest possible x0 of these, in tokens.
 
         Raises:
@@ -214,19 +227,14 @@ class Sampler:
         queue = RequestQueue(deque(requests), more)
         if not queue:
             return
-        has_stops = any(request.stop for request in queue.requests)
-        stops = self.stops if has_stops else None
-        if has_stops and not stops:
-            raise ValueError("requests with stop strings need a sampler with a tokenizer")
-        rule, threshold = without_threshold(decoding.unmasking)
-        decoding = replace(decoding, unmasking=rule)
+        self._check_stops(queue.requests)
         # on CUDA new memory would discard all graphs, and the limit of responses grows during a run
         at_once = self.longest if self.few_shapes else 0
         longest = max([at_once, longest, *(self._end(r) for r in queue.requests)])
         while queue:
             self._together = 0
             try:
-                yield from self._finished(queue, longest, threshold, decoding, stops)
+                yield from self._run(queue, longest, decoding)
             except torch.OutOfMemoryError as error:
                 too_large = self.prefill_budget if self._together else self.slot_budget
                 if not too_large.can_halve:
@@ -241,12 +249,35 @@ class Sampler:
             self._state = self._cache = self._graphs = None
             too_large.halve(most=self._together or None)
 
-    def _finished(
-        self, queue: RequestQueue, longest: int, threshold: float, decoding: Decoding, stops: StopStrings | None
-    ) -> Iterator[Trajectory]:
-        """The trajectories of all requests of the queue, which are taken off as slots get free; `longest` in tokens."""
+    @torch.inference_mode()
+    def cancel(self, ordinals: Collection[int]) -> None:
+        """Forget the running sequences of these requests; between two passes."""
+        if self._state:
+            self._state.drop([slot for slot, r in self._state.active.items() if r.ordinal in ordinals])
+
+    @torch.inference_mode()
+    def finished_blocks(self, ordinals: Collection[int]) -> list[WrittenBlock]:
+        """Of these requests' running sequences the blocks that the last pass has finished; between two passes. They
+        never change again. On CUDA a block may come twice."""
+        return self._state.finished_blocks(self._slots_of(ordinals, self._state.advanced)) if self._state else []
+
+    @torch.inference_mode()
+    def current_blocks(self, ordinals: Collection[int]) -> list[WrittenBlock]:
+        """The blocks that these requests' running sequences are at; between two passes."""
+        return self._state.current_blocks(self._slots_of(ordinals, self._state.active)) if self._state else []
+
+    def _slots_of(self, ordinals: Collection[int], slots: Iterable[int]) -> list[int]:
+        active = self._state.active if self._state else {}
+        return [slot for slot in slots if active[slot].ordinal in ordinals]
+
+    def _check_stops(self, requests: Iterable[Request]) -> None:
+        if self.stops is None and any(request.stop for request in requests):
+            raise ValueError("requests with stop strings need a sampler with a tokenizer")
+
+    def _run(self, queue: RequestQueue, longest: int, decoding: Decoding) -> Iterator[list[Trajectory]]:
+        """Pass by pass the trajectories that have ended; requests are taken off the queue as slots get free. `longest`
+        in tokens."""
         state, cache = self._memory(longest)
-        state.threshold.fill_(threshold)
         then = time.perf_counter()
         while queue or state.active:
             queue.receive(idle=not state.active)
@@ -255,17 +286,24 @@ class Sampler:
             free = np.flatnonzero(~state.running).tolist() if queue.requests else []
             admitted = {slot: queue.requests.popleft() for slot in free[: len(queue.requests)]}
             if admitted:
-                state.admit(admitted, self._keys(admitted), self.mask_token_id, self._end)
+                self._check_stops(admitted.values())
+                asked = {slot: r.decoding or decoding for slot, r in admitted.items()}
+                rules = {slot: without_threshold(d.unmasking) for slot, d in asked.items()}
+                thresholds = [threshold for _, threshold in rules.values()]
+                state.admit(admitted, self._keys(admitted), thresholds, self.mask_token_id, self._end)
+                self._decodings |= {slot: replace(d, unmasking=rules[slot][0]) for slot, d in asked.items()}
                 self._prefill(state, cache, admitted)
             in_use = int(state.running.sum())
-            self._launch(state, decoding)
+            self._launch(state)
+            ended: list[Trajectory] = []
             while len(state.in_progress) > self.ahead:
-                ended = state.read()
-                if stops:
-                    ended = ended + state.stop(stops)
-                for trajectory in state.take(ended, self.eos_token_id, self.weights_version, stops):
-                    self.token_rows += self.block_size * (trajectory.denoise_forwards + trajectory.commit_forwards)
-                    yield trajectory
+                slots = state.read()
+                if self.stops:
+                    slots = slots + state.stop(self.stops)
+                ended += state.take(slots, self.eos_token_id, self.weights_version, self.stops)
+            for trajectory in ended:
+                self.token_rows += self.block_size * (trajectory.denoise_forwards + trajectory.commit_forwards)
+            yield ended
             now = time.perf_counter()
             self.slot_seconds += in_use * (now - then)
             then = now
@@ -284,6 +322,7 @@ class Sampler:
             self._graphs = PassGraphs() if self._use_graphs else None
         self._cache.attach(self.model)  # another sampler of this model may have run since
         self._state.clear()  # an earlier caller may have left before the end
+        self._decodings.clear()
         return self._state, self._cache
 
     def _forward(self, ids: Tensor, positions: Tensor, rows: CacheRows) -> Tensor:
@@ -297,7 +336,7 @@ class Sampler:
         return self._forward(ids, positions, rows).flatten(0, 1)[wanted]
 
     def _keys(self, admitted: dict[int, Request]) -> list[int]:
-        return [stream_key(self.seed, r.ordinal, r.sample) for r in admitted.values()]
+        return [stream_key(self.seed, r.ordinal, r.sample) if r.key is None else r.key for r in admitted.values()]
 
     def _prefill(self, state: SlotState, cache: SlotCache, admitted: dict[int, Request]) -> None:
         """Cache the complete prompt blocks of new sequences, once for all samples of a prompt."""
@@ -339,13 +378,15 @@ class Sampler:
         else:
             device_pass()
 
-    def _launch(self, state: SlotState, decoding: Decoding) -> None:
+    def _launch(self, state: SlotState) -> None:
         """Start a pass of all running sequences."""
         self.forwards += 1
-        commits, masked = state.expected(*tokens_revealed(decoding.unmasking, self.block_size))
+        running = np.flatnonzero(state.running)
+        decodings = tuple(dict.fromkeys(self._decodings[slot] for slot in running.tolist()))
+        revealed, exactly = zip(*(tokens_revealed(d.unmasking, self.block_size) for d in decodings), strict=True)
+        commits, masked = state.expected(min(revealed), all(exactly) and min(revealed) == max(revealed))
         if not self.few_shapes:
-            rows = np.flatnonzero(state.running)
-            state.launched(rows, self._on_device(state, decoding, torch.from_numpy(rows), commits, masked))
+            state.launched(running, self._on_device(state, decodings, torch.from_numpy(running), commits, masked))
             return
         # few shapes, so that there are few graphs
         rows = pass_rows(state.running)
@@ -356,12 +397,18 @@ class Sampler:
         slots = state.rows_on_device(rows)
 
         def device_pass() -> Tensor:
-            return self._on_device(state, decoding, slots, commits, masked)
+            return self._on_device(state, decodings, slots, commits, masked)
 
-        key = count, commits, masked, decoding
-        state.launched(rows, self._graphs.run(key, device_pass) if self._graphs else device_pass())
+        graphed = len(decodings) == 1 and (decodings[0] in self._graphed or len(self._graphed) < MOST_GRAPHED_DECODINGS)
+        if not (self._graphs and graphed):
+            state.launched(rows, device_pass())
+            return
+        self._graphed.add(decodings[0])
+        state.launched(rows, self._graphs.run((count, commits, masked, decodings[0]), device_pass))
 
-    def _on_device(self, state: SlotState, decoding: Decoding, slots: Tensor, commits: int, tokens: int) -> Tensor:
+    def _on_device(
+        self, state: SlotState, decodings: tuple[Decoding, ...], slots: Tensor, commits: int, tokens: int
+    ) -> Tensor:
         """The device's part of a pass over `slots` int64 [R]; the host does not wait. Returns what `SlotState.reveal`
         returns.
 
@@ -373,8 +420,38 @@ class Sampler:
         wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
         hidden = self._decode(work.ids, work.positions, cache_rows, wanted)
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
-        candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id, self.token_count)
-        return self._unmask(state, decoding.unmasking, slots, work.sampled, candidates, work.waits, self._end_tokens)
+        if len(decodings) == 1:
+            (decoding,) = decodings
+            candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id, self.token_count)
+            unmask_pass, which = self._unmask, None
+        else:
+            which = self._which(slots, decodings)
+            candidates = self._sample_each(logits, work, decodings, which)
+            unmask_pass = unmask
+        rules = tuple(d.unmasking for d in decodings)
+        return unmask_pass(state, rules, slots, work.sampled, candidates, work.waits, self._end_tokens, which)
+
+    def _which(self, slots: Tensor, decodings: tuple[Decoding, ...]) -> Tensor:
+        """int64 [R]: the place among `decodings` of that of each slot, int64 [R]; any for a slot that does not run."""
+        place = {d: i for i, d in enumerate(decodings)}
+        own = {slot: place.get(decoding, 0) for slot, decoding in self._decodings.items()}
+        of_slot = [own.get(slot, 0) for slot in range(self.slots)]
+        return torch.tensor(of_slot, device=self.device)[slots]
+
+    def _sample_each(
+        self, logits: Tensor, work: PassPlan, decodings: tuple[Decoding, ...], which: Tensor
+    ) -> Candidates:
+        """Candidates of a pass whose slots have several settings: each setting at its own positions."""
+        of_row = torch.cat([which, which.new_tensor([-1])])  # the last one is padding's
+        chosen = of_row[work.sampled // self.block_size]
+        tokens, zeros = torch.zeros_like(work.sampled), torch.zeros_like(work.noise)
+        candidates = Candidates(tokens, zeros, zeros.clone())
+        for number, decoding in enumerate(decodings):
+            at = (chosen == number).nonzero()[:, 0]
+            own = sample_tokens(logits[at], work.noise[at], decoding, self.mask_token_id, self.token_count)
+            for whole, part in zip(candidates, own, strict=True):
+                whole[at] = part
+        return candidates
 
 
 def pass_rows(running: np.ndarray) -> np.ndarray:
@@ -420,21 +497,28 @@ def plan(state: SlotState, slots: Tensor, commits: int, tokens: int) -> PassPlan
 
 def unmask(
     state: SlotState,
-    rule: Unmasking,
+    rules: tuple[Unmasking, ...],
     slots: Tensor,
     sampled: Tensor,
     candidates: Candidates,
     waits: Tensor,
     end_tokens: Tensor,
+    which: Tensor | None = None,
 ) -> Tensor:
-    """Reveal the candidates that `rule`, with the state's threshold, chooses; `sampled` and `waits` as in PassPlan.
-    Returns what `SlotState.reveal` returns."""
+    """Reveal the candidates that the rule of each slot, with its threshold, chooses; `sampled` and `waits` as in
+    PassPlan. `which` int64 [R] says which of the rules is a slot's, where there are several. Returns what
+    `SlotState.reveal` returns."""
     masked = state.masked[slots]
     token, confidence, entropy = (
         torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, sampled, x)[:-1].view_as(masked)
         for x in candidates
     )
-    reveal = choose(rule, masked, confidence, entropy, state.revealed_confidence(slots), state.threshold)
+    revealed, threshold = state.revealed_confidence(slots), state.threshold[slots, None]
+    reveal = choose(rules[0], masked, confidence, entropy, revealed, threshold)
+    if which is not None:
+        for number, rule in enumerate(rules[1:], start=1):
+            own = choose(rule, masked, confidence, entropy, revealed, threshold)
+            reveal = torch.where(which[:, None] == number, own, reveal)
     return state.reveal(slots, reveal, token, confidence, waits, end_tokens)
 
 

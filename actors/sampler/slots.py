@@ -27,6 +27,19 @@ PATIENCE = 4  # a slot that has waited for so many passes in a row gets room in 
 
 
 @dataclass(frozen=True)
+class WrittenBlock:
+    """What a running sequence has written in one block; positions of its prompt are among them."""
+
+    ordinal: int
+    sample: int
+    start: int  # position of the block's first token in the sequence
+    ids: np.ndarray  # int32 [B], the mask token where `masked`
+    masked: np.ndarray  # bool [B]
+    reveal_round: np.ndarray  # int16 [B], round within the block; of no meaning in the prompt and where masked
+    confidence: np.ndarray  # float32 [B], likewise
+
+
+@dataclass(frozen=True)
 class PassInProgress:
     """A pass that was launched, and where the host will find its result."""
 
@@ -94,24 +107,31 @@ class SlotState:
         self.prompt_length = zeros(slots)
         self.round = zeros(slots)
         self.key = zeros(slots)
-        self.threshold = zeros(dtype=torch.float32)  # of dynamic unmasking: it may change under a captured graph
+        self.threshold = zeros(slots, dtype=torch.float32)  # of dynamic unmasking: may change under a captured graph
 
     def clear(self) -> None:
         """Forget all sequences."""
         self.in_progress.clear()
         self.active.clear()
+        self.advanced = []
         self.running[:] = self.uncommitted_host[:] = False
         self.masked_host[:] = self.waits[:] = 0
         self.masked.zero_()
         self.uncommitted.zero_()
 
     def admit(
-        self, admitted: dict[int, Request], keys: list[int], mask_token_id: int, end_of: Callable[[Request], int]
+        self,
+        admitted: dict[int, Request],
+        keys: list[int],
+        thresholds: list[float],
+        mask_token_id: int,
+        end_of: Callable[[Request], int],
     ) -> None:
         """Start new sequences, given by slot, in the block in which their prompt ends: all other positions are masked.
 
         Args:
-            keys: of the random streams, one for each. end_of: where a request's longest x0 ends, whole blocks.
+            keys: of the random streams, one for each; thresholds: of dynamic unmasking, likewise.
+            end_of: where a request's longest x0 ends, whole blocks.
         """
         size = self.block_size
         state = np.full((len(admitted), 4 + self.ids.shape[1]), mask_token_id, np.int64)
@@ -134,6 +154,7 @@ class SlotState:
         self.uncommitted[rows] = False
         self.round[rows] = 0
         self.key[rows] = streams
+        self.threshold[rows] = self.upload(np.array(thresholds, np.float32))
         self.active.update(admitted)
 
     def upload(self, array: np.ndarray) -> Tensor:
@@ -291,6 +312,40 @@ class SlotState:
             self.masked[stopped] = False
             self.uncommitted[stopped] = False
         return self._end(stopped)
+
+    def drop(self, slots: list[int]) -> None:
+        """Forget the sequences of these slots, which are free from now on."""
+        if slots:
+            self.masked[slots] = False
+            self.uncommitted[slots] = False
+            for slot in self._end(slots):
+                del self.active[slot]
+            self.advanced = [slot for slot in self.advanced if slot not in slots]
+
+    def finished_blocks(self, slots: list[int]) -> list[WrittenBlock]:
+        """The last finished block of each of these running slots; does not wait for passes in progress."""
+        if not slots:
+            return []
+        with torch.cuda.stream(self.copies):  # None, on CPU: no effect
+            return self._blocks(slots, self.block_host[slots] - 1, np.zeros((len(slots), self.block_size), bool))
+
+    def current_blocks(self, slots: list[int]) -> list[WrittenBlock]:
+        """The block that each of these running slots is at; waits for passes in progress."""
+        if not slots:
+            return []
+        rows = torch.tensor(slots, device=self.device)
+        return self._blocks(slots, self.block[rows].cpu().numpy(), self.masked[rows].cpu().numpy())
+
+    def _blocks(self, slots: list[int], blocks: np.ndarray, masked: np.ndarray) -> list[WrittenBlock]:
+        rows = torch.tensor(slots, device=self.device)
+        starts = blocks * self.block_size
+        positions = torch.from_numpy(starts[:, None] + np.arange(self.block_size)).to(self.device)
+        written = (x[rows[:, None], positions].cpu().numpy() for x in (self.ids, self.reveal_round, self.confidence))
+        requests = [self.active[slot] for slot in slots]
+        return [
+            WrittenBlock(request.ordinal, request.sample, int(start), ids.astype(np.int32), still, rounds, confidence)
+            for request, start, still, ids, rounds, confidence in zip(requests, starts, masked, *written, strict=True)
+        ]
 
     def _end(self, slots: list[int]) -> list[int]:
         """Passes in progress no longer count for these slots."""

@@ -51,7 +51,7 @@ def choose(
         confidence: float [S, B], probability of the candidate under the raw softmax.
         entropy: float [S, B], nats, of the raw softmax.
         revealed: float [S, B], the confidence of what earlier rounds of the block have revealed, NaN elsewhere.
-        threshold: float32 [], used in place of the rule's own.
+        threshold: float32 [S, 1], used in place of the rule's own.
     """
     if isinstance(rule, StaticUnmasking):
         return _most(confidence, masked, tokens_revealed(rule, masked.shape[1])[0])

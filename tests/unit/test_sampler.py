@@ -21,6 +21,7 @@ from common.config.run import (
     StaticUnmasking,
 )
 from common.conversion import convert_folder
+from common.seeds import stream_key
 from common.student import load_model
 from tests.models import tiny_qwen3
 from tests.reference import reference_rollout
@@ -280,7 +281,7 @@ def test_the_life_of_a_slot():
     """The example in SlotState's docstring, step by step."""
     state = SlotState(slots=1, length=12, block_size=4, device=torch.device("cpu"))
     request = Request(0, 0, np.arange(20, 25), 6)
-    state.admit({0: request}, [0], MASK, lambda _: 12)
+    state.admit({0: request}, [0], [0.9], MASK, lambda _: 12)
 
     def now() -> tuple[int, list[int], bool]:
         block = int(state.block)
@@ -419,3 +420,56 @@ def test_a_warm_up_leaves_no_trace_in_counters_and_trajectories(model, unmasking
         assert made[0][ordinal].response_ids.tolist() == t.response_ids.tolist()
         assert made[0][ordinal].denoise_forwards == t.denoise_forwards
     assert warm.forwards == cold.forwards and warm.token_rows == cold.token_rows
+
+
+def test_requests_with_settings_of_their_own_share_passes(model):
+    """Each is what it would be in a call with those settings; passes are shared, and requests come in between."""
+    settings = [Decoding(rule, temperature) for (rule, _), temperature in zip(RULES, [0.0, 1.0, 1.0, 0.7, 1.0, 1.0])]
+    settings += [Decoding(DynamicUnmasking(threshold=0.6), 1.0), Decoding(StaticUnmasking(), 1.0, top_k=3, top_p=0.5)]
+    asked = [replace(requests()[i % len(LENGTHS)], ordinal=i, decoding=d) for i, d in enumerate(settings)]
+    alone = {}
+    for request in asked:
+        (alone[request.ordinal],) = sampler(model).generate([replace(request, decoding=None)], request.decoding)
+    waiting = asked[3:]
+    of = sampler(model, slots=4)
+    made = {t.ordinal: t for t in of.generate(asked[:3], Decoding(), lambda _: [waiting.pop()] if waiting else None)}
+    for ordinal, t in alone.items():
+        assert made[ordinal].response_ids.tolist() == t.response_ids.tolist()
+        assert made[ordinal].reveal_round.tolist() == t.reveal_round.tolist()
+    assert of.forwards < sum(t.denoise_forwards for t in alone.values()) / 2
+
+
+def test_a_key_names_the_random_stream(model):
+    decoding = Decoding(StaticUnmasking(), 1.0)
+    (seeded,) = sampler(model).generate([requests()[2]], decoding)
+    other = replace(requests()[2], ordinal=77, key=stream_key(SEED, 2, 0))
+    (keyed,) = sampler(model).generate([other], decoding)
+    assert keyed.response_ids.tolist() == seeded.response_ids.tolist()
+    assert keyed.ordinal == 77
+
+
+def test_what_is_written_is_seen_between_passes_and_sequences_can_be_cancelled(model):
+    decoding = Decoding(DynamicUnmasking(threshold=0.2), 1.0)
+    whole = {t.ordinal: t for t in sampler(model, slots=8).generate(requests(), decoding)}
+    of = sampler(model, slots=8)
+    ended, finished, looks = [], {}, 0
+    for number, trajectories in enumerate(of.passes(requests(), decoding)):
+        ended += trajectories
+        if number == 1:
+            of.cancel({1})
+        for block in of.current_blocks(range(10)):
+            t, now = whole[block.ordinal], slice(block.start, block.start + 4)
+            known = ~block.masked
+            assert block.ids[known].tolist() == t.x0[now][known].tolist()
+            assert (block.ids[block.masked] == MASK).all()
+            looks += bool(block.masked.any() and known.any())
+        for block in of.finished_blocks({0, 2}):
+            assert not block.masked.any()
+            finished.setdefault(block.ordinal, []).extend(zip(range(block.start, block.start + 4), block.ids))
+    assert looks
+    assert {t.ordinal for t in ended} == whole.keys() - {1}
+    for t in ended:
+        assert t.response_ids.tolist() == whole[t.ordinal].response_ids.tolist()
+    assert finished.keys() <= {0, 2} and finished
+    for ordinal, tokens in finished.items():
+        assert [token for _, token in tokens] == [whole[ordinal].x0[at] for at, _ in tokens]
