@@ -35,7 +35,7 @@ soak: install
 	$(BIN)/python -m tests.soak $(SOAK)
 
 test: test-fast
-	$(BIN)/python -m pytest -q -m "integration and not long"
+	$(BIN)/python -m pytest -q -m "integration and not long" -n 2 --dist loadfile
 
 # whole runs under faults, a quarter of an hour
 test-long: install
