@@ -155,7 +155,8 @@ class Sampler:
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
         self._graphs: PassGraphs | None = None
-        self._decodings: dict[int, Decoding] = {}  # by slot, without their thresholds
+        self._decodings: dict[int, Decoding] = {}  # by slot, without their thresholds; equal ones are one object
+        self._settings: dict[Decoding, Decoding] = {}
         self._graphed: set[Decoding] = set()
         self._together = 0  # tokens of several prompts that are being cached together
         self._end_tokens = torch.tensor(eos_token_id, device=self.device).reshape(-1)
@@ -291,7 +292,8 @@ class Sampler:
                 rules = {slot: without_threshold(d.unmasking) for slot, d in asked.items()}
                 thresholds = [threshold for _, threshold in rules.values()]
                 state.admit(admitted, self._keys(admitted), thresholds, self.mask_token_id, self._end)
-                self._decodings |= {slot: replace(d, unmasking=rules[slot][0]) for slot, d in asked.items()}
+                for slot, d in asked.items():
+                    self._decodings[slot] = self._same(replace(d, unmasking=rules[slot][0]))
                 self._prefill(state, cache, admitted)
             in_use = int(state.running.sum())
             self._launch(state)
@@ -334,6 +336,12 @@ class Sampler:
         if self._fused and self.block_size <= MOST_QUERIES:
             return self._fused(ids, positions, rows, wanted)
         return self._forward(ids, positions, rows).flatten(0, 1)[wanted]
+
+    def _same(self, decoding: Decoding) -> Decoding:
+        """The object that stands for all equal settings: comparing those of all slots takes time in every pass."""
+        if len(self._settings) > 2 * self.slots:  # clients of a server may bring any number
+            self._settings = {d: d for d in self._decodings.values()}
+        return self._settings.setdefault(decoding, decoding)
 
     def _keys(self, admitted: dict[int, Request]) -> list[int]:
         return [stream_key(self.seed, r.ordinal, r.sample) if r.key is None else r.key for r in admitted.values()]
@@ -382,7 +390,7 @@ class Sampler:
         """Start a pass of all running sequences."""
         self.forwards += 1
         running = np.flatnonzero(state.running)
-        decodings = tuple(dict.fromkeys(self._decodings[slot] for slot in running.tolist()))
+        decodings = tuple({id(d): d for d in map(self._decodings.__getitem__, running.tolist())}.values())
         revealed, exactly = zip(*(tokens_revealed(d.unmasking, self.block_size) for d in decodings), strict=True)
         commits, masked = state.expected(min(revealed), all(exactly) and min(revealed) == max(revealed))
         if not self.few_shapes:
