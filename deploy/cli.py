@@ -30,6 +30,7 @@ from deploy.commands import (
     replay,
     respond,
     score,
+    serve,
     train,
 )
 from deploy.errors import RunError, Stopped
@@ -47,7 +48,7 @@ app = typer.Typer(
 )
 # in the order of the help
 for command in (
-    train, eval, score, generate, lm_eval, convert, fields, prompts, respond, replay, ablate, dashboard, jobs,
+    train, eval, score, generate, serve, lm_eval, convert, fields, prompts, respond, replay, ablate, dashboard, jobs,
     make_tiny_arlm,
 ):  # fmt: skip
     command.register(app)

@@ -250,6 +250,11 @@ class Sampler:
             self._state = self._cache = self._graphs = None
             too_large.halve(most=self._together or None)
 
+    def attach(self) -> None:
+        """Between two passes: another sampler of this model has run since."""
+        if self._cache:
+            self._cache.attach(self.model)
+
     @torch.inference_mode()
     def cancel(self, ordinals: Collection[int]) -> None:
         """Forget the running sequences of these requests; between two passes."""

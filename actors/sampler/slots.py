@@ -320,7 +320,6 @@ class SlotState:
             self.uncommitted[slots] = False
             for slot in self._end(slots):
                 del self.active[slot]
-            self.advanced = [slot for slot in self.advanced if slot not in slots]
 
     def finished_blocks(self, slots: list[int]) -> list[WrittenBlock]:
         """The last finished block of each of these running slots; does not wait for passes in progress."""
@@ -351,6 +350,7 @@ class SlotState:
         """Passes in progress no longer count for these slots."""
         for running in (self.running, *(later.running for later in self.in_progress)):
             running[slots] = False
+        self.advanced = [slot for slot in self.advanced if slot not in slots]
         return slots
 
     def take(

@@ -1,0 +1,151 @@
+"""`opdlm serve`: OpenAI's API on the block-diffusion sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.config.dashboard import is_loopback
+from common.config.errors import ConfigError
+from common.grid import grid_floor
+from deploy.argument_checks import a_path
+from deploy.commands.console import say
+from deploy.commands.generate import DEFAULT_MAX_TOKENS
+from deploy.evaluation.asking import System, Thinking, asked_like_training, check_thinking
+from deploy.evaluation.decoding_options import (
+    DEFAULT_LOWER,
+    DEFAULT_THRESHOLD,
+    BlockSize,
+    DtypeName,
+    Lower,
+    Rule,
+    RuleName,
+    Student,
+    Temperature,
+    Threshold,
+    unmasking_of,
+)
+
+_LONGEST = 4096
+_LEAST_KEY = 16
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(serve)
+
+
+def serve(
+    model: Student,
+    host: Annotated[str, typer.Option(help="address to listen on; any but loopback needs an API key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="key that clients must send, 16 characters or more; or OPDLM_API_KEY", envvar="OPDLM_API_KEY"
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        str | None,
+        typer.Option(help="text file with the API key, which other users' `ps` does not show", callback=a_path),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="the model's name in the API; default: MODEL")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="sequences decoded at the same time; default: 8, on a GPU 64")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help=f"prompt and response together, tokens; default: {_LONGEST}, or less where positions end"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="response limit of a request that names none, tokens")
+    ] = DEFAULT_MAX_TOKENS,
+    queue: Annotated[int, typer.Option(min=0, help="sequences that may wait for a slot; more are refused")] = 256,
+    timeout: Annotated[float, typer.Option(min=1, help="seconds that a request may take, its wait included")] = 600.0,
+    drain: Annotated[int, typer.Option(min=0, help="seconds that running requests get when the server ends")] = 30,
+    rule: Rule = RuleName.dynamic,
+    threshold: Threshold = DEFAULT_THRESHOLD,
+    lower: Lower = DEFAULT_LOWER,
+    block_size: BlockSize = None,
+    temperature: Temperature = 0.0,
+    dtype: DtypeName = "float32",
+    thinking: Thinking = None,
+    system: System = None,
+) -> None:
+    """Serve a student: OpenAI's API, decoded by block diffusion. Requests may bring settings of their own.
+
+    [bold]Examples[/bold]
+
+        opdlm serve runs/tiny/checkpoints/final
+
+        opdlm serve runs/tiny/checkpoints/final --host 0.0.0.0 --api-key-file key.txt
+    """
+    key = _key(api_key, api_key_file)
+    if not is_loopback(host) and key is None:
+        raise ConfigError(
+            f"--host: {host!r} can be reached from other machines, so an API key is required: give --api-key-file, or "
+            "bind 127.0.0.1 and forward the port (ssh -L)"
+        )
+    from deploy.dashboard.process import address, free_port
+    from deploy.model_checks import check_student_folder, model_errors
+
+    check_student_folder("MODEL", model)
+    asked = asked_like_training(model, thinking, system)
+    port = free_port(host, port, "--port")
+    import torch
+
+    from actors.evaluation.generation import load_student
+    from actors.sampler.sampling import Decoding
+    from deploy.serving.app import Server
+    from deploy.serving.asked import prompter_of
+    from deploy.serving.engine import Engine
+    from deploy.serving.metrics import ServingMetrics
+    from deploy.serving.process import serve as run
+
+    with model_errors("MODEL", model):
+        student, tokenizer = load_student(model, dtype)
+    check_thinking("--thinking", thinking, tokenizer)
+    block_size = student.config.block_size = block_size or int(student.config.block_size)
+    positions = int(student.config.max_position_embeddings)
+    if max_length is not None and max_length > positions:
+        raise ConfigError(f"--max-length: {max_length} is more than the model's {positions} positions; use {positions}")
+    longest = grid_floor(max_length or min(positions, _LONGEST), block_size)
+    if longest < 2:
+        raise ConfigError(f"--max-length: {max_length} holds no block of {block_size} tokens; use {2 * block_size}")
+    engine = Engine(
+        student,
+        tokenizer,
+        slots=slots or (64 if torch.cuda.is_available() else 8),
+        longest=longest,
+        queue_limit=queue,
+        metrics=ServingMetrics(),
+    )
+    decoding = Decoding(unmasking_of(rule, threshold, lower), temperature)
+    prompter = prompter_of(
+        tokenizer, asked, block_size=block_size, longest=longest, most_tokens=max_tokens, decoding=decoding
+    )
+    say(f"{name or model} is at {address(host, port)} (API: /v1, metrics: /metrics; Ctrl-C ends this)")
+    run(Server(engine, prompter, name or model, host, key, timeout), port, drain)
+
+
+def _key(given: str | None, file: str | None) -> str | None:
+    """The API key.
+
+    Raises:
+        ConfigError: there are two, it is too short to be one, or its file is missing.
+    """
+    if given is not None and file is not None:
+        raise ConfigError("--api-key: there is --api-key-file too; give one of them")
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise ConfigError(f"--api-key-file: {file!r} does not exist; write a key of {_LEAST_KEY} characters to it")
+        given = path.read_text().strip()
+    if given is not None and len(given) < _LEAST_KEY:
+        raise ConfigError(
+            f"--api-key: it has {len(given)} characters; make a longer one, such as: openssl rand -hex 16"
+        )
+    return given

@@ -1,0 +1,50 @@
+"""Prometheus metrics of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from common.trajectory import Trajectory
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class ServingMetrics:
+    """One registry a server; names begin with `opdlm_serve_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, meaning: str, *labels: str) -> Counter:
+            return Counter(f"opdlm_serve_{name}", meaning, labels, registry=self.registry)
+
+        def histogram(name: str, meaning: str) -> Histogram:
+            return Histogram(f"opdlm_serve_{name}", meaning, registry=self.registry, buckets=_SECONDS)
+
+        self.requests = counter("requests", "HTTP requests answered", "path", "status")
+        self.prompt_tokens = counter("prompt_tokens", "tokens of the prompts of finished sequences")
+        self.tokens = counter("tokens", "tokens of finished responses")
+        self.steps = counter("steps", "denoising steps of finished sequences")
+        self.sequences = counter("sequences", "finished sequences", "finish_reason")
+        self.cancelled = counter("cancelled", "sequences whose client went away or whose time was over")
+        self.passes = counter("passes", "forwards over all running sequences")
+        self.first_block = histogram("first_block_seconds", "from a sequence's arrival to its first finished block")
+        self.seconds = histogram("sequence_seconds", "from a sequence's arrival to its end")
+        self._running = Gauge("opdlm_serve_running", "sequences in slots", registry=self.registry)
+        self._waiting = Gauge("opdlm_serve_waiting", "sequences in the queue", registry=self.registry)
+
+    def watch(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+        self._running.set_function(running)
+        self._waiting.set_function(waiting)
+
+    def ended(self, trajectory: Trajectory, seconds: float) -> None:
+        self.prompt_tokens.inc(len(trajectory.prompt_ids))
+        self.tokens.inc(len(trajectory.response_ids))
+        self.steps.inc(trajectory.denoise_forwards)
+        self.sequences.labels(trajectory.finish_reason).inc()
+        self.seconds.observe(seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

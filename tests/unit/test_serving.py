@@ -1,0 +1,489 @@
+"""The server over HTTP, on a tiny random student: what clients get, and what hostile ones do not break."""
+
+import asyncio
+import json
+import math
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+import uvicorn
+
+from actors.evaluation.generation import load_student, sampler_of
+from actors.sampler.request import Request
+from actors.sampler.sampler import Sampler
+from actors.sampler.sampling import Decoding
+from common.chat import ChatTemplate
+from common.config.run import DynamicUnmasking, StaticUnmasking
+from common.conversion import convert_folder
+from common.end_tokens import response_text
+from common.prompts import prompt_ids
+from deploy.dashboard.process import free_port
+from deploy.serving import http
+from deploy.serving.app import Server, create_app
+from deploy.serving.asked import prompter_of
+from deploy.serving.engine import Engine
+from deploy.serving.errors import ApiError
+from deploy.serving.http import PromptHttp
+from deploy.serving.jobs import Job
+from deploy.serving.metrics import ServingMetrics
+from tests.models import tiny_qwen3
+
+QUESTION = "Tom has 5 apples. How many?"
+MESSAGES = [{"role": "user", "content": QUESTION}]
+SLOTS, QUEUE = 4, 12
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    convert_folder(tiny_qwen3(folder / "arlm", max_length=1024), folder / "student", 4, "<|mask|>", torch.float32)
+    return str(folder / "student")
+
+
+class Served:
+    """A server in a thread of this process."""
+
+    def __init__(self, student: str, **options) -> None:
+        model, self.tokenizer = load_student(student, "float32", "cpu")
+        self.engine = Engine(
+            model, self.tokenizer, slots=SLOTS, longest=512, queue_limit=QUEUE, metrics=ServingMetrics()
+        )
+        decoding = Decoding(DynamicUnmasking(), 0.0)
+        prompter = prompter_of(self.tokenizer, {}, block_size=4, longest=512, most_tokens=24, decoding=decoding)
+        self.server = Server(self.engine, prompter, "tiny", "127.0.0.1", **options)
+        self.port = free_port("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.web = uvicorn.Server(
+            uvicorn.Config(create_app(self.server), port=self.port, http=PromptHttp, log_level="error", ws="none",
+                           timeout_graceful_shutdown=20)
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self.web.run)
+        self.thread.start()
+        while not self.web.started:
+            time.sleep(0.01)
+
+    def end(self) -> None:
+        self.web.should_exit = True
+        self.thread.join()
+
+    def post(self, path: str = "/v1/chat/completions", **body) -> httpx.Response:
+        return httpx.post(self.url + path, json={"messages": MESSAGES, **body}, timeout=60)
+
+    def idle(self) -> None:
+        for _ in range(500):
+            if self.engine._unfinished == 0:
+                return
+            time.sleep(0.01)
+        raise AssertionError("slots are still in use")
+
+
+@pytest.fixture(scope="module")
+def served(student):
+    running = Served(student)
+    yield running
+    running.end()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def by_sampler(student):
+    """The response of `opdlm generate` to the question."""
+    model, tokenizer = load_student(student, "float32", "cpu")
+
+    def call(decoding, seed=0, limit=24, block_size=4, sample=0, ids=None):
+        sampler: Sampler = sampler_of(model, tokenizer, block_size=block_size, slots=1, seed=seed)
+        ids = prompt_ids(tokenizer, QUESTION) if ids is None else ids
+        (t,) = sampler.generate([Request(0, sample, ids, limit)], decoding)
+        return t, response_text(tokenizer, t.response_ids, sampler.eos_token_id)
+
+    return call
+
+
+def streamed(chunks) -> tuple[dict[int, str], list]:
+    texts: dict[int, str] = {}
+    chunks = list(chunks)
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+    return texts, chunks
+
+
+SETTINGS = [
+    ({}, Decoding(DynamicUnmasking(), 0.0), {}),
+    ({"temperature": 1, "seed": 7}, Decoding(DynamicUnmasking(), 1.0), {"seed": 7}),
+    (
+        {"temperature": 0.8, "seed": 3, "top_p": 0.9, "extra_body": {"top_k": 5, "rule": "static", "block_size": 8}},
+        Decoding(StaticUnmasking(), 0.8, 5, 0.9),
+        {"seed": 3, "block_size": 8},
+    ),
+    (
+        {"temperature": 1, "seed": 3, "extra_body": {"threshold": 0.05}},
+        Decoding(DynamicUnmasking(threshold=0.05), 1.0),
+        {"seed": 3},
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "decoding", "sampling"), SETTINGS)
+def test_the_text_is_that_of_opdlm_generate_streamed_or_not(client, by_sampler, options, decoding, sampling):
+    trajectory, text = by_sampler(decoding, **sampling)
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, **options)
+    assert whole.choices[0].message.content == text
+    assert whole.choices[0].finish_reason == ("length" if trajectory.finish_reason == "length" else "stop")
+    assert whole.usage.completion_tokens == len(trajectory.response_ids)
+    assert whole.usage.prompt_tokens == len(trajectory.prompt_ids)
+    assert whole.usage.steps == trajectory.denoise_forwards
+    assert whole.usage.tokens_per_step == pytest.approx(
+        len(trajectory.response_ids) / trajectory.denoise_forwards, abs=1e-4
+    )
+    stream = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **options
+    )
+    texts, chunks = streamed(stream)
+    assert texts == {0: text}
+    assert chunks[-1].usage.model_dump() == whole.usage.model_dump()
+    assert len([c for c in chunks if c.choices and c.choices[0].delta.content]) > 1 or len(trajectory.response_ids) < 8
+
+
+def test_n_choices_have_streams_of_their_own(client, by_sampler):
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, temperature=1, seed=2)
+    texts = [by_sampler(Decoding(DynamicUnmasking(), 1.0), seed=2, sample=i)[1] for i in range(3)]
+    assert [choice.message.content for choice in whole.choices] == texts
+    assert len(set(texts)) == 3
+    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, temperature=1, seed=2, stream=True)
+    assert streamed(stream)[0] == dict(enumerate(texts))
+
+
+def test_confidence_and_the_order_of_revealing(client, by_sampler):
+    options = {"temperature": 1, "seed": 7, "logprobs": True, "extra_body": {"reveal_order": True}}
+    trajectory, _ = by_sampler(Decoding(DynamicUnmasking(), 1.0), seed=7)
+    choice = client.chat.completions.create(model="tiny", messages=MESSAGES, **options).choices[0]
+    assert [math.exp(c.logprob) for c in choice.logprobs.content] == pytest.approx(
+        trajectory.confidence[: len(trajectory.response_ids)].tolist(), rel=1e-4
+    )
+    order = choice.reveal_order
+    assert [row["round"] for row in order] == trajectory.reveal_round[: len(order)].tolist()
+    first = len(trajectory.prompt_ids)
+    assert [row["block"] for row in order] == [(first + i) // 4 for i in range(len(order))]
+    _, chunks = streamed(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **options))
+    pieces = [row for chunk in chunks for row in getattr(chunk.choices[0], "reveal_order", None) or []]
+    assert [row["round"] for row in pieces] == [row["round"] for row in order]
+
+
+def test_rounds_are_streamed_as_tokens_are_unmasked(served, by_sampler):
+    trajectory, text = by_sampler(Decoding(StaticUnmasking(), 0.0))
+    reply = served.post(stream=True, stream_rounds=True, rule="static")
+    events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    states = [e["choices"][0]["blocks"] for e in events if "blocks" in e["choices"][0]]
+    assert len(states) > len(trajectory.response_ids) / 2
+    assert any(None in s["texts"] and any(s["texts"]) for s in states)
+    assert states[-1]["whole"] and "".join(states[-1]["texts"]) == text
+    seen: dict[int, str] = {}
+    for state in states:
+        for offset, piece in enumerate(state["texts"], start=state["offset"]):
+            if piece is not None:
+                assert seen.setdefault(offset, piece) == piece  # what is revealed stays
+
+
+def test_stop_strings(client, by_sampler):
+    _, text = by_sampler(Decoding(StaticUnmasking(), 1.0), seed=4, limit=40)
+    stop = text[9:11]
+    options = {
+        "max_tokens": 40, "temperature": 1, "seed": 4, "stop": [stop, "never there"], "extra_body": {"rule": "static"},
+    }  # fmt: skip
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, **options)
+    assert whole.choices[0].message.content == text[: text.index(stop)]
+    assert whole.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **options)
+    assert streamed(stream)[0] == {0: text[: text.index(stop)]}
+
+
+def test_completions_of_texts_and_of_ids(client, served, by_sampler):
+    ids = ChatTemplate(served.tokenizer, raw=True).ids(["One and"])[0]
+    _, text = by_sampler(Decoding(DynamicUnmasking(), 0.0), ids=ids, limit=12)
+    whole = client.completions.create(model="tiny", prompt=["One and", "Two and"], max_tokens=12, logprobs=1)
+    assert [c.index for c in whole.choices] == [0, 1]
+    assert whole.choices[0].text == text
+    assert len(whole.choices[0].logprobs.tokens) == len(whole.choices[0].logprobs.token_logprobs)
+    by_ids = client.completions.create(model="tiny", prompt=ids.tolist(), max_tokens=12)
+    assert by_ids.choices[0].text == text
+    stream = client.completions.create(model="tiny", prompt="One and", max_tokens=12, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == text
+
+
+def test_models_health_and_metrics(client, served):
+    assert [m.id for m in client.models.list().data] == ["tiny"]
+    assert client.models.retrieve("tiny").block_size == 4
+    with pytest.raises(openai.NotFoundError, match="'gpt' is not served here; use 'tiny'"):
+        client.chat.completions.create(model="gpt", messages=MESSAGES)
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    before = metric(served, "opdlm_serve_tokens_total")
+    usage = client.chat.completions.create(model="tiny", messages=MESSAGES).usage
+    assert metric(served, "opdlm_serve_tokens_total") == before + usage.completion_tokens
+    assert metric(served, "opdlm_serve_running") == 0
+    assert httpx.get(f"{served.url}/nowhere").json()["error"]["message"].startswith("GET /nowhere: Not Found")
+
+
+def metric(served, name: str) -> float:
+    lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+
+REFUSED = [
+    ({"tools": [{"type": "function"}]}, "tools", "not trained to call tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "no JSON mode"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "there are no penalties"),
+    ({"temperature": -1}, "temperature", "temperature -1 is not accepted"),
+    ({"temperature": 1e-9}, "temperature", "too close to 0"),
+    ({"temperature": "hot"}, "temperature", "temperature 'hot' is not accepted"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": 2}, "top_p", "less than or equal to 1"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 10**30}, "max_tokens", "do not fit into 512 tokens"),
+    ({"max_tokens": True}, "max_tokens", "max_tokens True is not accepted"),
+    ({"n": 10**9}, "n", "less than or equal to 128"),
+    ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"threshold": 7}, "threshold", "less than or equal to 1"),
+    ({"rule": "best"}, "rule", "'static', 'dynamic'"),
+    ({"lower": 0.9, "threshold": 0.5, "rule": "adaptive"}, "lower", "0.9 is above threshold 0.5"),
+    ({"block_size": 0}, "block_size", "greater than or equal to 1"),
+    ({"stop": ["", "a"]}, "stop", "none of them empty"),
+    ({"tempreature": 1}, "tempreature", "unknown field; leave it out. There are model"),
+    ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": [{"role": "user", "content": "  "}]}, "messages", "the last one is empty"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages.0.role 'tool' is not accepted"),
+    ({"messages": [{"role": "user", "content": "a <|mask|>"}]}, "messages", "holds the mask token"),
+    ({"messages": [{"role": "user", "content": "long " * 2000}]}, "prompt", "shorten the prompt"),
+    ({"messages": [{"role": "user", "content": "x" * 100_000}]}, "messages", "100000 characters are far more than"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "said"), REFUSED)
+def test_what_cannot_be_done_is_refused_by_name(served, body, field, said):
+    reply = served.post(**body)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["type"]) == (400, field, "invalid_request_error")
+    assert said in error["message"]
+
+
+RAW = [
+    (b'{"messages": [{"role": "user", "content": "caf\xe9"}]}', 400, "the body is not UTF-8"),
+    (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', 400, "half a character"),
+    (b'{"temperature": NaN}', 400, "NaN is no number of JSON"),
+    (b'{"temperature": -Infinity}', 400, "-Infinity is no number of JSON"),
+    (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "a"}]}', 400, "temperature inf is not accepted"),
+    (b"{", 400, "the body is not JSON"),
+    (b"[" * 100_000, 400, "the body is not JSON (nested too deep)"),
+    (b"[1]", 400, "the body is [1]; send a JSON object"),
+    (b"", 400, "the body is not JSON"),
+    (b'{"messages": "' + b"x" * (5 << 20) + b'"}', 413, "more than 4194304 bytes"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "said"), RAW)
+def test_bodies_that_are_broken(served, body, status, said):
+    headers = {"Content-Type": "application/json"}
+    reply = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=headers, timeout=60)
+    assert reply.status_code == status
+    assert said in reply.json()["error"]["message"]
+
+
+def test_a_body_without_a_length_that_never_ends(served):
+    def endless():
+        while True:
+            yield b"x" * 65536
+
+    headers = {"Content-Type": "application/json"}
+    try:
+        reply = httpx.post(f"{served.url}/v1/completions", content=endless(), headers=headers, timeout=60)
+        assert reply.status_code == 413
+    except httpx.WriteError:
+        pass  # the connection was closed before all was sent
+    served.idle()
+
+
+def test_other_sites_cannot_ask(served):
+    plain = httpx.post(f"{served.url}/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    assert httpx.get(f"{served.url}/health", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_requests_share_passes_and_do_not_change_each_other(served, by_sampler):
+    """Many at once, with different settings: each gets what it gets alone."""
+    settings = [(seed, rule) for seed in range(6) for rule in ("static", "dynamic")]
+
+    async def all_at_once() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as c:
+            bodies = [{"messages": MESSAGES, "temperature": 1, "seed": s, "rule": r} for s, r in settings]
+            return await asyncio.gather(*(c.post(f"{served.url}/v1/chat/completions", json=b) for b in bodies))
+
+    before = metric(served, "opdlm_serve_passes_total")
+    replies = asyncio.run(all_at_once())
+    texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    rules = {"static": StaticUnmasking(), "dynamic": DynamicUnmasking()}
+    assert texts == [by_sampler(Decoding(rules[rule], 1.0), seed=seed)[1] for seed, rule in settings]
+    steps = sum(reply.json()["usage"]["steps"] for reply in replies)
+    assert metric(served, "opdlm_serve_passes_total") - before < steps / 2
+
+
+def test_a_full_queue_is_said_with_the_time_to_come_back(served):
+    reply = served.post(n=SLOTS + QUEUE + 1)
+    assert reply.status_code == 429
+    assert "the queue takes 12: try again later" in reply.json()["error"]["message"]
+    assert 1 <= int(reply.headers["Retry-After"]) <= 60
+    served.idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slots(served, stream):
+    before = metric(served, "opdlm_serve_cancelled_total")
+    body = json.dumps({"messages": MESSAGES, "n": 16, "max_tokens": 400, "rule": "static", "stream": stream})
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall((head + body).encode())
+        while metric(served, "opdlm_serve_running") < SLOTS:
+            time.sleep(0.01)
+    served.idle()
+    assert metric(served, "opdlm_serve_cancelled_total") == before + 16
+
+
+def test_a_reader_that_takes_nothing_holds_no_slot_and_is_left(served, monkeypatch):
+    monkeypatch.setattr(http, "WRITE_SECONDS", 1.0)
+    body = json.dumps(
+        {"messages": MESSAGES, "n": 8, "max_tokens": 128, "rule": "static", "stream": True, "stream_rounds": True}
+    )
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall((head + body).encode())
+        time.sleep(0.2)
+        assert served.post().status_code == 200  # others are served meanwhile
+        served.idle()
+
+
+def test_many_connections_that_say_nothing(served):
+    connections = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(300)]
+    assert served.post().status_code == 200
+    for connection in connections:
+        connection.close()
+
+
+def test_a_connection_that_says_nothing_is_closed(served, monkeypatch):
+    monkeypatch.setattr(http, "HEADER_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
+        assert connection.recv(100) == b""
+
+
+def test_time_is_limited(student):
+    served = Served(student, seconds=0.2)
+    try:
+        reply = served.post(n=16, max_tokens=400, rule="static")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+        stream = served.post(n=16, max_tokens=400, rule="static", stream=True)
+        assert '"code": "timeout"' in stream.text
+        served.idle()
+    finally:
+        served.end()
+
+
+def test_an_api_key_is_needed_and_the_end_lets_requests_finish(student):
+    served = Served(student, api_key="0123456789abcdef")
+    try:
+        assert served.post().status_code == 401
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="0123456789abcdef", max_retries=0)
+        stream = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=96, stream=True, extra_body={"rule": "static"}
+        )
+        next(stream)
+        served.web.should_exit = True  # what SIGTERM sets
+        _, chunks = streamed(stream)
+        assert chunks[-1].choices[0].finish_reason is not None
+        served.thread.join(20)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{served.url}/health")
+    finally:
+        served.end()
+
+
+def test_a_broken_model_fails_its_requests_and_the_engine_goes_on(student):
+    served = Served(student)
+    try:
+        weight = served.engine.model.model.norm.weight
+        kept = weight.detach().clone()
+        weight.fill_(torch.nan)
+        reply = served.post()
+        assert reply.status_code == 500
+        assert "non-finite logits" in reply.json()["error"]["message"]
+        weight.copy_(kept)
+        assert served.post().status_code == 200
+        served.idle()
+    finally:
+        served.end()
+
+
+def test_an_engine_that_ends_leaves_nobody_waiting(student, monkeypatch):
+    served = Served(student)
+    try:
+        monkeypatch.setattr(Sampler, "finished_blocks", lambda *_: 1 / 0)
+        reply = served.post()
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "generation_failed")
+        assert httpx.get(f"{served.url}/health").status_code == 503
+        assert served.post().status_code == 503
+    finally:
+        served.end()
+
+
+def test_a_job_that_is_cancelled_in_the_queue_never_runs(student):
+    model, tokenizer = load_student(student, "float32", "cpu")
+    engine = Engine(model, tokenizer, slots=1, longest=512, queue_limit=1, metrics=ServingMetrics())
+
+    async def main() -> tuple[Job, Job]:
+        engine.start()
+        event = asyncio.Event()
+        first, second = (Job(Request(i, 0, np.arange(9), 64), 4, event) for i in range(2))
+        engine.submit([first, second])
+        with pytest.raises(ApiError):
+            engine.submit([Job(Request(2, 0, np.arange(9), 64), 4, event)])
+        engine.cancel([second])
+        while not first.ended:
+            await event.wait()
+            event.clear()
+        await asyncio.to_thread(engine.close)
+        return first, second
+
+    first, second = asyncio.run(main())
+    assert first.trajectory is not None and not second.ended
+
+
+COMMANDS = [
+    (("--host", "0.0.0.0"), "--host: '0.0.0.0' can be reached from other machines, so an API key is required"),
+    (("--api-key", "short"), "--api-key: it has 5 characters; make a longer one"),
+    (("--api-key-file", "nowhere.txt"), "--api-key-file: 'nowhere.txt' does not exist"),
+    (("--max-length", "100000"), "--max-length: 100000 is more than the model's 1024 positions; use 1024"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), COMMANDS)
+def test_the_command_refuses_what_it_cannot_serve(opdlm, student, options, said):
+    status, _, err = opdlm("serve", student, *options)
+    assert status == 2
+    assert said in err
