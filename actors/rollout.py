@@ -86,7 +86,8 @@ class RolloutActor:
         self.sampler.prefill_budget.name = "rollout.max_batched_tokens"
         self.shared = ObjectStoreTransport(device, config.weights_timeout_s)
         self.inbox = WeightsInbox(self.shared, config.weights_timeout_s)
-        self.held_out: tuple[list[int], HeldOutTargets] | None = None  # by the ordinals of a share
+        # of a share, by its ordinals: for each teacher its rows and what it predicts there
+        self.held_out: tuple[list[int], list[tuple[list[int], HeldOutTargets]]] = ([], [])
         self.busy_seconds = 0.0
         self.spans = BusySpans()
         self.tokens = 0
@@ -150,8 +151,8 @@ class RolloutActor:
         keys: set[tuple[int, int]] | None = None,
         oldest: int = 0,
     ) -> Iterator[pa.RecordBatch | BatchInfo]:
-        """Stream finished trajectories in record batches of `rollout.stream_rows` rows, the last one shorter; behind
-        each record batch comes its BatchInfo.
+        """Stream finished trajectories in record batches of `rollout.stream_rows` rows of one teacher, the last ones
+        shorter; behind each record batch comes its BatchInfo.
 
         Prompts with offline responses take these and are not sampled; they come first.
 
@@ -207,23 +208,25 @@ class RolloutActor:
         )
         first = [request for request in requests(prompts) if wanted(request, request.sample)]
         rows_before, slot_seconds_before = self.sampler.token_rows, self.sampler.slot_seconds
-        pending: list[Trajectory] = []
+        pending: dict[int, list[Trajectory]] = {}  # by teacher
         for trajectory in chain(offline, self.sampler.generate(first, decoding, more, longest)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             objective = parts[part_of(trajectory.sample, rollout.samples_per_prompt)]
             select_states(trajectory, objective, block_size, self.end_tokens, rng)
-            pending.append(trajectory)
+            of_teacher = pending.setdefault(self.config.teacher_of(trajectory.domain), [])
+            of_teacher.append(trajectory)
             self.tokens += len(trajectory.response_ids)
-            if len(pending) >= rollout.stream_rows:
+            if len(of_teacher) >= rollout.stream_rows:
                 self._was_busy(time.perf_counter() - start)
-                yield from self._finished(pending)
-                start, pending = time.perf_counter(), []
+                yield from self._finished(of_teacher)
+                of_teacher.clear()
+                start = time.perf_counter()
         self._was_busy(time.perf_counter() - start)
         self.token_rows += self.sampler.token_rows - rows_before
         self.slot_seconds += self.sampler.slot_seconds - slot_seconds_before
         self._dealt.pop(batch, None)
-        if pending:
-            yield from self._finished(pending)
+        for rest in filter(None, pending.values()):
+            yield from self._finished(rest)
 
     @ray.method(concurrency_group="deals")
     def deal(self, batch: int, prompts: list[Prompt] | None) -> None:
@@ -272,50 +275,74 @@ class RolloutActor:
         return evaluate_shard(self.sampler, self.tokenizer, problems, decoding, max_new_tokens, answer_format)
 
     def evaluate_teacher(self, problems: list[Prompt], max_new_tokens: int) -> Evaluation:
-        """Greedy autoregressive decoding of the same problems by the frozen ARLM."""
-        model, tokenizer = load_autoregressive(self.config.teacher_path, str(self.sampler.device), ends=self.end_tokens)
-        answer_format = self.config.evaluation.answer_format
-        return evaluate_autoregressive(model, tokenizer, problems, max_new_tokens, answer_format=answer_format)
+        """Greedy autoregressive decoding of the same problems by the frozen ARLM, each by the one for its domain."""
+        answer_format, whole = self.config.evaluation.answer_format, Evaluation()
+        for path, rows in self._rows_by_teacher(problems, list(self.config.teacher_paths.values())).items():
+            model, tokenizer = load_autoregressive(path, str(self.sampler.device), ends=self.end_tokens)
+            own = [problems[row] for row in rows]
+            whole += evaluate_autoregressive(model, tokenizer, own, max_new_tokens, answer_format=answer_format)
+        return whole
 
-    def answer_held_out(self, prompts: list[Prompt], max_new_tokens: int, teacher_path: str) -> list[np.ndarray]:
-        """The frozen ARLM's greedy responses, int32, to this actor's share of the held-out prompts."""
-        original, tokenizer = self._original(teacher_path)
-        responses = greedy_responses(original, tokenizer, prompts, max_new_tokens)
-        self._hold_out(original, prompts, responses, teacher_path)
-        return responses
+    def answer_held_out(self, prompts: list[Prompt], max_new_tokens: int, teacher_paths: list[str]) -> list[np.ndarray]:
+        """The frozen ARLM's greedy responses, int32, to this actor's share of the held-out prompts; of several ARLMs
+        that for the prompt's domain."""
+        responses: dict[int, np.ndarray] = {}
+        targets = []
+        for path, rows in self._rows_by_teacher(prompts, teacher_paths).items():
+            original, tokenizer = self._original(path)
+            own = [prompts[row] for row in rows]
+            answers = greedy_responses(original, tokenizer, own, max_new_tokens)
+            responses |= zip(rows, answers, strict=True)
+            targets.append((rows, self._held_out_targets(original, own, answers, path)))
+        self.held_out = [p.ordinal for p in prompts], targets
+        return [responses[row] for row in range(len(prompts))]
 
     def held_out_kl(
-        self, prompts: list[Prompt], responses: list[np.ndarray], teacher_path: str, block_size: int
+        self, prompts: list[Prompt], responses: list[np.ndarray], teacher_paths: list[str], block_size: int
     ) -> HeldOutSums:
         """The held-out KL of the current weights on this actor's share.
 
         What the frozen ARLM predicts there is kept from call to call; an actor that does not have it reads it first.
         """
         share = [p.ordinal for p in prompts]
-        if self.held_out is None or self.held_out[0] != share:
-            self._hold_out(self._original(teacher_path)[0], prompts, responses, teacher_path)
-        assert self.held_out
+        if self.held_out[0] != share:
+            targets = []
+            for path, rows in self._rows_by_teacher(prompts, teacher_paths).items():
+                own, answers = [prompts[row] for row in rows], [responses[row] for row in rows]
+                targets.append((rows, self._held_out_targets(self._original(path)[0], own, answers, path)))
+            self.held_out = share, targets
+        whole = HeldOutSums.zeros(len(prompts), block_size)
         # one forward of other shapes is not worth compiling for, nor the compiled passes' place in torch's cache
         with torch.compiler.set_stance("force_eager"):
-            sums = self.held_out[1].sums(
-                self.sampler.model, block_size=block_size, mask_token_id=self.sampler.mask_token_id
-            )
+            for rows, of_teacher in self.held_out[1]:
+                whole.put(
+                    rows,
+                    of_teacher.sums(
+                        self.sampler.model, block_size=block_size, mask_token_id=self.sampler.mask_token_id
+                    ),
+                )
         torch.cuda.empty_cache()  # of the ARLM and of logits: other roles may share the GPU
-        return sums
+        return whole
+
+    def _rows_by_teacher(self, prompts: list[Prompt], paths: list[str]) -> dict[str, list[int]]:
+        """The rows of the prompts that each teacher is for, by its path."""
+        rows: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows.setdefault(paths[self.config.teacher_of(prompt.domain)], []).append(row)
+        return rows
 
     def _original(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_autoregressive(path, str(self.sampler.device), self.config.teacher.dtype, self.end_tokens)
 
-    def _hold_out(
-        self, original: PreTrainedModel, prompts: list[Prompt], responses: list[np.ndarray], teacher_path: str
-    ) -> None:
-        targets = HeldOutTargets(
+    def _held_out_targets(
+        self, original: PreTrainedModel, prompts: list[Prompt], responses: list[np.ndarray], path: str
+    ) -> HeldOutTargets:
+        return HeldOutTargets(
             original,
             [(prompt.ids, response) for prompt, response in zip(prompts, responses, strict=True)],
             rows=self.sampler.model.config.vocab_size,
-            tokens=counted_tokens(student_of(self.config), teacher_path),
+            tokens=counted_tokens(student_of(self.config), path),
         )
-        self.held_out = [p.ordinal for p in prompts], targets
 
 
 def as_remote(config: RunConfig) -> Any:

@@ -67,7 +67,7 @@ def convert(
     *,
     end_tokens: Sequence[str] | None = None,
     chat_template: str | None = None,
-    teacher_path: str | None = None,
+    teacher_paths: Sequence[str] = (),
 ) -> Conversion:
     """The student that starts from the ARLM at `path`.
 
@@ -75,7 +75,7 @@ def convert(
         mask_token: as common/mask_token.py says.
         end_tokens: in place of those that the model's files name (common/end_tokens.py).
         chat_template: in place of the tokenizer's.
-        teacher_path: another model that the student learns from; what ends its responses ends the student's.
+        teacher_paths: other models that the student learns from; what ends their responses ends the student's.
 
     Raises:
         ModelError: the model cannot be a student, or it has no room for a mask token, or no end token.
@@ -87,7 +87,7 @@ def convert(
     check_tokenizer(tokenizer, config.vocab_size)
     check_chat_template(tokenizer)
     ends = list(end_tokens_of(path, config, tokenizer, end_tokens))
-    if teacher_path and not end_tokens:
+    for teacher_path in teacher_paths if not end_tokens else ():
         teacher = load_tokenizer(teacher_path)
         ends += known_end_tokens(teacher, load_generation_config(teacher_path, load_config(teacher_path)))
     kept = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}
@@ -113,7 +113,7 @@ def student_of(config: RunConfig) -> Conversion:
         model.mask_token,
         end_tokens=model.end_tokens,
         chat_template=config.data.chat_template,
-        teacher_path=config.teacher_path if config.teacher_path != model.path else None,
+        teacher_paths=[path for path in dict.fromkeys(config.teacher_paths.values()) if path != model.path],
     )
     conversion.config.opdlm = asked_with(config.data)
     return conversion
@@ -160,16 +160,27 @@ def add_rows(model: PreTrainedModel, rows: int, gathered: Gathered = nullcontext
     embedding.num_embeddings = head.out_features = model.config.vocab_size = rows
 
 
-def teacher_head_of(config: RunConfig, student: Conversion, device: torch.device) -> tuple[Tensor | None, int | None]:
-    """What the learner needs of the teacher: its LM head [V, d] where targets are hidden states, with as many rows as
-    the student has, and how many of them count (see counted_tokens)."""
-    tokens = counted_tokens(student, config.teacher_path)
+@dataclass(frozen=True)
+class TeacherHead:
+    """A teacher's LM head [V, d], with as many rows as the student's, and how many of them count (None: all)."""
+
+    weight: Tensor
+    tokens: int | None = None
+
+
+def teacher_heads_of(config: RunConfig, student: Conversion, device: torch.device) -> tuple[TeacherHead, ...]:
+    """What the learner needs of the teachers where targets are hidden states, else nothing; teachers from one folder
+    share theirs."""
     if config.target_kind != "hidden":
-        return None, tokens
-    head = head_of_folder(config.teacher_path)
-    if tokens is not None:
-        head = fitted_head(head, tokens, student.config.vocab_size)
-    return head.to(device, getattr(torch, config.teacher.dtype)), tokens
+        return ()
+    heads: dict[str, TeacherHead] = {}
+    for path in config.teacher_paths.values():
+        if path not in heads:
+            head, tokens = head_of_folder(path), counted_tokens(student, path)
+            if tokens is not None:
+                head = fitted_head(head, tokens, student.config.vocab_size)
+            heads[path] = TeacherHead(head.to(device, getattr(torch, config.teacher.dtype)), tokens)
+    return tuple(heads[path] for path in config.teacher_paths.values())
 
 
 def counted_tokens(student: Conversion, teacher_path: str) -> int | None:

@@ -55,6 +55,9 @@ class BatchMetrics:
         generated = sum(info.rollout_tokens for info in infos)
         rows = max(batch.finished_rows, 1)
         state.response_tokens += tokens
+        for teacher, read in batch.tokens_by_teacher.items():
+            if teacher:
+                state.other_teachers_tokens[str(teacher)] = state.other_teachers_tokens.get(str(teacher), 0) + read
         state.seconds += seconds
         rank_stats, teacher_stats = self._stats(self.pools.ranks), self._stats(self.pools.teachers)
         paused, computed = self._totals("weights_pause_seconds"), self._totals("token_rows")

@@ -44,6 +44,7 @@ class RunState:
     updates: int = 0
     nonfinite_updates: int = 0  # of these, left out
     response_tokens: int = 0
+    other_teachers_tokens: dict[str, int] = field(default_factory=dict)  # of these, by teacher; the rest is the first's
     rollout_token_rows: float = 0  # what the samplers computed, see Sampler.token_rows
     seconds: float = 0.0
     block_size: int = 0  # of the last batch; 0: none yet
@@ -84,6 +85,7 @@ class Manifest(_Manifest):
     updates: Count
     nonfinite_updates: Count = 0
     response_tokens: Count = 0
+    other_teachers_tokens: dict[str, Count] = {}
     rollout_token_rows: Amount = 0.0
     seconds: Amount = 0.0
     block_size: Count = 0

@@ -50,13 +50,18 @@ _ANSWER_SECONDS = 20.0
 
 @dataclass
 class Pools:
-    """Handles of all actors: rollout actors, teachers, learner ranks; and the placement groups that hold them."""
+    """Handles of all actors: rollout actors, teachers, learner ranks; and the placement groups that hold them. The
+    teachers of the first pool come first; `teacher_pools` has the number of each one's."""
 
     rollouts: list[Any]
     teachers: list[Any]
     ranks: list[Any]
     groups: Groups = field(default_factory=dict)
     create: Callable[[Role, int], Any] | None = None
+    teacher_pools: tuple[int, ...] = ()
+
+    def teachers_of(self, pool: int) -> list[Any]:
+        return [teacher for teacher, of in zip(self.teachers, self.teacher_pools, strict=True) if of == pool]
 
     def stop(self) -> None:
         """End all actors and give their resources back."""
@@ -159,11 +164,11 @@ def reserve(config: RunConfig, placement: Placement, calls: RemoteCalls, roles: 
         if not processes:  # hard labels need no teacher
             continue
         bundles = [{"CPU": p.cpus, **({"GPU": p.gpus} if p.gpus else {})} for p in processes]
-        labels = getattr(config, role).resources.labels
+        labels = [p.labels for p in processes]
         groups[role] = placement_group(
             bundles,
             strategy="PACK" if role == "learner" else "SPREAD",
-            bundle_label_selector=[labels] * len(bundles) if labels else None,
+            bundle_label_selector=labels if any(labels) else None,
         )
     deadline = time.monotonic() + config.ray.placement_timeout_s
     for role, group in groups.items():
@@ -178,7 +183,7 @@ def _not_provided(config: RunConfig, placement: Placement, role: Role, group: Pl
     total, free = ray.cluster_resources(), ray.available_resources()
     check_resources(placement, total.get("CPU", 0.0), total.get("GPU", 0.0))
     asked = ", ".join(f"{n} x {b}" for b, n in _counted(group.bundle_specs))
-    asked += _labelled(getattr(config, role).resources.labels)
+    asked += _labelled(next(p.labels for p in placement.processes if p.role == role))
     return ConfigError(
         f"the cluster did not provide the {role} processes ({asked}) within ray.placement_timeout_s "
         f"({config.ray.placement_timeout_s:g} s); free are {free.get('CPU', 0):g} CPUs and "
@@ -214,20 +219,25 @@ def create_pools(
     """
     groups = reserve(config, placement, calls, roles)
     shape = config.objective.shape
-    tokens = counted_tokens(student_of(config), config.teacher_path) if "teacher" in groups else None
+    student = student_of(config)
+    tokens = [counted_tokens(student, p) if "teacher" in groups else None for p in config.teacher_paths.values()]
     classes: dict[Role, Any] = {"rollout": rollout, "teacher": teacher, "learner": rank}
+    of_teacher = config.by_teacher
+    pool_of = tuple(p.pool for p in placement.processes if p.role == "teacher")
 
     def create(role: Role, index: int) -> Any:
         place = PlacementGroupSchedulingStrategy(groups[role], placement_group_bundle_index=index)
-        actor_class = classes[role].as_remote(config).options(scheduling_strategy=place)
+        pool = pool_of[index] if role == "teacher" else 0
+        own = of_teacher[pool] if role == "teacher" else config
+        actor_class = classes[role].as_remote(own).options(scheduling_strategy=place)
         if role == "teacher":
-            return actor_class.remote(config.teacher, config.teacher_path, index, shape=shape, tokens=tokens)
+            return actor_class.remote(own.teacher, own.teacher_path, index, shape=shape, tokens=tokens[pool])
         return actor_class.remote(config, index)
 
     def of_role(role: Role) -> list[Any]:
         return [create(role, i) for i in range(groups[role].bundle_count if role in groups else 0)]
 
-    pools = Pools(of_role("rollout"), of_role("teacher"), of_role("learner"), groups, create)
+    pools = Pools(of_role("rollout"), of_role("teacher"), of_role("learner"), groups, create, pool_of)
     calls.repair.watch(pools)
     return pools
 
@@ -241,6 +251,10 @@ def load_models(config: RunConfig, pools: Pools, calls: RemoteCalls) -> None:
     """
     names = pools.names()
     _heard(config, calls, {actor.ready.remote(): names[actor] for actor in pools.rollouts + pools.teachers}, pools)
+    if len(config.teacher_paths) > 1:
+        served = [teacher.prompts_served for teacher in config.teacher.pools.values()]
+        for actor, pool in zip(pools.teachers, pools.teacher_pools, strict=True):
+            calls.observers.heard(names[actor], serves=served[pool])
 
 
 def start_learner(config: RunConfig, pools: Pools, calls: RemoteCalls) -> None:

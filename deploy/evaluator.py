@@ -45,7 +45,7 @@ class Evaluator:
         if not self.held_out or self.held_out.responses():
             return
         prompts, count = self.held_out.prompts, len(self.pools.rollouts)
-        order = self.held_out.max_new_tokens, self.config.teacher_path
+        order = self.held_out.max_new_tokens, list(self.config.teacher_paths.values())
 
         def ask(actor: Any, part: slice) -> ray.ObjectRef:
             return actor.answer_held_out.remote(prompts[part], *order)
@@ -110,15 +110,15 @@ class Evaluator:
         assert self.held_out
         prompts, responses = self.held_out.prompts, self.held_out.responses()
         assert responses
-        count, teacher = len(self.pools.rollouts), self.config.teacher_path
+        count, teachers = len(self.pools.rollouts), list(self.config.teacher_paths.values())
 
         def ask(actor: Any, part: slice) -> ray.ObjectRef:
-            return actor.held_out_kl.remote(prompts[part], responses[part], teacher, block_size)
+            return actor.held_out_kl.remote(prompts[part], responses[part], teachers, block_size)
 
         parts = self._of_all(prompts, "reading held-out prompts", ask, background)
         sums = HeldOutSums.zeros(len(prompts), block_size)
         for i, part in enumerate(parts):  # in the order of the prompts, so that the sum depends on nothing else
-            sums.kl[i::count], sums.entropy[i::count], sums.tokens[i::count] = part.kl, part.entropy, part.tokens
+            sums.put(slice(i, None, count), part)
         return sums.metrics()
 
     def _decoding_metrics(self, block_size: int, background: Background) -> dict[str, float]:

@@ -109,55 +109,58 @@ def check_models(config: RunConfig) -> CheckedModels:
     from common.conversion import checked, counted_tokens, student_of
     from common.vocabulary import first_difference
 
-    path, teacher_path = config.model.path, config.teacher_path
-    _check_strays(config)
-    teacher = _check_teacher(config) if teacher_path != path else None
+    path = config.model.path
+    teachers = {}
+    for (field, teacher_path), own in zip(config.teacher_paths.items(), config.by_teacher, strict=True):
+        _check_strays(field, own)
+        if teacher_path != path:
+            teachers[field] = teacher_path, *_check_teacher(field, own)
     with model_errors("model.path", path):
         student = checked(path, student_of(config))
     positions = student.config.max_position_embeddings
-    if teacher is None:
-        return CheckedModels(student, positions)
-    teacher_config, teacher_tokenizer = teacher
-    if different := first_difference(student.tokenizer, teacher_tokenizer):
-        raise ConfigError(
-            f"model.path {path!r} and teacher.path {teacher_path!r} have different tokenizers ({different}); token ids "
-            "must mean the same to both: choose models of one family"
-        )
-    widths = student.config.hidden_size, teacher_config.hidden_size
-    if config.objective.terms.alignment and widths[0] != widths[1]:
-        raise ConfigError(
-            f"objective.terms.alignment: hidden states of width {widths[0]} (model.path {path!r}) cannot be aligned "
-            f"with those of width {widths[1]} (teacher.path {teacher_path!r}); set it to 0, or choose another teacher"
-        )
-    rows = student.config.vocab_size, teacher_config.vocab_size
-    if rows[0] != rows[1]:
-        tokens = counted_tokens(student, teacher_path)
-        note = (
-            f"the LM head of model.path has {rows[0]} rows and that of teacher.path {rows[1]}; the teacher's "
-            f"distribution is over its {tokens} tokens"
-        )
-        student = replace(student, notes=(*student.notes, note))
-    return CheckedModels(student, min(positions, teacher_config.max_position_embeddings))
+    for field, (teacher_path, teacher_config, teacher_tokenizer) in teachers.items():
+        if different := first_difference(student.tokenizer, teacher_tokenizer):
+            raise ConfigError(
+                f"model.path {path!r} and {field} {teacher_path!r} have different tokenizers ({different}); token ids "
+                "must mean the same to both: choose models of one family"
+            )
+        widths = student.config.hidden_size, teacher_config.hidden_size
+        if config.objective.terms.alignment and widths[0] != widths[1]:
+            raise ConfigError(
+                f"objective.terms.alignment: hidden states of width {widths[0]} (model.path {path!r}) cannot be "
+                f"aligned with those of width {widths[1]} ({field} {teacher_path!r}); set it to 0, or choose another "
+                "teacher"
+            )
+        rows = student.config.vocab_size, teacher_config.vocab_size
+        if rows[0] != rows[1]:
+            tokens = counted_tokens(student, teacher_path)
+            note = (
+                f"the LM head of model.path has {rows[0]} rows and that of {field} {rows[1]}; the teacher's "
+                f"distribution is over its {tokens} tokens"
+            )
+            student = replace(student, notes=(*student.notes, note))
+        positions = min(positions, teacher_config.max_position_embeddings)
+    return CheckedModels(student, positions)
 
 
-def _check_strays(config: RunConfig) -> None:
+def _check_strays(field: str, config: RunConfig) -> None:
     """vLLM reads every weights file of a folder without an index."""
     folder = Path(model_folder(config.teacher_path))
     if config.target_kind != "none" and config.teacher.backend == "vllm" and folder.is_dir() and strays(folder):
         raise ConfigError(
-            f"teacher.path: {config.teacher_path!r} holds {strays(folder)[0]} beside its weights, and vLLM would read "
+            f"{field}: {config.teacher_path!r} holds {strays(folder)[0]} beside its weights, and vLLM would read "
             "it too; remove it, or use --teacher.backend transformers"
         )
 
 
-def _check_teacher(config: RunConfig) -> tuple[Any, Any]:
+def _check_teacher(field: str, config: RunConfig) -> tuple[Any, Any]:
     """Config and tokenizer of a teacher that is another model than the student starts from."""
     from common.conversion import check_weights
     from common.student import check_family, load_config, load_tokenizer
     from common.vocabulary import check_tokenizer
 
     path = config.teacher_path
-    with model_errors("teacher.path", path):
+    with model_errors(field, path):
         teacher, tokenizer = load_config(path), load_tokenizer(path)
         check_weights(path)
         check_tokenizer(tokenizer, teacher.vocab_size)

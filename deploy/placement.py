@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.config.errors import ConfigError
-from common.config.run import ModelShape, RayConfig, RunConfig
+from common.config.run import ModelShape, RayConfig, Resources, RunConfig
 from common.gguf_files import model_folder
 from learner.deepspeed_config import WHOLE_ELEMENTS
 
@@ -32,7 +33,8 @@ _LARGEST_BY = {
 
 @dataclass(frozen=True)
 class Process:
-    """One process: its role, number, Ray resources, threads, and estimated bytes by part."""
+    """One process: its role, number, Ray resources, threads, and estimated bytes by part; `pool` is the number of a
+    teacher's, `labels` those that its node must have."""
 
     role: str
     index: int
@@ -40,6 +42,8 @@ class Process:
     gpus: float
     threads: int
     memory: dict[str, int]
+    pool: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -55,7 +59,7 @@ class Placement:
     payload: dict[str, int]
     checkpoint: dict[str, int]
     shape: ModelShape
-    teacher_shape: ModelShape
+    teacher_shapes: list[ModelShape]
 
     @property
     def cpus(self) -> float:
@@ -83,21 +87,38 @@ def plan(config: RunConfig) -> Placement:
         ConfigError: the model's sizes are known neither from its folder nor from model.shape.
     """
     shape = model_shape("model.path", config.model.path, config.model.shape)
-    teacher_shape = model_shape("teacher.path", config.teacher_path, config.model.shape)
-    teachers = config.teacher.actors if config.target_kind != "none" else 0
-    per_role = [
-        ("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape, teacher_shape)),
-        ("teacher", teachers, config.teacher.resources, _teacher_memory(config, teacher_shape)),
-        ("learner", config.learner.ranks, config.learner.resources, _learner_memory(config, shape, teacher_shape)),
-    ]
+    teacher_shapes = [model_shape(at, path, config.model.shape) for at, path in config.teacher_paths.items()]
+    heads = dict(zip(config.teacher_paths.values(), teacher_shapes, strict=True))  # one for each folder
+    learner = _learner_memory(config, shape, heads)
     processes = [
-        Process(role, i, resources.cpus, resources.gpus, resources.threads, _of_process(role, i, memory))
-        for role, count, resources, memory in per_role
-        for i in range(count)
+        *_processes("rollout", config.rollout.actors, config.rollout.resources, _rollout_memory(config, shape, heads)),
+        *_teachers(config, teacher_shapes),
+        *_processes("learner", config.learner.ranks, config.learner.resources, learner),
     ]
     model = shape.parameters * _BYTES[config.learner.dtype]
     checkpoint = {"model": model, "optimizer": shape.parameters * _SHARD_BYTES}
-    return Placement(processes, _payload(config, shape, teacher_shape), checkpoint, shape, teacher_shape)
+    return Placement(processes, _payload(config, shape, teacher_shapes), checkpoint, shape, teacher_shapes)
+
+
+def _processes(
+    role: str, count: int, resources: Resources, memory: dict[str, int], first: int = 0, pool: int = 0
+) -> list[Process]:
+    """`count` processes with the numbers from `first` on."""
+    asked = resources.cpus, resources.gpus, resources.threads
+    return [
+        Process(role, i, *asked, _of_process(role, i, memory), pool, resources.labels)
+        for i in range(first, first + count)
+    ]
+
+
+def _teachers(config: RunConfig, shapes: list[ModelShape]) -> list[Process]:
+    """Pool after pool; hard labels have no teacher."""
+    teachers: list[Process] = []
+    for pool, (place, own) in enumerate(zip(config.teacher.pools, config.by_teacher, strict=True)):
+        memory = _teacher_memory(own, shapes[pool], place)
+        count = own.teacher.actors if config.target_kind != "none" else 0
+        teachers += _processes("teacher", count, own.teacher.resources, memory, len(teachers), pool)
+    return teachers
 
 
 def learner_copy_bytes(placement: Placement) -> int:
@@ -222,7 +243,7 @@ def object_store_mib(config: RunConfig, placement: Placement) -> int:
     return asked
 
 
-def _rollout_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:
+def _rollout_memory(config: RunConfig, shape: ModelShape, heads: Mapping[str, ModelShape]) -> dict[str, int]:
     width = _BYTES[config.rollout.dtype]
     longest = config.data.max_prompt_tokens + config.curriculum.max_tokens
     block_rows = config.rollout.slots * config.block_sizes[-1]
@@ -235,22 +256,26 @@ def _rollout_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
         "prefill": prefill * (3 * shape.intermediate_size + 4 * shape.hidden_size) * width,  # one layer's activations
         "logits": block_rows * shape.vocab_size * 4 * 3,
-        "held-out KL": _held_out_memory(config, teacher),
+        "held-out KL": _held_out_memory(config, heads),
         "runtime": _RUNTIME_BYTES,
     }
 
 
-def _held_out_memory(config: RunConfig, teacher: ModelShape) -> int:
+def _held_out_memory(config: RunConfig, heads: Mapping[str, ModelShape]) -> int:
     """The original's hidden states at an actor's share of the responses, and its LM head. Its weights, loaded for a
     moment at the start, and logits of some positions take the place of the KV cache and of the sampler's logits."""
     if not config.evaluation.held_out_prompts:
         return 0
     share = math.ceil(config.evaluation.held_out_prompts / config.rollout.actors)
-    rows = share * config.evaluation.held_out_tokens + teacher.vocab_size
-    return rows * teacher.hidden_size * _BYTES[config.teacher.dtype]
+    states = share * config.evaluation.held_out_tokens * max(teacher.hidden_size for teacher in heads.values())
+    return (states + _head_elements(heads)) * _BYTES[config.teacher.dtype]
 
 
-def _teacher_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
+def _head_elements(heads: Mapping[str, ModelShape]) -> int:
+    return sum(teacher.vocab_size * teacher.hidden_size for teacher in heads.values())
+
+
+def _teacher_memory(config: RunConfig, shape: ModelShape, place: str) -> dict[str, int]:
     """On a GPU, vLLM's KV cache takes what gpu_memory_utilization leaves, which is not counted here.
 
     Raises:
@@ -259,8 +284,8 @@ def _teacher_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     width, parts = _BYTES[config.teacher.dtype], config.teacher.tensor_parallel
     if shape.heads % parts:
         raise ConfigError(
-            f"teacher.tensor_parallel: {parts} does not divide the {shape.heads} attention heads of the teacher, which "
-            "are dealt out to the GPUs; use a divisor"
+            f"teacher.{place}tensor_parallel: {parts} does not divide the {shape.heads} attention heads of the "
+            "teacher, which are dealt out to the GPUs; use a divisor"
         )
     logits = config.teacher.max_batched_tokens * shape.vocab_size * (width + 4)
     own_cache = config.teacher.backend == "vllm" and not config.teacher.resources.gpus
@@ -273,20 +298,20 @@ def _teacher_memory(config: RunConfig, shape: ModelShape) -> dict[str, int]:
     }
 
 
-def _learner_memory(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:
+def _learner_memory(config: RunConfig, shape: ModelShape, heads: Mapping[str, ModelShape]) -> dict[str, int]:
     learner, ranks = config.learner, config.learner.ranks
     width = _BYTES[learner.dtype]
     states = shape.parameters * (12 if learner.dtype == "bfloat16" else 8)  # Adam moments, and fp32 weights for bf16
     per_layer = shape.hidden_size * (2 if learner.gradient_checkpointing else 16)
     head = shape.vocab_size * shape.hidden_size
-    teacher_head = teacher.vocab_size * teacher.hidden_size * _BYTES[config.teacher.dtype]
+    teacher_heads = _head_elements(heads) * _BYTES[config.teacher.dtype]
     return {
         "weights and gradients (sharded)": 2 * shape.parameters * width // ranks,
         "optimiser states (sharded)": states // ranks,
         "weights kept whole": min(shape.parameters, WHOLE_ELEMENTS) * width * (ranks - 1) // ranks,
         "activations": learner.max_tokens_per_microbatch * shape.layers * per_layer * width,
         "LM head, whole, with its gradient": head * (width + 4),
-        "teacher's LM head": teacher_head if config.target_kind == "hidden" else 0,
+        "teacher's LM head": teacher_heads if config.target_kind == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
         "staged weights": shape.parameters * width if config.weights_transport == "broadcast" else 0,
         "checkpoint copy": 0 if learner.resources.gpus else host_copy_bytes(config, shape),
@@ -299,13 +324,13 @@ def host_copy_bytes(config: RunConfig, shape: ModelShape) -> int:
     return shape.parameters * _SHARD_BYTES // config.learner.ranks if config.pipeline.checkpoints_while_training else 0
 
 
-def _payload(config: RunConfig, shape: ModelShape, teacher: ModelShape) -> dict[str, int]:
+def _payload(config: RunConfig, shape: ModelShape, teachers: list[ModelShape]) -> dict[str, int]:
     """Bytes of one rollout batch if every response has the greatest length and every position a target."""
     rows = config.rollout.prompts_per_batch * config.rollout.samples_per_prompt * len(config.objective.parts)
     response = rows * config.curriculum.max_tokens
     return {
         "trajectories": rows * config.data.max_prompt_tokens * 4 + response * _BYTES_PER_RESPONSE_TOKEN,
         "targets (topk)": response * (config.teacher.top_k * 8 + 4),
-        "targets (hidden)": response * teacher.hidden_size * _BYTES[config.teacher.dtype],
+        "targets (hidden)": response * max(t.hidden_size for t in teachers) * _BYTES[config.teacher.dtype],
         "weights": shape.parameters * _BYTES[config.learner.dtype],
     }

@@ -86,7 +86,8 @@ def prepare(
     """
     check_run_dir(config, overwrite, resume)
     check_model_folder("model.path", config.model.path)
-    check_model_folder("teacher.path", config.teacher_path)
+    for field, path in config.teacher_paths.items():
+        check_model_folder(field, path)
     placement = plan(config)
     check_processes(config, placement)
     if config.pipeline.copy_checkpoints_to:
@@ -98,6 +99,7 @@ def prepare(
     tokenizer, positions = models.student.tokenizer, models.positions
     kept = kept_prompts(config.run_dir) if resume and config.evaluation.held_out_prompts else None
     prompts, problems = read_prompts(config, tokenizer, kept)
+    check_domains(config, prompts, problems)
     _check_lengths(config, prompts, problems, positions)
     asked = {"data.prompts": [*prompts.prompts, *prompts.held_out], "evaluation.problems": problems}
     _check_rows(asked, models.student)
@@ -122,7 +124,12 @@ def prepare(
         checkpoints=checkpoints,
         checkpoint=checkpoint,
         learner_copy=copied,
-        warnings=[*models.student.notes, *checkpoints.damaged, *_not_copied(config, placement, copied)],
+        warnings=[
+            *models.student.notes,
+            *_idle_teachers(config, prompts),
+            *checkpoints.damaged,
+            *_not_copied(config, placement, copied),
+        ],
     )
 
 
@@ -140,7 +147,8 @@ def _held_out(config: RunConfig, prompts: PromptSet, data: dict[str, str]) -> He
     if not prompts.held_out:
         return None
     limit = config.evaluation.held_out_tokens
-    return HeldOutPrompts(prompts.held_out, config.run_dir, data["teacher.path"], limit)
+    teachers = " ".join(data[field] for field in config.teacher_paths)
+    return HeldOutPrompts(prompts.held_out, config.run_dir, teachers, limit)
 
 
 def check_disk(config: RunConfig, placement: Placement) -> None:
@@ -210,7 +218,8 @@ def check_processes(config: RunConfig, placement: Placement) -> None:
         )
     if on_cluster(config):
         return  # another machine's; checked when connected
-    if config.target_kind != "none" and config.teacher.backend == "vllm" and find_spec("vllm") is None:
+    backends = {teacher.backend for teacher in config.teacher.pools.values()}
+    if config.target_kind != "none" and "vllm" in backends and find_spec("vllm") is None:
         raise ConfigError(
             "teacher.backend: 'vllm' is not installed; install opdlm[cpu] or opdlm[cuda], "
             "or use --teacher.backend transformers"
@@ -276,6 +285,33 @@ def _check_batch(config: RunConfig, prompts: int) -> None:
             f"rollout.prompts_per_batch: {config.rollout.prompts_per_batch} is more than the {prompts} prompts to "
             f"train on ({', '.join(fields)}); use {prompts} or less"
         )
+
+
+def check_domains(config: RunConfig, prompts: PromptSet, problems: list[Prompt]) -> None:
+    """Refuse prompts, or problems that the teacher is to solve, that no teacher is for."""
+    asked = [("data.prompts", [*prompts.prompts, *prompts.held_out])]
+    if config.evaluation.teacher:
+        asked.append(("evaluation.problems", problems))
+    for field, rows in asked:
+        for prompt in rows:
+            if config.teacher.serving(prompt.domain) is None:
+                of = f"domain {shown(prompt.domain)}" if prompt.domain else "no domain"
+                known = ", ".join(domain for t in config.teacher.pools.values() for domain in t.domains)
+                raise ConfigError(
+                    f"teacher.domains: {shown(prompt.question)} of {field} has {of}, and the teachers are for {known}; "
+                    "add it to one's domains, or leave the domains of one empty: it is for all others"
+                )
+
+
+def _idle_teachers(config: RunConfig, prompts: PromptSet) -> list[str]:
+    """What is said of domains of teachers that no prompt has."""
+    asked = {prompt.domain for prompt in prompts.prompts}
+    return [
+        f"teacher.{place}domains: no prompt to train on has the domain {shown(domain)}"
+        for place, teacher in config.teacher.pools.items()
+        for domain in teacher.domains
+        if domain not in asked
+    ]
 
 
 def _check_lengths(config: RunConfig, prompts: PromptSet, problems: list[Prompt], limit: int) -> None:

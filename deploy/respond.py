@@ -1,4 +1,5 @@
-"""`opdlm respond`: the teacher's responses to the run's prompts, as a Parquet file for `data.responses`.
+"""`opdlm respond`: the teacher's responses to the run's prompts, as a Parquet file for `data.responses`; of several
+teachers those of the one for the prompt's domain.
 
 Chunks of prompts are dealt to the teacher processes; each finished chunk is written to FILE.parts at once, so that an
 interrupted command goes on where it stood. One row per response:
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -59,37 +61,45 @@ def respond(
         StuckError, WorkerError: a teacher did not answer in time, or failed.
     """
     parts = PartFiles(output)
-    check_engine(config)
-    preflight.check_model_folder("model.path", config.model.path)
-    preflight.check_model_folder("teacher.path", config.teacher_path)
+    for own in config.by_teacher:
+        check_engine(own)
+    for field, path in {"model.path": config.model.path, **config.teacher_paths}.items():
+        preflight.check_model_folder(field, path)
     models = preflight.check_models(config)
     tokenizer, limit, ends = models.student.tokenizer, models.positions, list(models.student.end_tokens)
     once = config.model_copy(update={"data": config.data.model_copy(update={"epochs": 1})})
     found = preflight.read_prompts(once, tokenizer)[0]
     for line in (*found.notes, *(f"{count} prompts dropped: {reason}" for reason, count in found.dropped.items())):
         note(line)
-    prompts = found.prompts
-    check_room(config, max(len(p.ids) for p in prompts), max_new_tokens, limit)
+    preflight.check_domains(config, found, [])
+    prompts = sorted(found.prompts, key=lambda p: config.teacher_of(p.domain))  # those of one teacher together
+    for own in config.by_teacher:
+        check_room(own, max(len(p.ids) for p in prompts), max_new_tokens, limit)
     sampling = Sampling(max_new_tokens, temperature, top_p, ends)
     parts.open(
         {
             **asdict(sampling),
             "samples": samples,
             "prompts": of_prompts(prompts),
-            "teacher": config.teacher_path,
+            "teacher": " ".join(config.teacher_paths.values()),
             "seed": config.seed,
         }
     )
-    chunks = {i: prompts[i * _CHUNK : (i + 1) * _CHUNK] for i in range(-(-len(prompts) // _CHUNK))}
-    missing = {i: _requests(chunk, samples) for i, chunk in chunks.items() if not parts.has(i)}
+    of_teacher = [list(own) for _, own in groupby(prompts, key=lambda p: config.teacher_of(p.domain))]
+    chunks = dict(enumerate(own[i : i + _CHUNK] for own in of_teacher for i in range(0, len(own), _CHUNK)))
+    missing: dict[int, dict[int, list[ResponseRequest]]] = {}  # by teacher
+    for i, chunk in chunks.items():
+        if not parts.has(i):
+            missing.setdefault(config.teacher_of(chunk[0].domain), {})[i] = _requests(chunk, samples)
     if missing:
         fingerprint = tokenizer_fingerprint(tokenizer)
         connect(config.ray)
         try:
-            actors = min(config.teacher.actors, len(missing))
-            for index, responses in generated(config, missing.items(), actors, sampling, token_count(tokenizer)):
-                parts.write(index, _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses))
-                note(f"{sum(map(parts.has, chunks))} of {len(chunks)} parts")
+            for teacher, asked in missing.items():
+                own, actors = config.by_teacher[teacher], min(config.by_teacher[teacher].teacher.actors, len(asked))
+                for index, responses in generated(own, asked.items(), actors, sampling, token_count(tokenizer)):
+                    parts.write(index, _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses))
+                    note(f"{sum(map(parts.has, chunks))} of {len(chunks)} parts")
         finally:
             ray.shutdown()
     table = pa.concat_tables([parts.read(i) for i in chunks])

@@ -103,6 +103,7 @@ class RolloutBatch:
         self._pools = pools
         self._calls = calls
         self._stream_rows = rollout.stream_rows
+        self._teacher_of = config.teacher_of
         self._streams: dict[Any, Share] = {}
         self._annotating: dict[ray.ObjectRef, Annotation] = {}
         self._failures: Counter[int] = Counter()  # of calls in which a prompt was with others, by ordinal
@@ -113,7 +114,8 @@ class RolloutBatch:
         self._lengths = lengths
         self._prompt_of = {key: prompt for prompt in prompts for key in self._keys([prompt])}
         limits = {p.ordinal: longest_response(p, max_new_tokens, caps, block_size) for p in prompts}
-        room = rollout.slots + 2 * rollout.stream_rows  # a record batch not yet full, and one that is under way
+        # for each teacher a record batch that is not yet full, and one that is under way
+        room = rollout.slots + (len(config.teacher_paths) + 1) * rollout.stream_rows
         self._deck = Deck(
             prompts,
             rollout.samples_per_prompt,
@@ -144,6 +146,14 @@ class RolloutBatch:
     @property
     def finished_rows(self) -> int:
         return sum(info.rows for info in self.infos)
+
+    @property
+    def tokens_by_teacher(self) -> Counter[int]:
+        """Response tokens of the finished trajectories, by the number of the teacher that they have."""
+        tokens = Counter[int]()
+        for info in self.infos:
+            tokens[self._teacher_for(info)] += info.response_tokens
+        return tokens
 
     @property
     def oldest_version(self) -> int | None:
@@ -243,11 +253,16 @@ class RolloutBatch:
             return
         names = self._pools.names()
         load = Counter(annotation.name for annotation in self._annotating.values())
-        teacher = min(self._pools.teachers, key=lambda t: load[names[t]])
+        pool = self._pools.teachers_of(self._teacher_for(info))
+        teacher = min(pool, key=lambda t: load[names[t]])
         annotated, annotated_info = teacher.annotate_with_info.options(num_returns=2).remote(plain)
         share.at_teachers += 1
         self._annotating[annotated_info] = Annotation(share, plain, annotated, names[teacher], info)
         self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
+
+    def _teacher_for(self, info: BatchInfo) -> int:
+        """Of a record batch: all its trajectories have the same one."""
+        return self._teacher_of(self._prompt_of[info.keys[0]].domain)
 
     def _take_targets(self, ref: ray.ObjectRef, annotation: Annotation) -> None:
         share, name = annotation.share, annotation.name

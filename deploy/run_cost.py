@@ -5,7 +5,7 @@ A forward takes 2 operations for each parameter and token, a backward twice as m
 
 | role | FLOPs |
 | --- | --- |
-| teacher | 2 · N_teacher · T; hard labels have no teacher |
+| teacher | 2 · N_teacher · T, of several each with its own N and T; hard labels have no teacher |
 | learner | 6 · N_student · T |
 | rollout | 2 · N_student · (token rows of prefills, denoising forwards and commits) |
 
@@ -27,20 +27,21 @@ class RunCost:
     """Sizes that the cost follows from: parameters, 0 where a role is missing, and reserved GPUs (shares add up)."""
 
     student_parameters: int
-    teacher_parameters: int
+    teacher_parameters: tuple[int, ...]
     gpus: float
 
     @classmethod
     def of(cls, config: RunConfig, placement: Placement) -> RunCost:
-        teacher = placement.teacher_shape.parameters if config.target_kind != "none" else 0
-        return cls(placement.shape.parameters, teacher, placement.gpus)
+        teachers = [shape.parameters if config.target_kind != "none" else 0 for shape in placement.teacher_shapes]
+        return cls(placement.shape.parameters, tuple(teachers), placement.gpus)
 
     def metrics(self, state: RunState) -> dict[str, float]:
         """The metrics of the registry, cumulative."""
-        tokens = state.response_tokens
+        tokens, others = state.response_tokens, state.other_teachers_tokens
+        read = [tokens - sum(others.values()), *(others.get(str(i), 0) for i in range(1, len(self.teacher_parameters)))]
         return {
             "flops/rollout": 2.0 * self.student_parameters * state.rollout_token_rows,
-            "flops/teacher": 2.0 * self.teacher_parameters * tokens,
+            "flops/teacher": sum(2.0 * n * t for n, t in zip(self.teacher_parameters, read, strict=True)),
             "flops/learner": 6.0 * self.student_parameters * tokens,
             "gpu_hours": self.gpus * state.seconds / 3600,
         }

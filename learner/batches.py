@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from common.config.objective import ObjectiveConfig
 from common.config.run import RunConfig
+from common.conversion import TeacherHead
 from common.masks import TILE, packed_mask, per_layer_kind
 from common.prompts import part_of
 from common.seeds import stream_key, uniform
 from common.trajectory import Trajectory, TrajectoryMeta
-from learner.objective import HiddenTarget, LabelTarget, Target, TopKTarget
+from learner.objective import HiddenTarget, LabelTarget, SeveralTeachers, Target, TopKTarget
 from learner.packing import (
     MicroBatch,
     assign_ranks,
@@ -88,6 +89,8 @@ class BatchBuilder:
     """Packs updates for one rank.
 
     `teacher_head` [V, d] is needed for the target kind `hidden`, and its first `teacher_tokens` rows count (None: all).
+    Of several teachers it is the first one's, `other_heads` are the others', and `teacher_of` gives the number of the
+    one for a domain.
     The kind `none` trains on the tokens of x0 as hard labels. `windows` comes from attention_windows of the student.
     With `graphs` rows come in few widths, and without masks. `seed` is the run's; `scale` is
     the weight of the whole loss.
@@ -107,6 +110,8 @@ class BatchBuilder:
     graphs: bool = False
     seed: int = 0
     scale: float = 1.0
+    other_heads: tuple[TeacherHead, ...] = ()
+    teacher_of: Callable[[str], int] = lambda domain: 0
 
     @classmethod
     def of(cls, config: RunConfig, meta: TrajectoryMeta, **device_and_models: Any) -> BatchBuilder:
@@ -120,6 +125,7 @@ class BatchBuilder:
             objective=config.objective,
             want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
             seed=config.seed,
+            teacher_of=config.teacher_of,
             **device_and_models,
         )
 
@@ -245,30 +251,51 @@ class BatchBuilder:
         )
 
     def _target(self, batch: MicroBatch, trajectories: list[Trajectory]) -> Target:
-        width = self.meta.target_width
-        order = list(dict.fromkeys(batch.loss_doc.tolist()))
-
-        def rows(name: str, columns: int, dtype: type) -> np.ndarray:
-            parts = [
-                getattr(trajectories[i], name).reshape(-1, columns)[batch.loss_target[batch.loss_doc == i]]
-                for i in order
-            ]
-            return np.concatenate([np.empty((0, columns), dtype), *parts])
-
         if self.meta.target_kind == "none" or self.objective.target.kind == "hard":
             return LabelTarget(self._moved(torch.from_numpy(batch.loss_label)))
+        order = list(dict.fromkeys(batch.loss_doc.tolist()))
         if self.meta.target_kind == "topk":
+            width = self.meta.target_width
             return TopKTarget(
-                ids=self._moved(torch.from_numpy(rows("topk_ids", width, np.int32))).long(),
-                logprobs=self._moved(torch.from_numpy(rows("topk_logprobs", width, np.float32))),
-                log_tail_mass=self._moved(torch.from_numpy(rows("log_tail_mass", 1, np.float32)[:, 0])),
+                ids=self._moved(_rows(batch, trajectories, order, "topk_ids", width, np.int32)).long(),
+                logprobs=self._moved(_rows(batch, trajectories, order, "topk_logprobs", width, np.float32)),
+                log_tail_mass=self._moved(_rows(batch, trajectories, order, "log_tail_mass", 1, np.float32)[:, 0]),
                 tail=self.topk_tail,
             )
         if self.teacher_head is None:
             raise ValueError("target kind 'hidden' needs the teacher's LM head")
-        if self.meta.hidden_dtype == "bfloat16":
-            bits = torch.from_numpy(rows("hidden", width, np.uint16).view(np.int16))
-            hidden = bits.view(torch.bfloat16)
-        else:
-            hidden = torch.from_numpy(rows("hidden", width, np.float32))
-        return HiddenTarget(self._moved(hidden), self.teacher_head, self.objective.shape, self.teacher_tokens)
+        heads = (TeacherHead(self.teacher_head, self.teacher_tokens), *self.other_heads)
+        teacher = [self.teacher_of(trajectories[i].domain) for i in order]
+        parts = []
+        for number in sorted(set(teacher)) or [0]:
+            docs = [doc for doc, of in zip(order, teacher, strict=True) if of == number]
+            hidden = self._hidden(batch, trajectories, docs, heads[number])
+            parts.append((np.flatnonzero(np.isin(batch.loss_doc, docs)), hidden))
+        return parts[0][1] if len(parts) == 1 else SeveralTeachers(tuple(parts))
+
+    def _hidden(
+        self, batch: MicroBatch, trajectories: list[Trajectory], docs: list[int], head: TeacherHead
+    ) -> HiddenTarget:
+        """The targets of some documents, all of one teacher."""
+        half = self.meta.hidden_dtype == "bfloat16"
+        width = head.weight.shape[1]
+        hidden = _rows(batch, trajectories, docs, "hidden", width, np.uint16 if half else np.float32)
+        hidden = hidden.view(torch.bfloat16) if half else hidden
+        return HiddenTarget(self._moved(hidden), head.weight, self.objective.shape, head.tokens)
+
+
+def of_heads(heads: tuple[TeacherHead, ...]) -> dict[str, Any]:
+    """The fields of a BatchBuilder that the LM heads of all teachers are; there may be none."""
+    if not heads:
+        return {}
+    first, *others = heads
+    return {"teacher_head": first.weight, "teacher_tokens": first.tokens, "other_heads": tuple(others)}
+
+
+def _rows(
+    batch: MicroBatch, trajectories: list[Trajectory], docs: list[int], name: str, columns: int, dtype: type
+) -> Tensor:
+    """A column of some documents' targets, [L, columns], in the order of their trained positions; uint16 as int16."""
+    parts = [getattr(trajectories[i], name).reshape(-1, columns)[batch.loss_target[batch.loss_doc == i]] for i in docs]
+    rows = np.concatenate([np.empty((0, columns), dtype), *parts])
+    return torch.from_numpy(rows.view(np.int16) if dtype is np.uint16 else rows)

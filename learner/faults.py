@@ -2,7 +2,7 @@
 repeats them.
 
     faults/001/   fault.json           which update, what is not finite, ranks and config
-                  trajectories.arrow   a record batch for each loss of the update, with targets
+                  trajectories.arrow   the trajectories of all its losses, with targets
                   model/               the student, as it was before the update
 
 The optimizer's state is not kept: no step was made, and it decides nothing of loss and gradient.
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.trajectory import Trajectory, TrajectoryMeta, to_batch, write_spool
+import pyarrow as pa
+
+from common.trajectory import write_spool
 
 FACTS, RECORDS, MODEL = "fault.json", "trajectories.arrow", "model"
 
@@ -28,14 +30,12 @@ class FaultFolder:
     most: int
 
 
-def write_fault(
-    folder: Path, trajectories: list[list[Trajectory]], meta: TrajectoryMeta, facts: dict[str, Any]
-) -> Path:
+def write_fault(folder: Path, record_batches: list[pa.RecordBatch], facts: dict[str, Any]) -> Path:
     """A new numbered folder with all but the model; returns it."""
     folder.mkdir(exist_ok=True)
     last = max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
     kept = folder / f"{last + 1:03d}"
     kept.mkdir()
-    write_spool(kept / RECORDS, [to_batch(part, meta) for part in trajectories])
+    write_spool(kept / RECORDS, record_batches)
     (kept / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     return kept

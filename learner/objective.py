@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,11 +97,44 @@ class HiddenTarget(Target):
     def __getitem__(self, rows: slice) -> HiddenTarget:
         return replace(self, hidden=self.hidden[rows])
 
+    def logprobs(self) -> Tensor:
+        """Of the teacher, float [L, V]."""
+        teacher = head_logits(self.hidden, self.head, self.tokens)
+        return reshape(teacher, self.shape) if self.shape.reshapes else teacher.log_softmax(-1)
+
     def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """C is V."""
-        teacher = head_logits(self.hidden, self.head, self.tokens)
-        teacher = reshape(teacher, self.shape) if self.shape.reshapes else teacher.log_softmax(-1)
-        return teacher, logits.log_softmax(-1)
+        return self.logprobs(), logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class SeveralTeachers(Target):
+    """Positions of which each has one of several teachers, whose hidden states may differ in width.
+
+    `parts`: for each teacher its positions, int64 [n] ascending, in host memory, and its targets there; together they
+    are all positions.
+    """
+
+    parts: tuple[tuple[np.ndarray, HiddenTarget], ...]
+
+    def __getitem__(self, rows: slice) -> SeveralTeachers:
+        bounds = [(i, target, np.searchsorted(i, (rows.start, rows.stop))) for i, target in self.parts]
+        return SeveralTeachers(tuple((i[a:b] - rows.start, target[a:b]) for i, target, (a, b) in bounds))
+
+    @property
+    def hidden(self) -> Tensor:
+        """[L, d], of teachers of one width."""
+        return self._in_order([target.hidden for _, target in self.parts])
+
+    def classes(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """C is V."""
+        return self._in_order([target.logprobs() for _, target in self.parts]), logits.log_softmax(-1)
+
+    def _in_order(self, values: list[Tensor]) -> Tensor:
+        """The values [n, ...] of each part, position after position."""
+        order = np.argsort(np.concatenate([index for index, _ in self.parts]))
+        together = torch.cat(values)
+        return together[torch.from_numpy(order).to(together.device)]
 
 
 @dataclass(frozen=True)

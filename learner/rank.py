@@ -25,16 +25,16 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig
-from common.conversion import load_converted, save_student, student_of, teacher_head_of
+from common.conversion import load_converted, save_student, student_of, teacher_heads_of
 from common.device import device_for
 from common.memory_budget import MemoryBudget
 from common.ray_actor import as_ray_actor, own_address
 from common.student import attention_windows, default_attention, parameter_count
-from common.trajectory import Trajectory, TrajectoryMeta, write_spool
+from common.trajectory import Trajectory, TrajectoryMeta, to_batch, write_spool
 from common.weights.broadcast import BroadcastTransport, connect, open_store, stay_on
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
-from learner.batches import BatchBuilder, TrainingBatch, update_shares
+from learner.batches import BatchBuilder, TrainingBatch, of_heads, update_shares
 from learner.deepspeed_config import deepspeed_config, keeps_whole
 from learner.difficulty import kept, label_logprobs
 from learner.faults import MODEL, FaultFolder, write_fault
@@ -167,7 +167,7 @@ class LearnerRank:
         self.engine = (WholeEngine if whole else GatheredEngine)(self.config, student, settings, on_gpu)
         self.student = self.engine.student
         self.attention = attention
-        self.teacher_head, self.teacher_tokens = teacher_head_of(self.config, self.conversion, self.device)
+        self.teacher_heads = teacher_heads_of(self.config, self.conversion, self.device)
         self.transport: WeightsTransport = ObjectStoreTransport()
         if on_gpu or learner.compile:
             self._warm_up()
@@ -313,11 +313,20 @@ class LearnerRank:
             return ""
         facts |= {"ranks": self.config.learner.ranks, "config": self.config.model_dump(mode="json")}
         try:
-            kept = write_fault(folder, trajectories, meta, facts)
+            kept = write_fault(folder, self._recorded([t for part in trajectories for t in part], meta), facts)
             save_student(self.student, self.conversion, kept / MODEL, meta.block_size, state)
         except (OSError, SafetensorError) as error:
             return f"; it could not be kept in {str(folder)!r} ({error})"
         return f"; its trajectories and weights are in {str(kept)!r}, which opdlm replay repeats"
+
+    def _recorded(self, trajectories: list[Trajectory], meta: TrajectoryMeta) -> list[pa.RecordBatch]:
+        """Trajectories as record batches, one for each of their teachers."""
+        by_teacher: dict[int, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            by_teacher.setdefault(self.config.teacher_of(trajectory.domain), []).append(trajectory)
+        widths = [head.weight.shape[1] for head in self.teacher_heads]
+        metas = [replace(meta, target_width=width) for width in widths] or [meta] * len(self.config.teacher_paths)
+        return [to_batch(rows, metas[teacher]) for teacher, rows in by_teacher.items()]
 
     def stats(self) -> dict[str, Any]:
         """`spans` is when this rank trained or published since the last call (common/busy.py)."""
@@ -340,8 +349,7 @@ class LearnerRank:
             meta,
             attention=self.attention,
             device=self.device,
-            teacher_head=self.teacher_head,
-            teacher_tokens=self.teacher_tokens,
+            **of_heads(self.teacher_heads),
             windows=attention_windows(self.conversion.config),
             graphs=self.engine.graphs,
         )
@@ -350,7 +358,7 @@ class LearnerRank:
         """Compile forward and backward, on a row that trains nothing, while the other roles load. It adds zeros to the
         gradients, as the rows do that a rank without work gets."""
         kind = self.config.target_kind
-        width = self.teacher_head.shape[1] if self.teacher_head is not None else self.config.teacher.top_k
+        width = self.teacher_heads[0].weight.shape[1] if self.teacher_heads else self.config.teacher.top_k
         mask_token_id = self.conversion.config.mask_token_id
         builder = self._builder(TrajectoryMeta(self.config.block_size, mask_token_id, "", kind, width))
         row = builder.untrained(min(_WARM_UP_TOKENS, builder.max_tokens))

@@ -22,6 +22,7 @@ class RecordReader:
 
     def __init__(self, config: RunConfig, student: Conversion) -> None:
         self.block_sizes = config.block_sizes
+        self.teacher_of = config.teacher_of
         self.vocabulary = int(student.config.vocab_size)
         self.expected = {
             "mask_token_id": student.config.mask_token_id,
@@ -40,10 +41,15 @@ class RecordReader:
         meta = metas[0]
         if meta.block_size not in self.block_sizes:
             raise ValueError(f"trajectory batch has block_size {meta.block_size}, not one of {self.block_sizes}")
+        rows: list[Trajectory] = []
+        widths: dict[int, int] = {}  # by teacher
         for batch, other in zip(record_batches, metas, strict=True):
-            other.require(block_size=meta.block_size, target_width=meta.target_width, **self.expected)
+            other.require(block_size=meta.block_size, **self.expected)
             check_batch(batch, self.vocabulary)
-        rows = [t for batch in record_batches for t in from_batch(batch)[0]]
+            of_batch = from_batch(batch)[0]
+            for teacher in {self.teacher_of(t.domain) for t in of_batch}:
+                other.require(target_width=widths.setdefault(teacher, other.target_width))
+            rows += of_batch
         trajectories = sorted(rows, key=lambda t: (t.ordinal, t.sample))
         for before, after in pairwise(trajectories):
             if (before.ordinal, before.sample) == (after.ordinal, after.sample):

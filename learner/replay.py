@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from common.config.errors import ConfigError, explain
 from common.config.run import RunConfig
-from common.conversion import student_of, teacher_head_of
+from common.conversion import student_of, teacher_heads_of
+from common.prompts import part_of
 from common.student import attention_windows, default_attention, load_model
 from common.trajectory import Trajectory, read_spool
-from learner.batches import BatchBuilder
+from learner.batches import BatchBuilder, of_heads
 from learner.faults import FACTS, MODEL, RECORDS
 from learner.liger import use_liger_kernels
 from learner.objective import empty_sums
@@ -67,23 +68,24 @@ def replay(folder: Path) -> Replay:
     facts, config = read_facts(folder)
     student = student_of(config)
     reader = RecordReader(config, student)
-    read = [reader.read([batch]) for batch in read_spool(folder / RECORDS)]
-    parts, meta = [trajectories for trajectories, _ in read], read[0][1]
+    trajectories, meta = reader.read(read_spool(folder / RECORDS))
+    samples = config.rollout.samples_per_prompt
+    parts = [
+        [t for t in trajectories if part_of(t.sample, samples) == part] for part in range(len(config.objective.parts))
+    ]
     on_gpu = bool(config.learner.resources.gpus) and torch.cuda.is_available()
     device, attention = torch.device("cuda" if on_gpu else "cpu"), default_attention() if on_gpu else "sdpa"
     model = load_model(config.model.path, getattr(torch, config.learner.dtype), attention).to(device)
     if config.learner.liger_kernels and on_gpu:
         use_liger_kernels(model)
     module = TrainingModule(model.train(), config)
-    head, tokens = teacher_head_of(config, student, device)
     builder = BatchBuilder.of(
         config,
         meta,
         attention=attention,
         device=device,
         windows=attention_windows(student.config),
-        teacher_head=head,
-        teacher_tokens=tokens,
+        **of_heads(teacher_heads_of(config, student, device)),
     )
     builders = builder.with_extra(config.objective, facts["extra_weights"])
     return Replay(
@@ -117,8 +119,10 @@ def read_facts(folder: Path) -> tuple[dict[str, Any], RunConfig]:
     if not 1 <= known["ranks"] <= config.learner.batch_rows:
         raise ConfigError(f"FILE: {FACTS} has ranks {known['ranks']}; it must be 1 to {config.learner.batch_rows}")
     model = config.model.model_copy(update={"path": str(folder / MODEL)})
-    # targets of hidden states need the teacher's LM head, which is where the run found it
-    teacher = config.teacher.model_copy(update={"path": config.teacher_path})
+    # targets of hidden states need the teachers' LM heads, which are where the run found them
+    path, *others = config.teacher_paths.values()
+    moved = [t.model_copy(update={"path": p}) for t, p in zip(config.teacher.others, others, strict=True)]
+    teacher = config.teacher.model_copy(update={"path": path, "others": tuple(moved)})
     return known, config.model_copy(update={"model": model, "teacher": teacher})
 
 

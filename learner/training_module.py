@@ -11,7 +11,15 @@ from common.config.objective import ForwardKL
 from common.config.run import RunConfig
 from common.student import hidden_states, lm_head_weight
 from learner.batches import TrainingBatch
-from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, LossSums, empty_sums, token_logprobs
+from learner.objective import (
+    ChunkedDivergence,
+    HiddenTarget,
+    LabelTarget,
+    LossSums,
+    SeveralTeachers,
+    empty_sums,
+    token_logprobs,
+)
 from learner.terms import misalignment
 
 
@@ -53,7 +61,7 @@ class TrainingModule(nn.Module):
     def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
         """The terms that need more than the logits at the masked positions."""
         terms = batch.objective.terms
-        if isinstance(batch.target, HiddenTarget) and terms.alignment:
+        if isinstance(batch.target, HiddenTarget | SeveralTeachers) and terms.alignment:
             yield terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
         if batch.next_tokens:
             before = hidden.reshape(-1, hidden.shape[-1])[batch.next_tokens.index]

@@ -60,6 +60,10 @@ class HeldOutSums:
         shape = prompts, block_size
         return cls(np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64))
 
+    def put(self, rows: Sequence[int] | slice, part: HeldOutSums) -> None:
+        """Those of some of the prompts, in their places."""
+        self.kl[rows], self.entropy[rows], self.tokens[rows] = part.kl, part.entropy, part.tokens
+
     def metrics(self) -> dict[str, Any]:
         """For `summary.json`: `mean` and `by_offset` 1 to B in nats (None where there is no token), the mean `entropy`,
         and of how many prompts and tokens. Prompts are added up in their order, so that it does not matter which

@@ -19,7 +19,7 @@ from common.config.errors import ConfigError, explain
 from common.config.fields import default_tag, is_tag, path_fields, place_of
 from common.config.paths import expanded
 from common.config.renamed import old_names, with_new_names
-from common.config.run import RunConfig
+from common.config.run import RunConfig, first_with_others
 from common.config.section import plain_types
 from common.config.shown import shown
 from common.config.yaml_loader import ConfigLoader, NotOfAConfig, Scalar, is_null
@@ -63,6 +63,8 @@ def overridden(raw: dict[str, Any], overrides: list[str] | Mapping[str, Any] | N
         changes = parse_overrides(overrides or [])
     # a new rule or kind first: it drops the fields of the old choice, and must not drop other overrides
     for path, value in sorted(changes, key=lambda item: not is_tag(item[0])):
+        if isinstance(raw.get("teacher"), list):  # `--teacher.backend` is the first one's, from which others take it
+            raw["teacher"] = first_with_others(raw["teacher"])
         _set(raw, path, value)
     if renamed := old_names(raw):
         raise ConfigError("\n".join(renamed))
@@ -204,11 +206,16 @@ def _elsewhere(path: str | Path) -> list[Path]:
 
 def _with_found_paths(config: RunConfig) -> RunConfig:
     for field in path_fields("input"):
-        path = value_at(config, field)
-        if path and not os.path.exists(path):
-            place = next(filter(os.path.exists, _elsewhere(path)), path)
-            config = with_value(config, field, str(place))
-    return config
+        config = with_value(config, field, _found(value_at(config, field)))
+    others = tuple(t.model_copy(update={"path": _found(t.path)}) for t in config.teacher.others)
+    return with_value(config, "teacher.others", others)
+
+
+def _found(path: str | None) -> str | None:
+    """A path as it is, or where it is found instead."""
+    if not path or os.path.exists(path):
+        return path
+    return str(next(filter(os.path.exists, _elsewhere(path)), path))
 
 
 def value_at(config: BaseModel, field: str) -> Any:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from common.config.fields import is_tag, path_fields
 from common.config.file import value_at
 from common.config.paths import path_use
-from common.config.run import RunConfig
+from common.config.run import RunConfig, TeacherConfig
 
 
 def fingerprint(config: RunConfig) -> str:
@@ -41,7 +41,9 @@ def evaluation_fingerprint(config: RunConfig) -> str:
 
 def input_paths(config: RunConfig) -> dict[str, str | None]:
     """Where everything lies that the run reads, by dotted field."""
-    return {field: None if (path := value_at(config, field)) is None else str(path) for field in path_fields("input")}
+    found = {field: value_at(config, field) for field in path_fields("input")}
+    found |= {f"teacher.others.{i}.path": other.path for i, other in enumerate(config.teacher.others)}
+    return {field: None if path is None else str(path) for field, path in found.items()}
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
@@ -69,5 +71,9 @@ def _training_fields(section: BaseModel, prefix: str = "") -> Iterator[tuple[str
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             yield from _training_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], TeacherConfig):
+            yield prefix + name, len(value), False
+            for i, item in enumerate(value):
+                yield from _training_fields(item, f"{prefix}{name}.{i}.")
         else:
             yield prefix + name, values[name], value == field.default and not is_tag([name])

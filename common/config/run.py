@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ from common.config.shown import shown
 from common.config.wandb import WandbConfig
 
 MOST_PROCESSES = 4096  # of one role
+MOST_TEACHERS = 64
 MOST_TOKENS = 10**7  # of a prompt or a response
 LONGEST_WAIT_S = 10**7
 
@@ -217,9 +219,12 @@ class RolloutConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The pool of teacher actors: the frozen ARLM."""
+    """A pool of teacher actors: the frozen ARLM."""
 
     path: InputPath | None = Field(None, description="default: model.path")
+    domains: tuple[str, ...] = Field(
+        (), description="whose prompts this teacher is for, where there are several; none: those of no other teacher"
+    )
     backend: Literal["vllm", "transformers"] = Field("vllm", description="the engine that reads trajectories")
     target: Literal["topk", "hidden"] = Field(
         "hidden",
@@ -250,6 +255,11 @@ class TeacherConfig(Section):
     )
     resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
 
+    @property
+    def prompts_served(self) -> str:
+        """Whose teacher this is, in words."""
+        return ", ".join(self.domains) or "all other domains"
+
     @model_validator(mode="after")
     def _has_its_gpus(self) -> TeacherConfig:
         gpus = self.resources.gpus
@@ -264,6 +274,70 @@ class TeacherConfig(Section):
                 "GPUs as hold it together; set both alike, or raise teacher.actors"
             )
         return self
+
+
+# what all teachers of a run have alike: the form in which targets travel
+_ALIKE = ("target", "top_k", "dtype")
+
+
+class TeachersConfig(TeacherConfig):
+    """The teacher, or several by domain, each a pool of its own: `teacher: [{path, domains, ...}, ...]`."""
+
+    others: tuple[TeacherConfig, ...] = Field(
+        (),
+        max_length=MOST_TEACHERS - 1,
+        description="further teachers, each a pool of its own; what one leaves out, path and domains aside, is as in "
+        "teacher",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, data: Any) -> Any:
+        """A list is the first teacher with the others."""
+        data = first_with_others(data)
+        if not isinstance(data, Mapping) or not isinstance(data.get("others"), list | tuple):
+            return data
+        shared = {k: v for k, v in data.items() if k in TeacherConfig.model_fields and k not in ("path", "domains")}
+        return {**data, "others": [{**shared, **o} if isinstance(o, Mapping) else o for o in data["others"]]}
+
+    @model_validator(mode="after")
+    def _deal_out_the_domains(self) -> TeachersConfig:
+        owner: dict[str, str] = {}
+        for place, teacher in self.pools.items():
+            for name in _ALIKE if teacher is not self else ():
+                if getattr(teacher, name) != getattr(self, name):
+                    raise ValueError(
+                        f"{place}{name} ({getattr(teacher, name)!r}) is not that of the first teacher "
+                        f"({getattr(self, name)!r}), but the targets of all travel in one form; set both alike"
+                    )
+            for domain in teacher.domains or ("",):
+                if domain in owner:
+                    what = f"{shown(domain)} is" if domain else "empty, for all other domains, is"
+                    raise ValueError(
+                        f"{place}domains: {what} also {owner[domain]}domains, and a prompt has one teacher; take it "
+                        "out of one of them"
+                    )
+                owner[domain] = place
+        return self
+
+    @property
+    def pools(self) -> dict[str, TeacherConfig]:
+        """All teachers, in their order, by how the names of their fields begin below `teacher.`."""
+        return {"": self, **{f"others.{i}.": other for i, other in enumerate(self.others)}}
+
+    def serving(self, domain: str) -> int | None:
+        """The number of the teacher, from 0, that prompts of a domain have; None: there is none."""
+        pools = list(self.pools.values())
+        named = (i for i, teacher in enumerate(pools) if domain in teacher.domains)
+        default = next((i for i, teacher in enumerate(pools) if not teacher.domains), None)
+        return next(named, default)
+
+
+def first_with_others(teacher: Any) -> Any:
+    """A list of teachers as the first one with `others`; anything else as it is."""
+    if not isinstance(teacher, list) or not teacher or not isinstance(teacher[0], Mapping):
+        return teacher
+    return {**teacher[0], "others": teacher[1:]}
 
 
 class DataConfig(Section):
@@ -576,7 +650,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    teacher: TeacherConfig = TeacherConfig()
+    teacher: TeachersConfig = TeachersConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -595,6 +669,32 @@ class RunConfig(Section):
     @property
     def teacher_path(self) -> str:
         return self.teacher.path or self.model.path
+
+    @property
+    def teacher_paths(self) -> dict[str, str]:
+        """Of all teachers, in their order, by the fields that name them."""
+        return {f"teacher.{place}path": t.path or self.model.path for place, t in self.teacher.pools.items()}
+
+    @property
+    def by_teacher(self) -> list[RunConfig]:
+        """For each teacher, in their order, this run as if it were the only one."""
+        pools = [{name: getattr(t, name) for name in TeacherConfig.model_fields} for t in self.teacher.pools.values()]
+        alone = [
+            self.teacher.model_copy(update={**pool, "path": path, "others": ()})
+            for pool, path in zip(pools, self.teacher_paths.values(), strict=True)
+        ]
+        return [self.model_copy(update={"teacher": teacher}) for teacher in alone]
+
+    def teacher_of(self, domain: str) -> int:
+        """The number of the teacher that prompts of a domain have.
+
+        Raises:
+            ValueError: there is none; before a run the preflight says so.
+        """
+        number = self.teacher.serving(domain)
+        if number is None:
+            raise ValueError(f"no teacher is for domain {shown(domain)}; add it to the domains of one")
+        return number
 
     @property
     def target_kind(self) -> Literal["none", "topk", "hidden"]:

@@ -163,7 +163,7 @@ def _responses_made_with(ablation: AblationConfig, config: RunConfig) -> dict[st
         "respond.temperature": ablation.respond.temperature,
         "respond.samples": ablation.respond.samples,
         "curriculum.max_tokens": config.curriculum.max_tokens,
-        "teacher.path": config.teacher_path,
+        **config.teacher_paths,
         "seed": config.seed,
         **{f"data.{name}": value for name, value in data.items()},
     }

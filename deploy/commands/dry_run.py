@@ -33,7 +33,7 @@ def show(config: RunConfig, console: Console) -> None:
     Raises:
         ConfigError: a folder that is here is no causal LM, the model's sizes are unknown, or a prompt file is broken.
     """
-    for field, path in (("model.path", config.model.path), ("teacher.path", config.teacher_path)):
+    for field, path in {"model.path": config.model.path, **config.teacher_paths}.items():
         if Path(path).exists():
             check_model_folder(field, path)
     placement = plan(config)
@@ -44,6 +44,8 @@ def show(config: RunConfig, console: Console) -> None:
     console.rule("placement")
     console.print(_placement_table(placement))
     console.print(f"together: {placement.cpus:g} CPUs, {placement.gpus:g} GPUs; memory is a rough estimate")
+    for line in _teacher_pools(config, placement):
+        console.print(line, highlight=False, soft_wrap=True)
     console.rule("payload of one rollout batch, at most")
     used = {"trajectories", "weights", f"targets ({config.target_kind})"}
     why = "labels are hard" if config.target_kind == "none" else f"teacher.target is {config.target_kind}"
@@ -66,6 +68,20 @@ def show(config: RunConfig, console: Console) -> None:
         console.print(f"{name:>18}  {value:,}", highlight=False)
     for note in notes:
         console.print(f"[yellow]note:[/yellow] {note}", highlight=False, soft_wrap=True)
+
+
+def _teacher_pools(config: RunConfig, placement: Placement) -> list[str]:
+    """Which processes are of which teacher, where there are several."""
+    names: list[list[str]] = [[] for _ in config.teacher_paths]
+    for process in placement.processes:
+        if process.role == "teacher":
+            names[process.pool].append(f"{process.role}-{process.index}")
+    if len(names) == 1 or not names[0]:
+        return []
+    pools = zip(names, config.teacher_paths.values(), config.teacher.pools.values(), strict=True)
+    return [f"{len(names)} teacher pools:"] + [
+        f"  {', '.join(own)}: {path} for {teacher.prompts_served}" for own, path, teacher in pools
+    ]
 
 
 def _checkpoint_bytes(config: RunConfig, placement: Placement) -> dict[str, int]:
@@ -130,7 +146,7 @@ def _work(config: RunConfig) -> dict[str, int]:
 def _notes(config: RunConfig, placement: Placement) -> list[str]:
     places = {
         "model.path": config.model.path,
-        "teacher.path": config.teacher.path,
+        **config.teacher_paths,
         "data.prompts": config.data.prompts,
         "data.responses": config.data.responses,
         "evaluation.problems": config.evaluation.problems,

@@ -128,6 +128,7 @@ def _new_row(actor: str) -> dict[str, Any]:
     return {
         "name": actor,
         "role": "",
+        "serves": "",  # which domains, of several teachers
         "node": "",
         "pid": None,
         "weights_version": None,

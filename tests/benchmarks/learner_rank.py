@@ -132,7 +132,7 @@ def _ready(
         max_tokens,
         rank.attention,
         rank.device,
-        rank.teacher_head,
+        rank.teacher_heads[0].weight,
         graphs=rank.engine.graphs,
     )
 

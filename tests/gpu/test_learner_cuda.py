@@ -42,7 +42,7 @@ def losses(path: str, max_tokens: int, dtype: str, learner: dict[str, Any]) -> l
         max_tokens,
         "flex_attention",
         rank.device,
-        rank.teacher_head,
+        rank.teacher_heads[0].weight,
         graphs=rank.engine.graphs,
     )
     found = []

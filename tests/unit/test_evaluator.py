@@ -72,7 +72,7 @@ class Actor:
 
     def answer_held_out(self, prompts, limit, teacher):
         self.answers += 1
-        assert (limit, teacher) == (72, "deploy/models/tiny-arlm")
+        assert (limit, teacher) == (72, ["deploy/models/tiny-arlm"])
         return [np.arange(p.ordinal + 1, dtype=np.int32) for p in prompts]
 
     def held_out_kl(self, prompts, responses, teacher, block_size):

@@ -53,11 +53,11 @@ def test_an_actor_that_takes_anothers_place_has_the_same_held_out_kl():
     config = load_config("tiny", ["--evaluation.held_out_prompts", "6"])
     first, second = RolloutActor(config, 0), RolloutActor(config, 0)
     prompts = read_prompts(config, first.tokenizer)[0].held_out
-    responses = first.answer_held_out(prompts, 12, config.teacher_path)
+    responses = first.answer_held_out(prompts, 12, [config.teacher_path])
     assert [len(response) for response in responses] == [12] * 6
-    whole = first.held_out_kl(prompts, responses, config.teacher_path, 8)
-    other = second.held_out_kl(prompts, responses, config.teacher_path, 8)
+    whole = first.held_out_kl(prompts, responses, [config.teacher_path], 8)
+    other = second.held_out_kl(prompts, responses, [config.teacher_path], 8)
     np.testing.assert_allclose(other.kl, whole.kl, rtol=1e-5)
-    share = second.held_out_kl(prompts[1::2], responses[1::2], config.teacher_path, 8)  # as one of two actors
+    share = second.held_out_kl(prompts[1::2], responses[1::2], [config.teacher_path], 8)  # as one of two actors
     np.testing.assert_allclose(share.kl, whole.kl[1::2], rtol=1e-5)
     assert whole.kl.sum() > whole.tokens.sum()  # more than a nat a token: the student is not trained

@@ -17,7 +17,7 @@ from deploy.run_cost import RunCost
 
 def test_flops_and_gpu_hours_by_formula():
     state = RunState(response_tokens=1_000, rollout_token_rows=7_000, seconds=1_800.0)
-    costs = RunCost(student_parameters=10**6, teacher_parameters=4 * 10**6, gpus=2.5).metrics(state)
+    costs = RunCost(student_parameters=10**6, teacher_parameters=(4 * 10**6,), gpus=2.5).metrics(state)
     assert costs == {
         "flops/rollout": 2 * 10**6 * 7_000,
         "flops/teacher": 2 * 4 * 10**6 * 1_000,
@@ -29,16 +29,16 @@ def test_flops_and_gpu_hours_by_formula():
 
 def test_published_flops_are_met():
     """OPDLM-0.6B with its teacher of the same size: 0.048B response tokens, 0.23e18 FLOPs."""
-    costs = RunCost(596 * 10**6, 596 * 10**6, 8).metrics(RunState(response_tokens=48 * 10**6))
+    costs = RunCost(596 * 10**6, (596 * 10**6,), 8).metrics(RunState(response_tokens=48 * 10**6))
     assert costs["flops/teacher"] + costs["flops/learner"] == pytest.approx(0.23e18, rel=0.01)
 
 
 def test_hard_labels_have_no_teacher_to_pay_for():
     config = load_config("tiny", [])
     sizes = RunCost.of(config, plan(config))
-    assert sizes.student_parameters == sizes.teacher_parameters == plan(config).shape.parameters
+    assert (sizes.student_parameters, *sizes.teacher_parameters) == (plan(config).shape.parameters,) * 2
     hard = load_config("tiny", ["--objective.target.kind", "hard"])
-    assert RunCost.of(hard, plan(hard)).teacher_parameters == 0
+    assert RunCost.of(hard, plan(hard)).teacher_parameters == (0,)
 
 
 def test_token_rows_are_those_of_prefills_steps_and_commits_without_evaluations():

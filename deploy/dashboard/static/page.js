@@ -142,6 +142,7 @@ function showActors(actors) {
   $("actors").replaceChildren(...actors.map((actor) => {
     const row = document.createElement("tr");
     const name = element("span", `role ${actor.role}`, actor.name);
+    if (actor.serves) name.append(element("span", "muted", ` (${actor.serves})`));
     const heard = live ? `${duration(snapshot.now - actor.last_heard)} ago` : clock(actor.last_heard);
     const cells = [
       ["actor", name], ["node", actor.node],
