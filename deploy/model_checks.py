@@ -118,6 +118,9 @@ def check_models(config: RunConfig) -> CheckedModels:
     with model_errors("model.path", path):
         student = checked(path, student_of(config))
     positions = student.config.max_position_embeddings
+    for (field, teacher_path), own in zip(config.teacher_paths.items(), config.by_teacher, strict=True):
+        if own.teacher.reads == "state":
+            _check_reads_states(field, teacher_path, student.config.mask_token_id)
     for field, (teacher_path, teacher_config, teacher_tokenizer) in teachers.items():
         if different := first_difference(student.tokenizer, teacher_tokenizer):
             raise ConfigError(
@@ -141,6 +144,25 @@ def check_models(config: RunConfig) -> CheckedModels:
             student = replace(student, notes=(*student.notes, note))
         positions = min(positions, teacher_config.max_position_embeddings)
     return CheckedModels(student, positions)
+
+
+def _check_reads_states(field: str, path: str, mask_token_id: int) -> None:
+    """Refuse a teacher that knows no masks, or other ones than the student."""
+    check_student_folder(field, path)
+    own = load_student_config(field, path)
+    if own.mask_token_id != mask_token_id:
+        raise ConfigError(
+            f"{field}: the mask token of {path!r} is {own.mask_token_id} and the student's {mask_token_id}; both read "
+            "the same states: set model.mask_token to the teacher's"
+        )
+
+
+def load_student_config(field: str, path: str) -> Any:
+    """The transformers config of a student."""
+    from common.student import load_config
+
+    with model_errors(field, path):
+        return load_config(path)
 
 
 def _check_strays(field: str, config: RunConfig) -> None:

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import ray
 
 from actors.teacher.responder import ResponseRequest, Sampling
+from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.end_tokens import response_text
 from common.prompts import Prompt
@@ -61,7 +62,12 @@ def respond(
         StuckError, WorkerError: a teacher did not answer in time, or failed.
     """
     parts = PartFiles(output)
-    for own in config.by_teacher:
+    for own, field in zip(config.by_teacher, config.teacher_paths, strict=True):
+        if own.teacher.reads == "state":
+            raise ConfigError(
+                f"{field}: {own.teacher_path!r} reads masked states and writes no responses autoregressively; name an "
+                "ARLM, or use opdlm generate for a student"
+            )
         check_engine(own)
     for field, path in {"model.path": config.model.path, **config.teacher_paths}.items():
         preflight.check_model_folder(field, path)

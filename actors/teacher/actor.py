@@ -22,6 +22,7 @@ import pyarrow as pa
 import ray
 import torch
 
+from actors.teacher.masked_state_backend import MaskedStateBackend
 from actors.teacher.targets import HiddenTargets, TargetRequest, TeacherBackend, reshape_topk
 from actors.teacher.transformers_backend import TransformersBackend
 from actors.teacher.vllm_backend import VllmBackend
@@ -37,7 +38,9 @@ def build_backend(config: TeacherConfig, model_path: str, tokens: int | None = N
     `tokens`. It has answered once, so that what an engine does at its first request is done.
     """
     torch.set_num_threads(config.resources.threads)
-    backend = VllmBackend if config.backend == "vllm" else TransformersBackend
+    backend: type[VllmBackend | TransformersBackend] = VllmBackend
+    if config.backend == "transformers":
+        backend = MaskedStateBackend if config.reads == "state" else TransformersBackend
     loaded = backend(config, model_path, tokens)
     loaded.targets([TargetRequest(np.zeros(2, np.int32), np.ones(1, np.int32))])
     return loaded
@@ -49,7 +52,7 @@ def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape:
     Top-k targets are reshaped here. With hidden states the learner reshapes, after the LM head.
     """
     asked = [t for t in trajectories if len(t.target_offsets)]
-    requests = [TargetRequest(t.causal_ids, len(t.prompt_ids) + t.target_offsets) for t in asked]
+    requests = [backend.request(t) for t in asked]
     for trajectory, targets in zip(asked, backend.targets(requests), strict=True):
         if isinstance(targets, HiddenTargets):
             trajectory.hidden = targets.hidden.ravel()

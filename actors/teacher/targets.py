@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from common.config.objective import TeacherTarget
 from common.reshaping import reshape
+from common.trajectory import Trajectory
 
 LEAST_TAIL_MASS = 1e-12  # keeps log_tail_mass finite; float32 log-probabilities give the mass to about 1e-7
 
@@ -28,11 +29,15 @@ LEAST_TAIL_MASS = 1e-12  # keeps log_tail_mass finite; float32 log-probabilities
 class TargetRequest:
     """One sequence and the positions whose next-token distributions are requested.
 
-    `ids` int32 [length], `positions` int [n]: the distribution at i >= 1 is that of ids[i] given ids[:i].
+    `ids` int32 [length], `positions` int [n]: the distribution at i >= 1 is that of ids[i] given ids[:i]. One that
+    reads masked states gets all their `masked` positions int [m] with the number of the `state` int [m] of each; None:
+    `positions` are masked, in one state.
     """
 
     ids: np.ndarray
     positions: np.ndarray
+    masked: np.ndarray | None = field(default=None, kw_only=True)
+    state: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,17 @@ class TeacherBackend(ABC):
         """
         for request in requests:
             self._check(request)
-        asked = [TargetRequest(r.ids[: r.positions.max()], r.positions) for r in requests if len(r.positions)]
+        asked = [self._prepared(r) for r in requests if len(r.positions)]
         answers = iter(self._forward(asked) if asked else [])
         return [next(answers) if len(r.positions) else self._nothing() for r in requests]
+
+    def request(self, trajectory: Trajectory) -> TargetRequest:
+        """What is asked for a trajectory with `target_offsets`."""
+        return TargetRequest(trajectory.causal_ids, len(trajectory.prompt_ids) + trajectory.target_offsets)
+
+    def _prepared(self, request: TargetRequest) -> TargetRequest:
+        """The request as `_forward` gets it: what stands behind its last position does not count."""
+        return TargetRequest(request.ids[: request.positions.max()], request.positions)
 
     def take_notes(self) -> list[str]:
         """What somebody should hear of since the last call."""
@@ -101,7 +114,7 @@ class TeacherBackend(ABC):
 
     @abstractmethod
     def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
-        """As `targets`, for checked requests with positions; `ids` stop before the last position."""
+        """As `targets`, for checked and prepared requests with positions."""
 
     def _check(self, request: TargetRequest) -> None:
         ids, positions = request.ids, request.positions

@@ -225,6 +225,11 @@ class TeacherConfig(Section):
     domains: tuple[str, ...] = Field(
         (), description="whose prompts this teacher is for, where there are several; none: those of no other teacher"
     )
+    reads: Literal["prefix", "state"] = Field(
+        "prefix",
+        description="prefix: an ARLM, the clean tokens before each position; state: a student's folder, a diffusion "
+        "teacher that reads the same masked state, with its own block size (BARD)",
+    )
     backend: Literal["vllm", "transformers"] = Field("vllm", description="the engine that reads trajectories")
     target: Literal["topk", "hidden"] = Field(
         "hidden",
@@ -259,6 +264,15 @@ class TeacherConfig(Section):
     def prompts_served(self) -> str:
         """Whose teacher this is, in words."""
         return ", ".join(self.domains) or "all other domains"
+
+    @model_validator(mode="after")
+    def _reads_what_its_engine_can(self) -> TeacherConfig:
+        if self.reads == "state" and self.backend != "transformers":
+            raise ValueError(
+                f"reads 'state' needs block-causal attention, which backend {self.backend!r} does not have; set "
+                "backend to 'transformers'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_its_gpus(self) -> TeacherConfig:
@@ -806,6 +820,32 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective.{name} needs the teacher's whole distribution or hidden states, teacher.target is "
                     f"{self.teacher.target!r}; set teacher.target to 'hidden', or turn objective.{name} off"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _states_have_one_target(self) -> RunConfig:
+        """A teacher that reads states: each position is masked in one state, which is known when the teacher reads."""
+        reading = [f"teacher.{place}" for place, t in self.teacher.pools.items() if t.reads == "state"]
+        if not reading or self.target_kind == "none":
+            return self
+        for i, part in enumerate(self.objective.parts):
+            field, state = f"objective.extra.{i - 1}.state" if i else "objective.state", part.state
+            several = state.kind == "all_rounds" or (state.kind == "mixture" and state.visited == "all_rounds")
+            if part.target.kind == "teacher" and (several or state.kind == "lift"):
+                why = "masks a position in several states" if several else "chooses the state after the teacher's pass"
+                raise ValueError(
+                    f"{field}.kind {state.kind!r} {why}, and {reading[0]}reads 'state' gives a position one target; "
+                    "use per_block, global, random or complementary"
+                )
+        for field, on in (
+            ("evaluation.teacher", self.evaluation.teacher and self.evaluation.problems is not None),
+            ("evaluation.held_out_prompts", self.evaluation.held_out_prompts),
+        ):
+            if on:
+                raise ValueError(
+                    f"{field} ({on}) has the teacher write and read autoregressively, but {reading[0]}reads is "
+                    f"'state'; set {field} to {'false' if on is True else 0}"
                 )
         return self
 
