@@ -256,6 +256,61 @@ def test_an_update_that_is_not_finite_is_left_out_and_repeated_by_replay(tmp_pat
         ray.get([a.train.remote(refs[:1], 0, updates) for a in actors])
 
 
+class NotedGradients(rank.LearnerRank):
+    """Keeps the gradients of its last update, float32 [parameters] one after another, and makes no step."""
+
+    def start(self, host: str, port: int) -> dict:
+        facts = super().start(host, port)
+
+        def step() -> float:
+            self.gradients = torch.cat([p.grad.flatten() for p in self.engine.student.parameters()])
+            self.engine.discard()
+            return self.gradients.norm().item()
+
+        self.engine.step = step
+        return facts
+
+    def noted(self) -> torch.Tensor:
+        return self.gradients.clone()
+
+
+def test_a_sum_of_losses_has_the_gradient_of_the_single_losses(tmp_path, ray_local):
+    """Rollouts, and beside them other masks of other responses: the learner of the sum, and one for each loss alone."""
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    model, tokenizer = load_model(path, torch.float32, "sdpa"), load_tokenizer(path)
+    main, meta = rows_of(path)
+    other = {"state": {"kind": "random"}, "divergence": {"kind": "jensen_shannon"}}
+    objective = ObjectiveConfig(extra=[{**other, "weight": 0.3}])
+    extra = trajectories(model, tokenizer, DynamicUnmasking(threshold=0.05), seed=8)
+    for t in extra:
+        t.sample = 1
+        select_states(t, objective.parts[1], BLOCK, tokenizer.eos_token_id, state_rng(0, t.ordinal, 1))
+    teacher = load_model(tiny_qwen3(tmp_path / "teacher", seed=2), torch.float32, "sdpa")
+    for rows in (main, extra):
+        set_targets(teacher, rows)
+    alone = [replace(t, sample=0) for t in extra[:4]]
+
+    def made(rows: list[Trajectory], objective: ObjectiveConfig, *weights: float) -> tuple[dict, torch.Tensor]:
+        settings = config(path, 1, {}).model_copy(update={"objective": objective})
+        (actor,) = started_ranks(settings, partial(rank.as_remote, actor_class=NotedGradients))
+        refs = [ray.put(to_batch(rows, meta))]
+        metrics = ray.get(actor.train.remote(refs, 0, RunUpdates(warmup=0, total=1), extra_weights=weights))
+        gradients = ray.get(actor.noted.remote())
+        ray.kill(actor)
+        return metrics, gradients
+
+    metrics, together = made(main[:4] + extra[:4], objective, 0.3)
+    of_main, main_gradients = made(main[:4], ObjectiveConfig())
+    of_extra, extra_gradients = made(alone, ObjectiveConfig(**other))
+    torch.testing.assert_close(together, main_gradients + 0.3 * extra_gradients, rtol=1e-4, atol=1e-6)
+    assert 0.3 * extra_gradients.norm() > 0.01 * main_gradients.norm()
+    assert metrics["part/0/loss"] == pytest.approx(of_main["loss"], rel=1e-6)
+    assert metrics["part/1/loss"] == pytest.approx(0.3 * of_extra["loss"], rel=1e-6)
+    assert metrics["part/1/kl"] == pytest.approx(of_extra["kl"], rel=1e-6)
+    assert metrics["kl"] == pytest.approx(of_main["kl"], rel=1e-6)
+    assert metrics["loss"] == pytest.approx(of_main["loss"] + 0.3 * of_extra["loss"], rel=1e-6)
+
+
 def train_reference(settings: RunConfig, path: str, rows, meta) -> float:
     """The same two updates in plain PyTorch; the model is left in `reference_model`."""
     global reference_model

@@ -1,6 +1,8 @@
-"""Off-policy training on CPU: the teacher's responses to a file, then SFT without a teacher, and a mixture with one."""
+"""Off-policy training on CPU: the teacher's responses to a file, then SFT without a teacher, and a mixture with one, to
+which a second loss on the teacher's responses is added."""
 
 import json
+from collections import Counter
 
 import pytest
 from pyarrow import parquet
@@ -21,6 +23,8 @@ SMALL = [
     "--evaluation.problems", "null", "--learner.warmup_batches", "1", "--data.limit", "48",
     "--teacher.backend", "transformers", "--curriculum.schedule", "constant",
 ]  # fmt: skip
+
+EXTRA = ["--objective.extra", '[{"source": {"kind": "offline"}, "state": {"kind": "random"}, "weight": 0.5}]']
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +57,16 @@ def responses(tmp_path_factory):
     [
         (["--objective.method", "sft", "--objective.weight", "inverse_t"], [1.0] * BATCHES),
         (
-            ["--objective.source.kind", "mixture", "--objective.source.batches", "3", "--teacher.target", "topk"],
-            [1.0, None, None, 0.0],
+            [
+                "--objective.source.kind",
+                "mixture",
+                "--objective.source.batches",
+                "3",
+                "--teacher.target",
+                "topk",
+                *EXTRA,
+            ],
+            [1.0, None, None, 0.5],
         ),
     ],
     ids=["sft", "mixture"],
@@ -74,7 +86,12 @@ def test_training_on_offline_responses(tmp_path, responses, overrides, offline):
     for index, m in enumerate(metrics):
         batches = read_spool(folder / "spool" / f"batch-{index:06d}.arrow")
         rows = [t for batch in batches for t in from_batch(batch)[0]]
-        assert sum(t.is_offline for t in rows) == round(16 * m["offline_share"])
+        losses = 1 + len(config.objective.extra)
+        assert Counter(t.sample for t in rows) == dict.fromkeys(range(losses), 16)
+        assert sum(t.is_offline for t in rows) == round(16 * losses * m["offline_share"])
         assert all(tuple(t.response_ids.tolist()) in known for t in rows if t.is_offline and t.finish_reason == "eos")
         kinds = {from_batch(batch)[1].target_kind for batch in batches}
+        if losses > 1:
+            assert all(t.is_offline for t in rows if t.sample)
+            assert m["loss"] == pytest.approx(m["part/0/loss"] + m["part/1/loss"]) and m["part/1/kl"] > 0
         assert kinds == {"none" if config.objective.target.kind == "hard" else "topk"}
