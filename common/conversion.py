@@ -1,8 +1,8 @@
 """Conversion: what makes a student of an ARLM, and what a checkpoint of one holds.
 
 No weight changes. The student gets a mask token, for which a row may be added (common/mask_token.py), and its end
-tokens (common/end_tokens.py); its config records both, with `block_size` and how it is asked, so that a checkpoint says
-how to decode it.
+tokens (common/end_tokens.py); its config records both, with `block_size`, `attention_context` and how it is asked, so
+that a checkpoint says how to decode it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat import asked_with
-from common.config.run import RunConfig
+from common.config.run import AttentionContext, RunConfig
 from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
 from common.gguf_files import model_folder
 from common.mask_token import AUTO, NEW, set_mask_token
@@ -37,7 +37,8 @@ from common.student import (
 )
 from common.vocabulary import check_tokenizer, token_count
 
-_RECORDED = ("mask_token_id", "block_size", "end_token_ids", "opdlm")  # what makes a student of a model's config
+# what makes a student of a model's config
+_RECORDED = ("mask_token_id", "block_size", "attention_context", "end_token_ids", "opdlm")
 # of a generation config: what has no meaning without do_sample, and what a checkpoint keeps in any case
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -47,8 +48,8 @@ Gathered = Callable[[nn.Parameter], AbstractContextManager[Any]]  # makes a part
 
 @dataclass(frozen=True)
 class Conversion:
-    """What makes a student of an ARLM: its config with `mask_token_id`, `block_size` and `end_token_ids`, its tokenizer
-    with the mask token, and what somebody should know about them."""
+    """What makes a student of an ARLM: its config with `mask_token_id`, `block_size`, `attention_context` and
+    `end_token_ids`, its tokenizer with the mask token, and what somebody should know about them."""
 
     config: Any
     tokenizer: PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ def convert(
     end_tokens: Sequence[str] | None = None,
     chat_template: str | None = None,
     teacher_paths: Sequence[str] = (),
+    context: AttentionContext = "block",
 ) -> Conversion:
     """The student that starts from the ARLM at `path`.
 
@@ -76,6 +78,7 @@ def convert(
         end_tokens: in place of those that the model's files name (common/end_tokens.py).
         chat_template: in place of the tokenizer's.
         teacher_paths: other models that the student learns from; what ends their responses ends the student's.
+        context: what clean tokens see (common/masks.py).
 
     Raises:
         ModelError: the model cannot be a student, or it has no room for a mask token, or no end token.
@@ -97,6 +100,7 @@ def convert(
     config.vocab_size = mask.rows
     config.mask_token_id = mask.id
     config.block_size = block_size
+    config.attention_context = context
     config.end_token_ids = list(dict.fromkeys(ends))
     notes = [mask.note] if mask.note else []
     if tokenizer.chat_template is None:
@@ -114,6 +118,7 @@ def student_of(config: RunConfig) -> Conversion:
         end_tokens=model.end_tokens,
         chat_template=config.data.chat_template,
         teacher_paths=[path for path in dict.fromkeys(config.teacher_paths.values()) if path != model.path],
+        context=config.attention.context,
     )
     conversion.config.opdlm = asked_with(config.data)
     return conversion
@@ -136,8 +141,9 @@ def end_tokens_of(
 def load_converted(
     path: str, conversion: Conversion, dtype: torch.dtype, attention: str, gathered: Gathered = nullcontext
 ) -> PreTrainedModel:
-    """The ARLM at `path` with as many rows as its conversion asks for; see `add_rows`."""
+    """The ARLM at `path` with as many rows as its conversion asks for (see `add_rows`), and its attention context."""
     model = load_model(path, dtype, attention)
+    model.config.attention_context = conversion.config.attention_context
     if conversion.config.vocab_size > model.config.vocab_size:
         add_rows(model, conversion.config.vocab_size, gathered)
     return model
@@ -212,13 +218,16 @@ def convert_folder(
     dtype: torch.dtype,
     end_tokens: Sequence[str] | None = None,
     chat_template: str | None = None,
+    context: AttentionContext = "block",
 ) -> Conversion:
     """Write the converted, untrained student as a complete Hugging Face folder, or nothing.
 
     Raises:
         ModelError: the model cannot be a student.
     """
-    conversion = convert(path, block_size, mask_token, end_tokens=end_tokens, chat_template=chat_template)
+    conversion = convert(
+        path, block_size, mask_token, end_tokens=end_tokens, chat_template=chat_template, context=context
+    )
     conversion = checked(path, conversion)
     model = load_converted(path, conversion, dtype, "sdpa")
     partial = out.with_name(f".{out.name}.partial")

@@ -6,7 +6,12 @@ the same copy, or if the key is clean and in an earlier block:
 
     allow(q, k) = doc_q = doc_k  and  ( copy_q = copy_k and block_q = block_k   or   copy_k = 0 and block_k < block_q )
 
-For clean tokens alone this is block-causal attention. The rule is lowered to a dense boolean mask for SDPA, or to a
+For clean tokens alone this is block-causal attention. Context-causal attention (NBDiff, arXiv 2512.06776) is the same
+rule with other numbers: a clean token is a block of its own, whose number is its position, and a noised block has the
+number of its first position. Then clean tokens attend causally, and noised ones see what they saw before
+(`block_numbers`).
+
+The rule is lowered to a dense boolean mask for SDPA, or to a
 FlexAttention BlockMask on CUDA. PyTorch's create_block_mask would test all N * N pairs of a row, for every micro-batch;
 here the tiles are counted from the two runs of keys that each query sees, which is a hundredth of the work.
 """
@@ -14,12 +19,24 @@ here the tiles are counted from the two runs of keys that each query sees, which
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from common.config.run import AttentionContext
+
+Integers = TypeVar("Integers", np.ndarray, Tensor)
+
 TILE = 128  # queries and keys that FlexAttention treats, or skips, together
+
+
+def block_numbers(positions: Integers, copy: Integers, block_size: int, context: AttentionContext) -> Integers:
+    """The number of each token's block as the rule takes it, from its position and copy, integers of one shape."""
+    if context == "block":
+        return positions // block_size
+    return positions - (copy != 0) * (positions % block_size)
 
 
 def allowed(doc_q: Tensor, copy_q: Tensor, block_q: Tensor, doc_k: Tensor, copy_k: Tensor, block_k: Tensor) -> Tensor:

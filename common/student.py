@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.config.run import AttentionContext
 from common.gguf_files import model_folder
 from common.model_files import ModelError, head_of, stored_tensors
 
@@ -136,6 +137,12 @@ def attention_windows(config: Any) -> dict[str, int | None]:
     """
     kinds = sorted(set(layer_kinds(config)))
     return {kind: config.sliding_window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def attention_context(config: Any) -> AttentionContext:
+    """What clean tokens see in a student with this config (common/masks.py)."""
+    context: AttentionContext = getattr(config, "attention_context", "block")
+    return context
 
 
 def layer_kinds(config: Any) -> list[str]:

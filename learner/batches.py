@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.config.objective import ObjectiveConfig
-from common.config.run import RunConfig
+from common.config.run import AttentionContext, RunConfig
 from common.conversion import TeacherHead
 from common.masks import TILE, packed_mask, per_layer_kind
 from common.prompts import part_of
@@ -93,7 +93,7 @@ class BatchBuilder:
     one for a domain.
     The kind `none` trains on the tokens of x0 as hard labels. `windows` comes from attention_windows of the student.
     With `graphs` rows come in few widths, and without masks. `seed` is the run's; `scale` is
-    the weight of the whole loss.
+    the weight of the whole loss; `context` is what clean tokens see.
     """
 
     meta: TrajectoryMeta
@@ -112,6 +112,7 @@ class BatchBuilder:
     scale: float = 1.0
     other_heads: tuple[TeacherHead, ...] = ()
     teacher_of: Callable[[str], int] = lambda domain: 0
+    context: AttentionContext = "block"
 
     @classmethod
     def of(cls, config: RunConfig, meta: TrajectoryMeta, **device_and_models: Any) -> BatchBuilder:
@@ -126,6 +127,7 @@ class BatchBuilder:
             want_entropy=curriculum.schedule == "entropy_gated" and curriculum.gate_on == "training",
             seed=config.seed,
             teacher_of=config.teacher_of,
+            context=config.attention.context,
             **device_and_models,
         )
 
@@ -140,7 +142,7 @@ class BatchBuilder:
         Every rank gets the same number of micro-batches, since ZeRO-3 forwards are collective; those that are missing
         hold one document that trains nothing.
         """
-        masked = [document(t, self.meta.block_size, self.meta.mask_token_id) for t in trajectories]
+        masked = [document(t, self.meta.block_size, self.meta.mask_token_id, self.context) for t in trajectories]
         causal = [causal_document(t) for t in trajectories] if self.objective.terms.autoregressive else []
         documents = dict(enumerate(masked + causal))
         weights = coefficients(masked, self.normalization) + coefficients(causal, self.normalization)

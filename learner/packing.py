@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from common.config.run import AttentionContext
+from common.masks import block_numbers
 from common.trajectory import Trajectory
 
 PAD_DOCUMENT = -1
@@ -110,13 +112,20 @@ def joined(parts: Sequence[Part]) -> Part:
     return type(parts[0])(**{f.name: column(f.name, f.metadata.get("moves_with")) for f in fields(parts[0])})
 
 
-def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Document:
-    """The training document of a trajectory whose states were selected."""
+def document(
+    trajectory: Trajectory, block_size: int, mask_token_id: int, context: AttentionContext = "block"
+) -> Document:
+    """The training document of a trajectory whose states were selected; `context`: what its clean tokens see."""
+
+    def numbers(positions: np.ndarray, copy: np.ndarray) -> np.ndarray:
+        return block_numbers(positions, copy, block_size, context)
+
     x0 = trajectory.x0.astype(np.int64)
     prompt = len(trajectory.prompt_ids)
     absolute = prompt + trajectory.masked_offsets.astype(np.int64)
     clean = np.arange((absolute.max() // block_size) * block_size if len(absolute) else 0)
-    parts = [Document(ids=x0[clean], positions=clean, copy=np.zeros_like(clean), block=clean // block_size)]
+    unmasked = np.zeros_like(clean)
+    parts = [Document(ids=x0[clean], positions=clean, copy=unmasked, block=numbers(clean, unmasked))]
     for state in range(trajectory.state_count):
         of_state = trajectory.masked_state == state
         masked, weight = absolute[of_state], trajectory.loss_weight[of_state]
@@ -127,12 +136,13 @@ def document(trajectory: Trajectory, block_size: int, mask_token_id: int) -> Doc
         noised = x0[where]
         noised[slot] = mask_token_id
         trained = masked[weight > 0]
+        copy = np.full(len(where), state + 1)
         parts.append(
             Document(
                 ids=noised,
                 positions=where,
-                copy=np.full(len(where), state + 1),
-                block=where // block_size,
+                copy=copy,
+                block=numbers(where, copy),
                 loss_index=slot[weight > 0],
                 loss_target=np.searchsorted(trajectory.target_offsets, trained - prompt),
                 loss_weight=weight[weight > 0],

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from common.config.objective import ObjectiveConfig
+from common.config.run import AttentionContext
 from common.states import select_states
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.packing import MicroBatch, causal_document, coefficients, document, fill_rows, microbatch
@@ -82,7 +83,16 @@ def annotated(t: Trajectory, meta: TrajectoryMeta, vocabulary: int, rng: np.rand
         t.hidden = (hidden.view(np.uint32) >> 16).astype(np.uint16) if meta.hidden_dtype == "bfloat16" else hidden
 
 
-def packed_rows(seed: int, *, block_size: int, count: int, longest: int, width: int, rows: int) -> MicroBatch:
+def packed_rows(
+    seed: int,
+    *,
+    block_size: int,
+    count: int,
+    longest: int,
+    width: int,
+    rows: int,
+    context: AttentionContext = "block",
+) -> MicroBatch:
     """Masked and causal documents of random trajectories, packed into at most `rows` rows of about `width` tokens."""
     rng = np.random.default_rng(seed)
     documents = []
@@ -90,7 +100,7 @@ def packed_rows(seed: int, *, block_size: int, count: int, longest: int, width: 
         t = random_trajectory(rng, block_size, longest)
         kind = rng.choice(["per_block", "all_rounds", "random", "complementary"])
         select_states(t, ObjectiveConfig(state={"kind": kind}), block_size, EOS, rng)
-        documents.append(causal_document(t) if rng.random() < 0.2 else document(t, block_size, 60))
+        documents.append(causal_document(t) if rng.random() < 0.2 else document(t, block_size, 60, context))
     plan = fill_rows({i: len(d) for i, d in enumerate(documents)}, width)[:rows]
     weights = dict(enumerate(coefficients(documents, "sum")))
     return microbatch(plan, dict(enumerate(documents)), weights)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.masks import dense_mask, per_layer_kind
-from common.student import attention_windows, hidden_states, lm_head_weight
+from common.masks import block_numbers, dense_mask, per_layer_kind
+from common.student import attention_context, attention_windows, hidden_states, lm_head_weight
 
 HEAD_ROWS = 1024  # positions whose logits exist at the same time
 TOKEN_BUDGET = 8192  # tokens of one forward, clean and noised
@@ -116,7 +116,8 @@ def scored_hidden_states(model: PreTrainedModel, rows: Sequence[NoisedRow[State]
 
     ids, positions = padded([r.ids for r in rows], 0), padded([r.position for r in rows], 0)
     doc = padded([np.zeros_like(r.ids) for r in rows], -1)  # padding is a document of its own
-    copy, block = padded([r.copy for r in rows], 0), positions // rows[0].block_size
+    copy = padded([r.copy for r in rows], 0)
+    block = block_numbers(positions, copy, rows[0].block_size, attention_context(model.config))
     windows = attention_windows(model.config)
     mask = per_layer_kind(windows, lambda window: dense_mask(doc, copy, block, positions, window))
     hidden = hidden_states(model, ids, positions, mask)

@@ -1,4 +1,5 @@
-"""Attention over the slot cache: new keys and values are stored, then each query sees its slot up to its own block.
+"""Attention over the slot cache: new keys and values are stored, then each query sees its slot up to its own block,
+or in a causal row up to itself.
 
 One operator with two implementations: the reference in plain PyTorch, which runs on CPU, and Triton kernels for CUDA.
 Both read each key once for all query heads that share it; transformers would repeat it for every head.
@@ -65,7 +66,7 @@ def slot_attention(inputs: AttentionInputs) -> Tensor:
 
 def slot_attention_reference(inputs: AttentionInputs) -> Tensor:
     """The reference: gathers the context of every row and masks it densely. It ignores `partner`."""
-    query, key, value, keys, values, slots, positions, block_size, scale, window, _ = inputs
+    query, key, value, keys, values, slots, positions, block_size, scale, window, _, causal = inputs
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
     row, column = (positions >= 0).nonzero(as_tuple=True)
@@ -74,6 +75,8 @@ def slot_attention_reference(inputs: AttentionInputs) -> Tensor:
     values[at] = value[row, :, column]
 
     visible = (torch.div(positions, block_size, rounding_mode="floor") + 1) * block_size
+    if causal is not None:
+        visible = torch.where(causal[:, None], positions + 1, visible)
     context = int(visible.max())
     j = torch.arange(context, device=query.device)
     mask = (j < visible[:, None, :, None]) & (positions[:, None, :, None] - j < window)
@@ -91,7 +94,7 @@ def slot_attention_reference(inputs: AttentionInputs) -> Tensor:
     mutates_args=("keys", "values"),
     device_types="cpu",
     schema="(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots, "
-    "Tensor positions, SymInt block_size, float scale, SymInt window, Tensor? partner) -> Tensor",
+    "Tensor positions, SymInt block_size, float scale, SymInt window, Tensor? partner, Tensor? causal) -> Tensor",
 )
 def _operator(*inputs: Any) -> Tensor:
     return slot_attention_reference(AttentionInputs(*inputs))

@@ -59,6 +59,7 @@ class CacheRows:
     positions: Tensor  # int64 [N, Q]
     block_size: int
     partner: Tensor | None = None  # int64 [R], R <= N
+    causal: Tensor | None = None  # bool [N], rows whose queries see nothing behind them; None: none
 
 
 class AttentionInputs(NamedTuple):
@@ -79,11 +80,12 @@ class AttentionInputs(NamedTuple):
     scale: float  # of the scores before the softmax
     window: int  # a key is seen if it stands fewer than so many positions before the query; or NO_WINDOW
     partner: Tensor | None  # see CacheRows
+    causal: Tensor | None = None  # bool [N], likewise
 
 
 def attention_inputs(
     module: Any, query: Tensor, key: Tensor, value: Tensor, rows: CacheRows, scale: float, window: int | None
 ) -> AttentionInputs:
     """The inputs of an attention module to which a cache is attached; shapes as in AttentionInputs."""
-    where = (rows.slots, rows.positions, rows.block_size, scale, window or NO_WINDOW, rows.partner)
+    where = (rows.slots, rows.positions, rows.block_size, scale, window or NO_WINDOW, rows.partner, rows.causal)
     return AttentionInputs(query, key, value, module.slot_keys, module.slot_values, *where)

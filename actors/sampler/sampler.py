@@ -44,7 +44,7 @@ from common.grid import grid_ceil
 from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches
 from common.seeds import stream_key, uniform
-from common.student import full_precision_logits, hidden_states
+from common.student import attention_context, full_precision_logits, hidden_states
 from common.trajectory import EndTokens, Trajectory
 
 FEWEST_ROWS = 8  # of a pass on CUDA: with fewer it takes as long
@@ -151,6 +151,7 @@ class Sampler:
         self.ahead = int(self.on_cuda)  # passes in progress while the host reads an earlier one
         self.few_shapes = self.on_cuda  # passes and prefills are padded, so that few graphs serve all
         self._use_graphs = self.on_cuda and cuda_graphs
+        self.causal = attention_context(model.config) == "causal"  # clean tokens see nothing behind them
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
         self._cache: SlotCache | None = None
         self._state: SlotState | None = None
@@ -384,7 +385,8 @@ class Sampler:
             rows, ends = prompts
             positions = torch.arange(width, device=self.device).expand(count, width)
             positions = torch.where(positions < ends[:, None], positions, -1)
-            return self._forward(state.ids[rows, :width], positions, CacheRows(rows, positions, self.block_size))
+            cache_rows = CacheRows(rows, positions, self.block_size, causal=self._causal_from(0, count))
+            return self._forward(state.ids[rows, :width], positions, cache_rows)
 
         if graphs:
             graphs.run(("prompts", count, width), device_pass)
@@ -429,7 +431,8 @@ class Sampler:
         more wait; room that nobody needs is padding.
         """
         work = self._plan(state, slots, commits, tokens)
-        cache_rows = CacheRows(work.rows, work.positions, self.block_size, work.partner)
+        causal = self._causal_from(len(slots), len(work.rows))
+        cache_rows = CacheRows(work.rows, work.positions, self.block_size, work.partner, causal)
         wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
         hidden = self._decode(work.ids, work.positions, cache_rows, wanted)
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
@@ -443,6 +446,10 @@ class Sampler:
             unmask_pass = unmask
         rules = tuple(d.unmasking for d in decodings)
         return unmask_pass(state, rules, slots, work.sampled, candidates, work.waits, self._end_tokens, which)
+
+    def _causal_from(self, first_clean: int, rows: int) -> Tensor | None:
+        """bool [rows] for CacheRows: which rows are causal, of which those from `first_clean` on hold clean tokens."""
+        return torch.arange(rows, device=self.device) >= first_clean if self.causal else None
 
     def _which(self, slots: Tensor, decodings: tuple[Decoding, ...]) -> Tensor:
         """int64 [R]: the place among `decodings` of that of each slot, int64 [R]; any for a slot that does not run."""

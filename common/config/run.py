@@ -31,6 +31,7 @@ MOST_TOKENS = 10**7  # of a prompt or a response
 LONGEST_WAIT_S = 10**7
 
 Dtype = Literal["float32", "bfloat16"]
+AttentionContext = Literal["block", "causal"]
 AnswerFormat = Literal["answer_line", "boxed", "last_number"]  # see common/answers.py
 
 
@@ -87,6 +88,16 @@ class ModelConfig(Section):
     )
     shape: ModelShape | None = Field(
         None, description="sizes for --dry-run where the model is not on this disk", json_schema_extra=OPERATION
+    )
+
+
+class AttentionConfig(Section):
+    """What clean tokens see; noised ones see all clean tokens of earlier blocks, and their own block."""
+
+    context: AttentionContext = Field(
+        "block",
+        description="block: clean tokens see their own block and all before it; causal: as in the ARLM, only what "
+        "stands before them, so that one pass over clean tokens commits and verifies them (NBDiff)",
     )
 
 
@@ -661,6 +672,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="of prompt order, sampling and state selection")
     block_size: int = Field(4, ge=1, description="tokens per block on the absolute grid, at first")
     block_growth: BlockGrowth = Field(NoGrowth(), description="how it grows during training")
+    attention: AttentionConfig = AttentionConfig()
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +37,9 @@ def convert_model(
     chat_template: Annotated[
         str | None, typer.Option(help="Jinja template, or its file, in place of the tokenizer's", callback=a_template)
     ] = None,
+    context: Annotated[
+        Literal["block", "causal"], typer.Option(help="what clean tokens see; see attention.context in opdlm fields")
+    ] = "block",
     dtype: DtypeName = "bfloat16",
 ) -> None:
     """Write the untrained student of an autoregressive LM: the same weights, with a mask token and a block size.
@@ -56,7 +59,9 @@ def convert_model(
     from common.conversion import convert_folder
 
     with model_errors("MODEL", model), writing("OUT", out):
-        conversion = convert_folder(model, out, block_size, mask_token, getattr(torch, dtype), end_token, chat_template)
+        conversion = convert_folder(
+            model, out, block_size, mask_token, getattr(torch, dtype), end_token, chat_template, context
+        )
     for note in conversion.notes:
         say(note)
     say(f"wrote {out}; it is untrained: opdlm train does that")

@@ -14,7 +14,7 @@ from actors.sampler.sampling import Decoding, sample_tokens
 pytest.importorskip("triton")
 
 
-def naive_attention(query, keys, values, slots, positions, block_size, scale, window):
+def naive_attention(query, keys, values, slots, positions, block_size, scale, window, causal=None):
     """One query at a time over the cache as it stands after the writes."""
     n, heads, queries, _ = query.shape
     group = heads // keys.shape[1]
@@ -22,6 +22,8 @@ def naive_attention(query, keys, values, slots, positions, block_size, scale, wi
     for i in range(n):
         for q in range(queries):
             end = (int(positions[i, q]) // block_size + 1) * block_size
+            if causal is not None and causal[i]:
+                end = int(positions[i, q]) + 1
             first = max(int(positions[i, q]) - window + 1, 0)
             for h in range(heads if end else 0):
                 k, v = keys[slots[i], h // group, first:end], values[slots[i], h // group, first:end]
@@ -33,7 +35,8 @@ def naive_attention(query, keys, values, slots, positions, block_size, scale, wi
     ("heads", "kv_heads", "width", "queries"), [(4, 2, 16, 4), (6, 2, 24, 4), (2, 1, 16, 40), (1, 1, 8, 1)]
 )
 @pytest.mark.parametrize("window", [NO_WINDOW, 6])
-def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads, width, queries, window):
+@pytest.mark.parametrize("causal", [None, torch.tensor([False, True, True, False, True])], ids=["blocks", "causal"])
+def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads, width, queries, window, causal):
     from actors.sampler.kernels.slot_attention import slot_attention_triton
 
     torch.manual_seed(0)
@@ -55,11 +58,11 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
             if positions[i, q] >= 0:
                 expected_keys[slots[i], :, positions[i, q]] = key[i, :, q]
                 expected_values[slots[i], :, positions[i, q]] = value[i, :, q]
-    expected = naive_attention(query, expected_keys, expected_values, slots, positions, block_size, 0.3, window)
+    expected = naive_attention(query, expected_keys, expected_values, slots, positions, block_size, 0.3, window, causal)
 
     for attend in (slot_attention, slot_attention_triton):
         keys, values = empty.clone()
-        inputs = (query, key, value, keys, values, slots, positions, block_size, 0.3, window, None)
+        inputs = (query, key, value, keys, values, slots, positions, block_size, 0.3, window, None, causal)
         out = attend(AttentionInputs(*inputs))
         torch.testing.assert_close(keys, expected_keys)
         torch.testing.assert_close(values, expected_values)
@@ -73,7 +76,10 @@ def test_slot_attention_and_its_kernel_equal_one_query_at_a_time(heads, kv_heads
 )
 @pytest.mark.parametrize("window", [NO_WINDOW, 6])
 @pytest.mark.parametrize("fused", ["", "rope", "norms", "centred-norms"])
-def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_heads, width, queries, window, fused):
+@pytest.mark.parametrize("causal", [None, torch.tensor([False, False, False, True, True])], ids=["blocks", "causal"])
+def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(
+    heads, kv_heads, width, queries, window, fused, causal
+):
     from actors.sampler.kernels.block_attention import Fusion, block_attention_triton
 
     torch.manual_seed(0)
@@ -103,7 +109,7 @@ def test_a_row_and_its_partner_in_one_program_equal_rows_of_their_own(heads, kv_
     else:
         expected_queries_and_keys = queries_and_keys
     empty = torch.randn(2, 4, kv_heads, 4 * queries, width)
-    rows = (slots, positions, queries, 0.3, window, partner)
+    rows = (slots, positions, queries, 0.3, window, partner, causal)
     keys, values = empty.clone()
     value = value.transpose(1, 2)
     expected = slot_attention(AttentionInputs(*expected_queries_and_keys, value, keys, values, *rows))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from common.masks import TILE, allowed, dense_mask, flex_mask, key_runs, within
+from common.masks import TILE, allowed, block_numbers, dense_mask, flex_mask, key_runs, within
 from tests.trajectories import packed_rows
 
 TOKEN = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3))
@@ -29,6 +29,21 @@ def test_rule_in_words(tokens):
             assert mask[0, 0, q, k].item() == expected
 
 
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 11)), min_size=1, max_size=12))
+def test_the_context_causal_case_in_words(tokens):
+    doc, copy, position = (torch.tensor([[t[i] for t in tokens]]) for i in range(3))
+    mask = dense_mask(doc, copy, block_numbers(position, copy, 4, "causal"))
+    for q, (doc_q, copy_q, at_q) in enumerate(tokens):
+        for k, (doc_k, copy_k, at_k) in enumerate(tokens):
+            if copy_q == 0:
+                expected = copy_k == 0 and at_k <= at_q  # clean: causal
+            elif copy_k == 0:
+                expected = at_k // 4 < at_q // 4  # noised: the clean tokens of earlier blocks
+            else:
+                expected = copy_q == copy_k and at_q // 4 == at_k // 4  # its own block, both directions
+            assert mask[0, 0, q, k].item() == (expected and doc_q == doc_k)
+
+
 def layout(seed: int, **size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """doc, copy, block and positions of packed rows."""
     batch = packed_rows(seed, **size)
@@ -42,6 +57,7 @@ LAYOUTS = {
     "count": st.integers(1, 8),
     "width": st.sampled_from([128, 300]),
     "rows": st.integers(1, 2),
+    "context": st.sampled_from(["block", "causal"]),
 }
 WINDOWS = st.sampled_from([None, 1, 2, 7, 130])
 

@@ -34,7 +34,7 @@ def block_attention_triton(inputs: AttentionInputs, fusion: Fusion | None = None
 
     It needs `partner`. The new positions of a slot must be its last, without a gap.
     """
-    query, key, value, keys, values, slots, positions, block_size, scale, window, partner = inputs
+    query, key, value, keys, values, slots, positions, block_size, scale, window, partner, causal = inputs
     assert partner is not None
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
@@ -55,8 +55,8 @@ def block_attention_triton(inputs: AttentionInputs, fusion: Fusion | None = None
         query, key, value, keys, values, out, slots, positions, partner,
         query_weight, key_weight, cos, sin, epsilon, scale,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3], *positions.stride(),
-        block_size, window, queries, group, together, width,
-        FUSED=fusion is not None, HEAD_NORMS=weights is not None, CENTRED=centred,
+        block_size, window, positions if causal is None else causal, queries, group, together, width,
+        CAUSAL=causal is not None, FUSED=fusion is not None, HEAD_NORMS=weights is not None, CENTRED=centred,
         NEW=max(16, triton.next_power_of_2(2 * queries)), TILE=tile,
         HALF=max(16, triton.next_power_of_2(width // 2)), WIDTH=max(16, triton.next_power_of_2(width)),
         KEYS=keys_at_once, PRECISION="tf32" if half else "ieee",
@@ -71,9 +71,10 @@ def _attend(
     query_weight, key_weight, cos, sin, epsilon, scale,
     query_n, query_h, query_q, key_n, key_h, key_q, value_n, value_h, value_q,
     cache_s, cache_h, cache_j, position_n, position_q,
-    block_size, window, queries: tl.constexpr, group: tl.constexpr, together: tl.constexpr, width: tl.constexpr,
-    FUSED: tl.constexpr, HEAD_NORMS: tl.constexpr, CENTRED: tl.constexpr, NEW: tl.constexpr, TILE: tl.constexpr,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    block_size, window, causal, queries: tl.constexpr, group: tl.constexpr, together: tl.constexpr, width: tl.constexpr,
+    CAUSAL: tl.constexpr, FUSED: tl.constexpr, HEAD_NORMS: tl.constexpr, CENTRED: tl.constexpr,
+    NEW: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2)
     h = tl.program_id(1)
@@ -132,6 +133,8 @@ def _attend(
     total = tl.zeros([TILE], tl.float32)
     sums = tl.zeros([TILE, WIDTH], tl.float32)
     visible = tl.where(position < 0, 0, (position // block_size + 1) * block_size)
+    if CAUSAL:
+        visible = tl.where(tl.load(causal + row), position + 1, visible)
     seen = (place >= 0)[None, :] & (place[None, :] < visible[:, None])
     seen = seen & (position[:, None] - place[None, :] < window)
     own = tl.dot(low, tl.trans(new_low), input_precision=PRECISION)

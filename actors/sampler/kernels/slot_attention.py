@@ -18,7 +18,7 @@ def slot_attention_triton(inputs: AttentionInputs) -> Tensor:
     A program computes one row, one key-value head and a tile of queries. It reads the slot's keys only as far as its
     queries see.
     """
-    query, key, value, keys, values, slots, positions, block_size, scale, window, _ = inputs
+    query, key, value, keys, values, slots, positions, block_size, scale, window, _, causal = inputs
     n, heads, queries, width = query.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
@@ -35,7 +35,8 @@ def slot_attention_triton(inputs: AttentionInputs) -> Tensor:
     _attend[(triton.cdiv(group * queries, tile), kv_heads, n)](
         query, keys, values, out, slots, positions, scale,
         *query.stride(), *keys.stride()[:3], *positions.stride(),
-        queries, group, block_size, window, width,
+        queries, group, block_size, window, width, positions if causal is None else causal,
+        CAUSAL=causal is not None,
         TILE=tile, WIDTH=padded, KEYS=64 if half and not small else 32, PRECISION="tf32" if half else "ieee",
         num_warps=2 if small else 4, num_stages=3 if half else 2,
     )  # fmt: skip
@@ -67,8 +68,8 @@ def _store(
 def _attend(
     query, keys, values, out, slots, positions, scale,
     query_n, query_h, query_q, query_d, cache_s, cache_h, cache_j, position_n, position_q,
-    queries, group, block_size, window, width,
-    TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    queries, group, block_size, window, width, causal,
+    CAUSAL: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2)
     h = tl.program_id(1)
@@ -84,6 +85,8 @@ def _attend(
 
     position = tl.load(positions + row * position_n + q * position_q, mask=used, other=-1)
     visible = tl.where(position < 0, 0, (position // block_size + 1) * block_size)
+    if CAUSAL:
+        visible = tl.where(tl.load(causal + n), position + 1, visible)
     x = tl.load(
         query + (row * query_n + head * query_h + q * query_q)[:, None] + d[None, :] * query_d,
         mask=used[:, None] & inside[None, :],
