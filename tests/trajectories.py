@@ -9,7 +9,7 @@ from common.config.objective import ObjectiveConfig
 from common.config.run import AttentionContext
 from common.states import select_states
 from common.trajectory import Trajectory, TrajectoryMeta
-from learner.packing import MicroBatch, causal_document, coefficients, document, fill_rows, microbatch
+from learner.packing import MicroBatch, causal_document, coefficients, document, fill_rows, microbatch, rounded_up
 
 EOS = 1
 
@@ -103,4 +103,5 @@ def packed_rows(
         documents.append(causal_document(t) if rng.random() < 0.2 else document(t, block_size, 60, context))
     plan = fill_rows({i: len(d) for i, d in enumerate(documents)}, width)[:rows]
     weights = dict(enumerate(coefficients(documents, "sum")))
-    return microbatch(plan, dict(enumerate(documents)), weights)
+    # a document that trains nothing is empty
+    return microbatch(plan, dict(enumerate(documents)), weights, lambda longest: rounded_up(max(longest, 1), 8))
