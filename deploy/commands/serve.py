@@ -66,6 +66,10 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="sequences that may wait for a slot; more are refused")] = 256,
     timeout: Annotated[float, typer.Option(min=1, help="seconds that a request may take, its wait included")] = 600.0,
     drain: Annotated[int, typer.Option(min=0, help="seconds that running requests get when the server ends")] = 30,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="folder or hub id of the original, which the page shows beside the student", callback=a_path),
+    ] = None,
     rule: Rule = RuleName.dynamic,
     threshold: Threshold = DEFAULT_THRESHOLD,
     lower: Lower = DEFAULT_LOWER,
@@ -75,11 +79,15 @@ def serve(
     thinking: Thinking = None,
     system: System = None,
 ) -> None:
-    """Serve a student: OpenAI's API, decoded by block diffusion. Requests may bring settings of their own.
+    """Serve a student: OpenAI's API and a page to chat with it, decoded by block diffusion.
+
+    Requests may bring settings of their own.
 
     [bold]Examples[/bold]
 
         opdlm serve runs/tiny/checkpoints/final
+
+        opdlm serve runs/tiny/checkpoints/final --compare deploy/models/tiny-arlm
 
         opdlm serve runs/tiny/checkpoints/final --host 0.0.0.0 --api-key-file key.txt
     """
@@ -90,19 +98,23 @@ def serve(
             "bind 127.0.0.1 and forward the port (ssh -L)"
         )
     from deploy.dashboard.process import address, free_port
-    from deploy.model_checks import check_student_folder, model_errors
+    from deploy.model_checks import check_model_folder, check_student_folder, model_errors
 
     check_student_folder("MODEL", model)
+    if compare is not None:
+        check_model_folder("--compare", compare)
     asked = asked_like_training(model, thinking, system)
     port = free_port(host, port, "--port")
     import torch
 
+    from actors.evaluation.autoregressive import load_autoregressive
     from actors.evaluation.generation import load_student
     from actors.sampler.sampling import Decoding
     from deploy.serving.app import Server
     from deploy.serving.asked import prompter_of
     from deploy.serving.engine import Engine
     from deploy.serving.metrics import ServingMetrics
+    from deploy.serving.original import Original
     from deploy.serving.process import serve as run
 
     with model_errors("MODEL", model):
@@ -127,8 +139,12 @@ def serve(
     prompter = prompter_of(
         tokenizer, asked, block_size=block_size, longest=longest, most_tokens=max_tokens, decoding=decoding
     )
+    original = None
+    if compare is not None:
+        with model_errors("--compare", compare):
+            original = Original(compare, *load_autoregressive(compare, str(student.device), dtype))
     say(f"{name or model} is at {address(host, port)} (API: /v1, metrics: /metrics; Ctrl-C ends this)")
-    run(Server(engine, prompter, name or model, host, key, timeout), port, drain)
+    run(Server(engine, prompter, name or model, host, key, original, timeout), port, drain)
 
 
 def _key(given: str | None, file: str | None) -> str | None:

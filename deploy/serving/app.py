@@ -1,4 +1,4 @@
-"""The web application: OpenAI's API on the engine."""
+"""The web application: OpenAI's API on the engine, and the page at /."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from actors.sampler.request import Request as SequenceRequest
@@ -26,9 +28,18 @@ from deploy.serving.engine import Engine
 from deploy.serving.errors import ApiError
 from deploy.serving.http import EventStream, body_of, unless_gone
 from deploy.serving.jobs import Job
+from deploy.serving.original import Original
 from deploy.serving.replies import Form, Reader, usage
 
 Ask = ChatAsk | CompletionAsk
+_STATIC = Path(__file__).parent / "static"
+_SHARED = Path(__file__).parents[1] / "dashboard" / "static"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Server:
     name: str
     host: str
     api_key: str | None = None
+    original: Original | None = None
     seconds: float = 600.0
     most_bytes: int = 4 << 20
     created: int = field(default_factory=lambda: int(time.time()))
@@ -88,6 +100,18 @@ def create_app(server: Server) -> FastAPI:
         if server.api_key is not None and not secrets.compare_digest(given.encode(), server.api_key.encode()):
             raise ApiError(401, "no valid API key; send it as Authorization: Bearer KEY", code="invalid_api_key")
 
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(_STATIC / "index.html", headers=_PAGE_HEADERS)
+
+    @app.get("/shared/{name}")
+    async def shared(name: str) -> Response:
+        if name not in ("theme.js", "favicon.svg"):
+            raise HTTPException(404, "Not Found")
+        return FileResponse(_SHARED / name, headers=_PAGE_HEADERS)
+
+    app.mount("/static", StaticFiles(directory=_STATIC))
+
     @app.get("/health")
     async def health() -> Response:
         if engine.failure:
@@ -120,6 +144,18 @@ def create_app(server: Server) -> FastAPI:
         guarded(request)
         ask = read(await body_of(request, server.most_bytes), CompletionAsk)
         return await answer(request, ask, lambda: server.prompter.plain_ids(ask), ask.logprobs is not None)
+
+    @app.post("/compare")
+    async def compare(request: Request) -> Response:
+        """The original's answer, for the page."""
+        guarded(request)
+        if server.original is None:
+            raise HTTPException(404, "there is no original (--compare)")
+        ask = read(await body_of(request, server.most_bytes), ChatAsk)
+        prompter, settings = server.prompter, server.prompter.settings(ask)
+        ids = await asyncio.get_running_loop().run_in_executor(tokenizing, prompter.chat_ids, ask)
+        limit = prompter.limit(ids, ask.limit, settings.block_size)
+        return EventStream(server.original.pieces(ids, limit, settings.decoding.temperature), {})
 
     async def answer(request: Request, ask: Ask, ids: Callable[[], list[np.ndarray]], logprobs: bool) -> Any:
         _check_model(server, ask.model)
@@ -221,6 +257,7 @@ def _model(server: Server) -> dict[str, Any]:
         "owned_by": "opdlm",
         "max_model_len": prompter.longest,
         "block_size": prompter.block_size,
+        "compare": server.original and server.original.name,
         "decoding": {**decoding.unmasking.model_dump(), "temperature": decoding.temperature},
     }
 

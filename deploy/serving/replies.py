@@ -160,7 +160,7 @@ class Reader:
     def _last_round(self, trajectory: Trajectory) -> Iterator[dict[str, Any]]:
         """The whole response, up to what ended it: the last block in its last round is not seen before the end."""
         said_ids = without_end(trajectory.response_ids, self._ends)
-        pieces: list[str | None] = [self._piece(token) for token in said_ids.tolist()]
+        pieces: list[str | None] = [*self._pieces(said_ids.tolist())]
         rounds = trajectory.reveal_round[: len(said_ids)].tolist()
         yield self._rounds_chunk(self._start, pieces, rounds, whole=True)
 
@@ -171,8 +171,24 @@ class Reader:
         state = {"offset": position - self._start, "texts": texts, "rounds": revealed, "whole": whole}
         return {"index": self.index, **self._delta(""), "logprobs": None, "finish_reason": None, "blocks": state}
 
-    def _piece(self, token: Any) -> str:
-        return response_text(self._tokenizer, np.asarray([token]), self._ends)
+    def _piece(self, token: int) -> str:
+        text = response_text(self._tokenizer, np.asarray([token]), self._ends)
+        begins_a_word = str(self._tokenizer.convert_ids_to_tokens(int(token))).startswith(
+            "▁"
+        )  # as SentencePiece has it
+        return f" {text}" if begins_a_word and not text.startswith(" ") else text
+
+    def _pieces(self, ids: list[int]) -> Iterator[str]:
+        """The text of each token; a character of several tokens stands at the last one."""
+        begun: list[int] = []
+        for token in ids:
+            begun.append(token)
+            text = self._piece(token) if len(begun) == 1 else str(self._tokenizer.decode(begun))
+            if text.endswith(_REPLACEMENT) and len(begun) < 4:
+                yield ""
+            else:
+                yield text
+                begun = []
 
 
 def _finish(trajectory: Trajectory) -> str:

@@ -191,8 +191,8 @@ def test_rounds_are_streamed_as_tokens_are_unmasked(served, by_sampler):
     seen: dict[int, str] = {}
     for state in states:
         for offset, piece in enumerate(state["texts"], start=state["offset"]):
-            if piece is not None:
-                assert seen.setdefault(offset, piece) == piece  # what is revealed stays
+            if piece is not None:  # what is revealed stays; a part of a character is shown in the end with the whole
+                assert piece.lstrip("\ufffd") == seen.setdefault(offset, piece) or "\ufffd" in seen[offset]
 
 
 def test_stop_strings(client, by_sampler):
