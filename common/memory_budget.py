@@ -24,11 +24,14 @@ class MemoryBudget:
     def can_halve(self) -> bool:
         return self.value > self.least
 
+    def half(self, most: int | None = None) -> int:
+        """Half of the value, or of `most` if that is what was in use."""
+        return max(min(self.value, most or self.value) // 2, self.least)
+
     def halve(self, most: int | None = None) -> None:
-        """From now on half of the value, or of `most` if that is what was in use. Call it outside of the handler of the
-        exception, which still holds the memory."""
+        """From now on `half`. Call it outside of the handler of the exception, which still holds the memory."""
         before = self.value
-        self.value = max(min(self.value, most or self.value) // 2, self.least)
+        self.value = self.half(most)
         self.notes.append(
             f"GPU memory ran out: {self.name} is {self.value} instead of {before} from now on, and the work was tried "
             f"again; set {self.name} to {self.value}"

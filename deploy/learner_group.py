@@ -23,6 +23,7 @@ from deploy.errors import RunError, WorkerError
 from deploy.remote_calls import Background, RemoteCalls, is_failed
 from learner import shard_keeper
 from learner.faults import FaultFolder
+from learner.rank import MicroBatchTooLargeError
 from learner.schedule import RunUpdates
 
 _ANSWER_SECONDS = 10.0
@@ -65,6 +66,7 @@ class LearnerGroup:
         self._base: Path | None = None  # the checkpoint that the group began with
         self._base_version = 0
         self._recent: list[TrainedBatch] = []
+        self._budgets: dict[str, int] = {}  # config fields that were lowered when memory ran out
         self._faults = config.run_dir.resolve() / "faults"
         self._keeping: list[ray.ObjectRef] = []
         self._keepers = [start_keeper(pools, i) for i in range(len(pools.ranks) if copies else 0)]
@@ -109,29 +111,43 @@ class LearnerGroup:
             start_learner(self.config, self.pools, self.calls)
         except WorkerError as error:
             self._failed(str(error))
-            self.restart()
+            self.restart(error)
         self.busy = False
 
-    def restart(self) -> None:
-        """New processes in the state that the old ones had after their last rollout batch.
+    def restart(self, error: WorkerError) -> None:
+        """New processes in the state that the old ones had after their last rollout batch. Where memory ran out in the
+        old ones, these make smaller micro-batches from now on.
 
         Raises:
             WorkerError: they fail again and again.
         """
         for tries_left in reversed(range(_TRIES)):
+            self._make_room(error)
             try:
                 self._restart()
                 return
-            except WorkerError as error:
+            except WorkerError as next_error:
                 if not tries_left:
                     raise
+                error = next_error
                 self._failed(str(error))
+
+    def _make_room(self, error: WorkerError) -> None:
+        too_large = getattr(error.__cause__, "cause", None)  # Ray's error has that of the actor
+        if isinstance(too_large, MicroBatchTooLargeError):
+            self._budgets[too_large.budget] = too_large.value
+            self.calls.observers.note(
+                f"GPU memory ran out: {too_large.budget} is {too_large.value} from now on, and the rollout batch is "
+                f"trained again; set {too_large.budget} to {too_large.value}",
+                "warning",
+            )
 
     def _restart(self) -> None:
         for name in self._names():
             self.pools.replace(name)
         self._keeping = []  # their calls have failed, the keepers are well
         start_learner(self.config, self.pools, self.calls)
+        self._once("limit", "starting the learner", self._budgets)
         version = self._take_back()
         again = [batch for batch in self._recent if batch.before >= version]
         if len(again) < self.version - version:

@@ -30,7 +30,7 @@ from deploy.cluster import Pools, connect, create_pools, form_weights_group, loa
 from deploy.curriculum import block_size_at, extra_weights, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
 from deploy.dealing import ResponseLengths
-from deploy.errors import RunError
+from deploy.errors import RunError, WorkerError
 from deploy.evaluator import Evaluator
 from deploy.files import replace_text
 from deploy.learner_group import LearnerGroup
@@ -412,11 +412,11 @@ class Pipeline:
             actor.swap_weights.remote(self.published)
             self.late.append(name)
 
-    def _restart_learner(self, error: str) -> None:
+    def _restart_learner(self, error: WorkerError) -> None:
         """The ranks anew, and once more what they had published: it is gone with them."""
         self.newest, self.late = None, []
-        self.learner.restart()
-        if any(words in error for words in _DATA_LOST) and self.in_flight.ask_lost():
+        self.learner.restart(error)
+        if any(words in str(error) for words in _DATA_LOST) and self.in_flight.ask_lost():
             self.in_flight.finish_oldest(self.calls)
         if self.config.weights_transport == "broadcast":
             form_weights_group(self.pools, self.calls, self.config.weights_timeout_s)

@@ -83,7 +83,7 @@ class Supervisor(Repair):
         self.stop = stop
         self.pools = Pools([], [], [])
         self.prepare: Callable[[str], None] = lambda name: None
-        self.restart_learner: Callable[[str], None] | None = None  # gets the error
+        self.restart_learner: Callable[[WorkerError], None] | None = None
         self._clock = clock
         self._pulses: dict[str, Pulse] = {}
         self._pauses: dict[Role, float] = {}
@@ -139,7 +139,7 @@ class Supervisor(Repair):
             return
         if any(words in str(error) for words in _WEIGHTS_LOST):
             if self.restart_learner and (rank := self._dead_rank()):  # what it had published is gone with it
-                self._restart_learner(f"{rank} died", str(error))
+                self._restart_learner(f"{rank} died", error)
                 self._reloaded.discard(actor)
             if actor not in self._reloaded:
                 self._reloaded.add(actor)
@@ -152,9 +152,9 @@ class Supervisor(Repair):
             return
         if not self.restart_learner:
             raise error
-        self._restart_learner(self._killed.get(actor, str(error)), str(error))
+        self._restart_learner(self._killed.get(actor, str(error)), error)
 
-    def _restart_learner(self, cause: str, error: str) -> None:
+    def _restart_learner(self, cause: str, error: WorkerError) -> None:
         assert self.restart_learner
         since = self._clock()
         self.learner_failed(cause)

@@ -79,6 +79,17 @@ def part_metrics(totals: Mapping[str, float], parts: int, updates: int) -> dict[
     return losses | divergences
 
 
+class MicroBatchTooLargeError(torch.OutOfMemoryError):
+    """Memory ran out where other ranks wait for this one: with the config field `budget` at `value` it may suffice."""
+
+    def __init__(self, message: str, budget: str, value: int) -> None:
+        super().__init__(message, budget, value)
+        self.budget, self.value = budget, value
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class LearnerRank:
     """One process of the learner; together the ranks are one DeepSpeed ZeRO-3 world.
 
@@ -372,6 +383,13 @@ class LearnerRank:
             for trajectories, b in zip(share, builders, strict=True)
         ]
 
+    def limit(self, budgets: Mapping[str, int]) -> None:
+        """Go on with smaller micro-batches, or products with the LM head, than the config says: `budgets` are new
+        values of its fields. Called on all ranks."""
+        for budget in (self.micro_batch, self.chunk):
+            budget.value = budgets.get(budget.name, budget.value)
+        self.engine.module.chunk = self.chunk.value
+
     def _packed(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
         self.clock.mark("pack")
         batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
@@ -402,33 +420,36 @@ class LearnerRank:
                 self._accumulate(update, sums)
                 return update, sums
             except torch.OutOfMemoryError as error:
-                too_large = self._too_large(update, error)
+                too_large, used = self._too_large(update, error)
             trajectories = [part.trajectories for part in update]
-            largest = max(batch.ids.size for part in update for batch in part.batches)
             del update
             self.engine.discard()
-            too_large.halve(most=largest if too_large is self.micro_batch else None)
+            too_large.halve(used)
             self.engine.module.chunk = self.chunk.value
             smaller = self._within_memory(builders)
             update = [self._packed(part, builder) for part, builder in zip(trajectories, smaller, strict=True)]
 
-    def _too_large(self, update: list[PreparedUpdate], error: torch.OutOfMemoryError) -> MemoryBudget:
-        """What to halve after memory ran out.
+    def _too_large(self, update: list[PreparedUpdate], error: torch.OutOfMemoryError) -> tuple[MemoryBudget, int]:
+        """What to halve after memory ran out, and how much of it was in use.
 
         Raises:
-            torch.OutOfMemoryError: nothing that would help can be; or other ranks wait for this one in the middle of a
-                forward, so that all must begin anew.
+            MicroBatchTooLargeError: other ranks wait for this one in the middle of a forward, so that all must begin
+                anew.
+            torch.OutOfMemoryError: nothing that would help can be halved.
         """
         largest = max((batch for part in update for batch in part.batches), key=lambda batch: batch.tokens)
-        if self.engine.alone and len(np.unique(largest.doc[largest.doc != PAD_DOCUMENT])) > 1:
-            return self.micro_batch
-        if self.engine.alone and self.chunk.can_halve:
-            return self.chunk
-        raise torch.OutOfMemoryError(
+        several = len(np.unique(largest.doc[largest.doc != PAD_DOCUMENT])) > 1
+        too_large, used = (self.micro_batch, largest.ids.size) if several else (self.chunk, self.chunk.value)
+        message = (
             f"the learner's memory does not hold a micro-batch of {largest.tokens} tokens: lower "
             f"learner.max_tokens_per_microbatch ({self.micro_batch.value}) or curriculum.max_tokens, or set "
             "learner.gradient_checkpointing"
-        ) from error
+        )
+        if not too_large.can_halve:
+            raise torch.OutOfMemoryError(message) from error
+        if not self.engine.alone:
+            raise MicroBatchTooLargeError(message, too_large.name, too_large.half(used)) from error
+        return too_large, used
 
     def _accumulate(self, update: list[PreparedUpdate], sums: list[LossSums]) -> None:
         """Forward and backward of all micro-batches."""

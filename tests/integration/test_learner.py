@@ -208,6 +208,32 @@ def test_micro_batches_that_memory_does_not_hold_are_made_again_smaller(tmp_path
         torch.testing.assert_close(tensor, weights[name], atol=2e-5, rtol=1e-4)
 
 
+def test_ranks_that_wait_for_each_other_begin_anew_with_smaller_micro_batches(tmp_path, ray_local):
+    """The rank says what to lower; ranks with that limit make the updates of ranks that hold all, up to rounding."""
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    settings = config(path, 2, PARTITIONED)
+    refs, updates = refs_of(path), RunUpdates(warmup=0, total=2)
+    whole = started_ranks(settings)
+    expected = ray.get([a.train.remote(refs, 0, updates) for a in whole])[0]
+    for actor in whole:
+        ray.kill(actor)
+
+    remote = partial(rank.as_remote, actor_class=LimitedRank)
+    actors = started_ranks(settings, remote)
+    with pytest.raises(ray.exceptions.RayTaskError, match="does not hold a micro-batch of") as raised:
+        ray.get([a.train.remote(refs, 0, updates) for a in actors][1])
+    for actor in actors:
+        ray.kill(actor)
+    error = raised.value.cause
+    assert isinstance(error, rank.MicroBatchTooLargeError)
+    assert error.budget == "learner.max_tokens_per_microbatch" and error.value <= 64
+    actors = started_ranks(settings, remote)
+    ray.get([a.limit.remote({error.budget: error.value}) for a in actors])
+    results = ray.get([a.train.remote(refs, 0, updates) for a in actors])[0]
+    for name in ("loss", "kl", "grad_norm"):
+        assert results[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
 @pytest.mark.parametrize("deepspeed", [{}, PARTITIONED], ids=["whole", "partitioned"])
 def test_an_update_that_is_not_finite_is_left_out_and_repeated_by_replay(tmp_path, ray_local, deepspeed):
     """A hidden state of the teacher so large that its logits overflow, then weights of the loss so large that the

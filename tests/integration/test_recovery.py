@@ -113,7 +113,7 @@ def rolled_out(
         stop = StopSignals()
         supervisor = Supervisor(config, RunState(), observers, stop)
         supervisor.watch(pools)
-        calls = RemoteCalls(60.0, observers, stop, supervisor)
+        calls = RemoteCalls(300.0, observers, stop, supervisor)
         prompts = [Prompt(i, f"question {i}", np.zeros(3, np.int32)) for i in range(8)]
         in_flight = RolloutsInFlight()
         in_flight.append(RolloutBatch(0, prompts, config, 8, 4, StaticUnmasking(), pools, calls, ResponseLengths()))
