@@ -27,8 +27,9 @@ class Claim(Section):
     better: str = Field(description="name of the arm that should score higher")
     worse: str = Field(description="name of the arm that should score lower")
     metric: str = Field(
-        description="static, dynamic (exact match), or loss (static minus dynamic, where lower is better)",
-        pattern="^(static|dynamic|loss)$",
+        description="static, dynamic (exact match), loss (static minus dynamic) or held_out_kl; of these two lower is "
+        "better",
+        pattern="^(static|dynamic|loss|held_out_kl)$",
     )
 
 
@@ -48,19 +49,24 @@ class LineStyle(Section):
         return color
 
 
-class ArmConfig(Section):
-    """An arm's own fields, as `field: value` over base and overrides, and beside them how it is drawn."""
+_BESIDE_FIELDS = ("style", "seeds")
 
-    fields: dict[str, Any] = Field({}, description="field: value; may stand in the arm itself, beside style")
+
+class ArmConfig(Section):
+    """An arm's own fields, as `field: value` over base and overrides, and beside them how it is drawn, and its seeds
+    where it does not have all."""
+
+    fields: dict[str, Any] = Field({}, description="field: value; may stand in the arm itself, beside style and seeds")
     style: LineStyle = LineStyle()
+    seeds: tuple[int, ...] | None = Field(None, min_length=1, description="of the ablation's seeds; default: all")
 
     @model_validator(mode="before")
     @classmethod
     def _beside_the_style(cls, arm: Any) -> Any:
         if not isinstance(arm, Mapping) or "fields" in arm:
             return arm
-        own = {"fields": {name: value for name, value in arm.items() if name != "style"}}
-        return own | ({"style": arm["style"]} if "style" in arm else {})
+        own = {"fields": {name: value for name, value in arm.items() if name not in _BESIDE_FIELDS}}
+        return own | {name: arm[name] for name in _BESIDE_FIELDS if name in arm}
 
 
 class AblationConfig(Section):
@@ -78,6 +84,15 @@ class AblationConfig(Section):
     arms: dict[str, ArmConfig] = Field(min_length=1, description="name of the arm: its own field: value, and its style")
     claims: tuple[Claim, ...] = Field((), description="claims that the report gives a verdict on")
     reading: str = Field("", description="what the authors conclude from it, Markdown; a section of the report")
+
+    @model_validator(mode="after")
+    def _arms_have_known_seeds(self) -> AblationConfig:
+        for name, arm in self.arms.items():
+            if unknown := sorted(set(arm.seeds or ()) - set(self.seeds)):
+                raise ValueError(
+                    f"arm {name!r} has seed {unknown[0]}, which is none of seeds {list(self.seeds)}; add it there"
+                )
+        return self
 
     @model_validator(mode="after")
     def _claims_name_arms(self) -> AblationConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from common.config.run import RunConfig
 from deploy.ablation.config import AblationConfig, ArmConfig, Claim
 from deploy.ablation.runs import Arm
 
 _SIGNIFICANT = 0.05
+_LOWER_IS_BETTER = ("loss", "held_out_kl")
 
 
 @dataclass(frozen=True)
 class Result:
-    """The results of one finished run."""
+    """The results of one finished run; `static` and `dynamic` are empty where no problems were evaluated."""
 
     arm: str
     seed: int
@@ -27,22 +30,50 @@ class Result:
     dynamic: dict[str, float]
     train: dict[str, float]
     versions: dict[str, str]
-    curve: list[tuple[float, float]]  # response tokens trained on, exact match under dynamic decoding
+    curve: list[tuple[float, float]]  # response tokens trained on, exact match (dynamic) or else the held-out KL
+    held_out_kl: float | None = None
 
     def metric(self, name: str) -> float:
-        """Exact match under `static` or `dynamic` decoding, or `loss`: the first minus the second."""
-        metrics = {"static": self.static["exact_match"], "dynamic": self.dynamic["exact_match"]}
-        return metrics["static"] - metrics["dynamic"] if name == "loss" else metrics[name]
+        """Exact match under `static` or `dynamic` decoding, `loss`: the first minus the second, or the `held_out_kl`;
+        NaN: not measured."""
+        exact = {
+            key: row.get("exact_match", math.nan) for key, row in (("static", self.static), ("dynamic", self.dynamic))
+        }
+        kl = math.nan if self.held_out_kl is None else self.held_out_kl
+        return (exact | {"loss": exact["static"] - exact["dynamic"], "held_out_kl": kl})[name]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim's difference over the seeds that both arms have, in favour of the claim, and its standard deviation.
+
+    `p` is of the paired t-test, `corrected` the same after Holm's correction for all claims; all NaN below two seeds.
+    """
+
+    mean: float
+    std: float
+    p: float
+    corrected: float
+    seeds: int
+    word: str
 
 
 def read_result(arm: Arm) -> Result:
     folder = arm.config.run_dir
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [(r["response_tokens"], r["eval/exact_match"]) for r in rows if r.get("eval/exact_match") is not None]
-    student = summary["student"]
-    versions = summary.get("versions", {})
-    return Result(arm.name, arm.seed, student["static"], student["dynamic"], summary["train"], versions, curve)
+    student = summary.get("student", {"static": {}, "dynamic": {}})
+    drawn = "eval/exact_match" if student["static"] else "eval/held_out_kl"
+    return Result(
+        arm=arm.name,
+        seed=arm.seed,
+        static=student["static"],
+        dynamic=student["dynamic"],
+        train=summary["train"],
+        versions=summary.get("versions", {}),
+        curve=[(r["response_tokens"], r[drawn]) for r in rows if r.get(drawn) is not None],
+        held_out_kl=summary["held_out_kl"]["mean"] if "held_out_kl" in summary else None,
+    )
 
 
 def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None:
@@ -56,9 +87,9 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
     curves, bars = images / f"{ablation.name}-curves.png", images / f"{ablation.name}-final.png"
     plot_curves(results, ablation.arms, curves)
     plot_final(results, list(ablation.arms), bars)
+    measured = "Exact match" if _has_problems(results) else "Held-out KL"
     config = runs[0].config
     batches, rows = config.pipeline.max_batches, config.rollout.prompts_per_batch * config.rollout.samples_per_prompt
-    problems = int(results[0].static["problems"])
     lines = [
         f"# Evidence: {ablation.name}",
         "",
@@ -67,22 +98,22 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         "",
         f"Every arm starts from the same model ({Path(config.model.path).name}) and trains on the same prompts in the "
         f"same order, {batches} batches of {rows} responses, "
-        f"{-(-rows // config.learner.batch_rows)} updates each. Exact match is on {problems} held-out problems, "
-        "greedy; dynamic decoding reveals what is surer than "
-        f"{config.evaluation.threshold:g}. Metrics are mean ± standard deviation over seeds.",
+        f"{-(-rows // config.learner.batch_rows)} updates each. {_measures(results, config)}Metrics are mean ± "
+        "standard deviation over seeds.",
         "",
         "## Results",
         "",
         *_table(results, list(ablation.arms)),
         "",
-        f"![Exact match at the end]({bars.relative_to(ablation.report.parent)})",
+        f"![{measured} at the end]({bars.relative_to(ablation.report.parent)})",
         "",
-        f"![Exact match against training tokens]({curves.relative_to(ablation.report.parent)})",
+        f"![{measured} against training tokens]({curves.relative_to(ablation.report.parent)})",
         "",
         "## Claims",
         "",
         "The difference is paired by seed; p is of a two-sided paired t-test over the seeds, which with few seeds "
-        "finds large effects only. *Reproduces* and *contradicted* need p < 0.05.",
+        "finds large effects only. *Reproduces* and *contradicted* need p < 0.05 after Holm's correction (1979) for "
+        "the number of claims.",
         "",
         *_claims(results, ablation.claims),
         "",
@@ -96,31 +127,81 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
     ablation.report.write_text("\n".join(lines) + "\n")
 
 
-def verdict(results: list[Result], claim: Claim) -> tuple[float, float, float, int, str]:
-    """Mean difference in favour of the claim, its standard deviation, p, seeds, and the verdict in words."""
-    sign = -1 if claim.metric == "loss" else 1
+def _has_problems(results: list[Result]) -> bool:
+    return bool(results[0].static)
+
+
+def _measures(results: list[Result], config: RunConfig) -> str:
+    """What was measured, in sentences."""
+    said = ""
+    if _has_problems(results):
+        said += (
+            f"Exact match is on {int(results[0].static['problems'])} held-out problems, greedy; dynamic decoding "
+            f"reveals what is surer than {config.evaluation.threshold:g}. "
+        )
+    if config.evaluation.held_out_prompts:
+        said += (
+            f"The held-out KL is on the original's responses to {config.evaluation.held_out_prompts} held-out prompts, "
+            "with each block masked whole. "
+        )
+    return said
+
+
+def verdicts(results: list[Result], claims: Sequence[Claim]) -> list[Verdict]:
+    """What the results say about each claim."""
+    tested = [_tested(results, claim) for claim in claims]
+    corrected = holm([p for _, _, p, _ in tested])
+    return [
+        Verdict(mean, std, p, of_all, seeds, _word(mean, of_all))
+        for (mean, std, p, seeds), of_all in zip(tested, corrected, strict=True)
+    ]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values after Holm's step-down correction (1979); NaN is no test, and stays."""
+    corrected, largest = list(p), 0.0
+    tests = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
+    for rank, (value, i) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - rank) * value))
+        corrected[i] = largest
+    return corrected
+
+
+def _tested(results: list[Result], claim: Claim) -> tuple[float, float, float, int]:
+    """Mean difference in favour of the claim, its standard deviation, p of the paired t-test, and seeds."""
+    sign = -1 if claim.metric in _LOWER_IS_BETTER else 1
     better, worse = (
         {r.seed: r.metric(claim.metric) for r in results if r.arm == a} for a in (claim.better, claim.worse)
     )
-    seeds = sorted(better.keys() & worse.keys())
-    differences = np.array([sign * (better[s] - worse[s]) for s in seeds])
-    if len(seeds) < 2:
-        return float("nan"), float("nan"), float("nan"), len(seeds), "open"
+    differences = np.array([sign * (better[s] - worse[s]) for s in sorted(better.keys() & worse.keys())])
+    differences = differences[~np.isnan(differences)]
+    if len(differences) < 2:
+        return math.nan, math.nan, math.nan, len(differences)
     mean, std = float(differences.mean()), float(differences.std(ddof=1))
     p = float(stats.ttest_1samp(differences, 0).pvalue) if std > 0 else (0.0 if mean else 1.0)
+    return mean, std, p, len(differences)
+
+
+def _word(mean: float, p: float) -> str:
+    if math.isnan(p):
+        return "open"
     if p >= _SIGNIFICANT:
-        word = "in its direction, not significant" if mean > 0 else "not seen"
-    else:
-        word = "reproduces" if mean > 0 else "contradicted"
-    return mean, std, p, len(seeds), word
+        return "in its direction, not significant" if mean > 0 else "not seen"
+    return "reproduces" if mean > 0 else "contradicted"
 
 
 def _table(results: list[Result], arms: list[str]) -> list[str]:
-    columns: list[tuple[str, Callable[[Result], float], str]] = [
-        ("static, %", lambda r: 100 * r.metric("static"), ".1f"),
-        ("dynamic, %", lambda r: 100 * r.metric("dynamic"), ".1f"),
-        ("loss under dynamic, points", lambda r: 100 * r.metric("loss"), ".1f"),
-        ("tokens/step, dynamic", lambda r: r.dynamic["tokens_per_step"], ".2f"),
+    columns: list[tuple[str, Callable[[Result], float], str]] = []
+    if _has_problems(results):
+        columns += [
+            ("static, %", lambda r: 100 * r.metric("static"), ".1f"),
+            ("dynamic, %", lambda r: 100 * r.metric("dynamic"), ".1f"),
+            ("loss under dynamic, points", lambda r: 100 * r.metric("loss"), ".1f"),
+            ("tokens/step, dynamic", lambda r: r.dynamic["tokens_per_step"], ".2f"),
+        ]
+    if any(r.held_out_kl is not None for r in results):
+        columns.append(("held-out KL, nats", lambda r: r.metric("held_out_kl"), ".3f"))
+    columns += [
         ("training tokens", lambda r: r.train["response_tokens"], ",.0f"),
         ("updates", lambda r: r.train["updates"], ",.0f"),
         ("minutes", lambda r: r.train["seconds"] / 60, ".1f"),
@@ -144,16 +225,22 @@ def _mean_std(values: list[float], form: str) -> str:
 
 def _claims(results: list[Result], claims: tuple[Claim, ...]) -> list[str]:
     lines = [
-        "| claim | measured by | difference, points | p | seeds | verdict |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| claim | measured by | difference | p | p, corrected | seeds | verdict |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for claim in claims:
-        mean, std, p, seeds, word = verdict(results, claim)
-        measure = {"loss": "less lost from static to dynamic"}.get(claim.metric, f"{claim.metric} exact match")
+    for claim, found in zip(claims, verdicts(results, claims), strict=True):
+        named = {"loss": "less lost from static to dynamic", "held_out_kl": "held-out KL"}
+        measure = named.get(claim.metric, f"{claim.metric} exact match")
+        scale, form, unit = (1, ".3f", "nats") if claim.metric == "held_out_kl" else (100, ".1f", "points")
         lines.append(
             f"| {claim.text} | {measure}: {claim.better} against {claim.worse} "
-            + (f"| {100 * mean:+.1f} ± {100 * std:.1f} | {p:.3f} " if seeds > 1 else "| - | - ")
-            + f"| {seeds} | **{word}** |"
+            + (
+                f"| {scale * found.mean:+{form}} ± {scale * found.std:{form}} {unit} | {found.p:.3f} "
+                f"| {found.corrected:.3f} "
+                if found.seeds > 1
+                else "| - | - | - "
+            )
+            + f"| {found.seeds} | **{found.word}** |"
         )
     return lines
 
@@ -168,11 +255,13 @@ def _versions(results: list[Result]) -> list[str]:
 
 
 def plot_curves(results: list[Result], arms: dict[str, ArmConfig], path: Path) -> None:
-    """Exact match under dynamic decoding against response tokens: mean over seeds, band of one standard deviation."""
+    """Exact match under dynamic decoding, or else the held-out KL, against response tokens: mean over seeds and a band
+    of one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
+    scale, label = (100, "exact match, dynamic decoding, %") if _has_problems(results) else (1, "held-out KL, nats")
     for i, (arm, config) in enumerate(arms.items()):
         color = config.style.color or f"C{i}"
         curves = [r.curve for r in results if r.arm == arm and r.curve]
@@ -180,12 +269,12 @@ def plot_curves(results: list[Result], arms: dict[str, ArmConfig], path: Path) -
             continue
         points = min(map(len, curves))
         x = np.mean([[p[0] for p in c[:points]] for c in curves], axis=0) / 1e3
-        y = 100 * np.array([[p[1] for p in c[:points]] for c in curves])
+        y = scale * np.array([[p[1] for p in c[:points]] for c in curves])
         axes.plot(x, y.mean(axis=0), linestyle=config.style.line, color=color, label=arm, marker="o", markersize=3)
         if len(curves) > 1:
             axes.fill_between(x, y.mean(axis=0) - y.std(axis=0, ddof=1), y.mean(axis=0) + y.std(axis=0, ddof=1),
                               color=color, alpha=0.12, linewidth=0)  # fmt: skip
-    axes.set(xlabel="response tokens trained on, thousands", ylabel="exact match, dynamic decoding, %")
+    axes.set(xlabel="response tokens trained on, thousands", ylabel=label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -193,22 +282,24 @@ def plot_curves(results: list[Result], arms: dict[str, ArmConfig], path: Path) -
 
 
 def plot_final(results: list[Result], arms: list[str], path: Path) -> None:
-    """Exact match of every arm under static and dynamic decoding, one dot per seed."""
+    """Exact match of every arm under static and dynamic decoding, or else its held-out KL, one dot per seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.55 * len(arms) + 1.2), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
-    for shift, name, colour in ((0.2, "static", "C0"), (-0.2, "dynamic", "C1")):
+    exact = _has_problems(results)
+    drawn = [(0.2, "static", "C0"), (-0.2, "dynamic", "C1")] if exact else [(0.0, "held_out_kl", "C0")]
+    for shift, name, colour in drawn:
         label: str | None = name
         for i, arm in enumerate(arms):
-            values = [100 * r.metric(name) for r in results if r.arm == arm]
+            values = [(100 if exact else 1) * r.metric(name) for r in results if r.arm == arm]
             if values:
                 y = len(arms) - 1 - i + shift
                 axes.barh(y, np.mean(values), height=0.36, color=colour, alpha=0.55, label=label)
                 label = None
                 axes.plot(values, [y] * len(values), "o", color=colour, markersize=4, markeredgecolor="white")
     axes.set_yticks(range(len(arms)), reversed(arms))
-    axes.set(xlabel="exact match, %", xlim=(0, 100))
+    axes.set(xlabel="exact match, %", xlim=(0, 100)) if exact else axes.set(xlabel="held-out KL, nats")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(path)

@@ -75,6 +75,8 @@ def arms_of(ablation: AblationConfig) -> list[Arm]:
     runs = []
     for seed in ablation.seeds:
         for name, own in ablation.arms.items():
+            if own.seeds and seed not in own.seeds:
+                continue
             fields: dict[str, Any] = {
                 "name": f"{_slug(name)}-seed{seed}",
                 "output_dir": str(ablation.output_dir / ablation.name),

@@ -1,6 +1,7 @@
 """Ablations: all configs are checked before the first run, finished runs are not repeated, verdicts follow metrics."""
 
 import json
+import math
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from common.config.errors import ConfigError
 from deploy import cli
 from deploy.ablation.config import AblationConfig, Claim
-from deploy.ablation.report import Result, plot_curves, verdict, write_report
+from deploy.ablation.report import Result, holm, plot_curves, verdicts, write_report
 from deploy.ablation.runs import (
     _respond,
     _write_config,
@@ -205,10 +206,11 @@ def results(better: list[float], worse: list[float]) -> list[Result]:
 )
 def test_verdicts(better, worse, metric, expected):
     claim = Claim(text="", better="a", worse="b", metric=metric)
-    mean, std, p, seeds, word = verdict(results(better, worse), claim)
-    assert word == expected
-    assert seeds == len(better)
-    if seeds > 1:  # the paired t statistic, written out
+    (found,) = verdicts(results(better, worse), [claim])
+    mean, std, p = found.mean, found.std, found.p
+    assert found.word == expected
+    assert found.seeds == len(better)
+    if found.seeds > 1:  # the paired t statistic, written out
         sign = 1 if metric == "dynamic" else -1
         values = np.array(better) if metric == "dynamic" else 0.9 - np.array(better)
         others = np.array(worse) if metric == "dynamic" else 0.9 - np.array(worse)
@@ -218,6 +220,48 @@ def test_verdicts(better, worse, metric, expected):
         t = mean / (std / np.sqrt(3))
         # Student's t with two degrees of freedom has a closed form
         assert p == pytest.approx(1 - abs(t) / np.sqrt(2 + t**2), abs=1e-9)
+
+
+def test_verdicts_are_corrected_for_the_number_of_claims():
+    """Against p-values adjusted by hand; what is significant alone is not beside four others."""
+    assert holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    claim = Claim(text="", better="a", worse="b", metric="dynamic")
+    rows = results([0.80, 0.83, 0.81], [0.70, 0.71, 0.74])
+    (alone,) = verdicts(rows, [claim])
+    assert alone.word == "reproduces" and 0.01 < alone.p == alone.corrected < 0.05
+    beside = verdicts(rows, [claim] * 5)
+    assert {v.word for v in beside} == {"in its direction, not significant"}
+    assert beside[0].corrected == pytest.approx(5 * alone.p)
+
+
+def test_an_ablation_without_problems_reports_the_held_out_kl(tmp_path):
+    """Lower is better; an arm may have fewer seeds than the others."""
+    arms = {"OPDLM": {"objective.method": "opdlm"}, "SFT": {"objective.method": "sft"}, "LIFT": {"seeds": [1]}}
+    claims = [{"text": "a lower KL", "better": "OPDLM", "worse": "SFT", "metric": "held_out_kl"}]
+    overrides = {"evaluation.problems": None, "evaluation.held_out_prompts": 16}
+    settings = ablation(tmp_path, arms=arms, claims=claims, overrides=overrides)
+    runs = arms_of(settings)
+    assert [(arm.name, arm.seed) for arm in runs if arm.name == "LIFT"] == [("LIFT", 1)]
+    for arm in runs:
+        finish(arm, 0.9, 0.8)
+        summary = json.loads((arm.config.run_dir / "summary.json").read_text())
+        del summary["student"]
+        mean = {"OPDLM": 1.0, "SFT": 1.5, "LIFT": 2.0}[arm.name] + arm.seed / 100 * (1 + (arm.name == "SFT"))
+        summary["held_out_kl"] = {"mean": mean}
+        (arm.config.run_dir / "summary.json").write_text(json.dumps(summary))
+        (arm.config.run_dir / "metrics.jsonl").write_text('{"response_tokens": 500, "eval/held_out_kl": 3.0}\n')
+    write_report(settings, runs, "small.yaml")
+    text = settings.report.read_text()
+    assert "| arm | seeds | held-out KL, nats | training tokens |" in text
+    assert "| OPDLM | 3 | 1.010 ± 0.010 |" in text and "| LIFT | 1 | 2.010 |" in text
+    assert (
+        "| a lower KL | held-out KL: OPDLM against SFT | +0.510 ± 0.010 nats | 0.000 | 0.000 | 3 | **reproduces** |"
+        in text
+    )
+    assert "responses to 16 held-out prompts" in text and "![Held-out KL at the end]" in text
+    with pytest.raises(ValueError, match=r"arm 'LIFT' has seed 7, which is none of seeds \[0, 1, 2\]; add it there"):
+        ablation(tmp_path, arms=arms | {"LIFT": {"seeds": [7]}})
 
 
 def test_the_report_of_an_unfinished_ablation(tmp_path):

@@ -1,0 +1,90 @@
+"""The arms of the ablation on a real model: each has a config that is accepted, and a loss that a tiny model learns."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.config.run import DynamicUnmasking
+from common.prompts import Prompt
+from common.responses import offline_trajectory
+from common.seeds import state_rng
+from common.states import select_states
+from common.student import load_model, load_tokenizer
+from common.trajectory import TrajectoryMeta
+from deploy.ablation.runs import Arm, arms_of, load_ablation
+from deploy.curriculum import extra_weights
+from learner.batches import BatchBuilder, update_shares
+from learner.difficulty import kept, label_logprobs
+from learner.objective import empty_sums
+from learner.training_module import TrainingModule
+from tests.models import tiny_qwen3
+from tests.unit.test_parity import CPU, set_targets, trajectories
+
+FILE = "ablation-smollm2"
+ARMS = list(load_ablation(FILE).arms)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    paths = [tiny_qwen3(tmp_path_factory.mktemp("models") / str(seed), seed=seed) for seed in (0, 1)]
+    student, teacher = (load_model(path, torch.float32, "sdpa") for path in paths)
+    return student, teacher.requires_grad_(False), load_tokenizer(paths[0])
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[Arm]:
+    return arms_of(load_ablation(FILE))
+
+
+def test_the_papers_methods_have_three_seeds_and_the_others_one(runs):
+    seeds = {name: [arm.seed for arm in runs if arm.name == name] for name in ARMS}
+    three = [name for name, each in seeds.items() if each == [0, 1, 2]]
+    assert three == ["OPDLM", "OPDLM_off", "off-policy distillation", "SFT"]
+    assert all(each == [0] for name, each in seeds.items() if name not in three)
+    for arm in runs:
+        base = next(r for r in runs if r.seed == arm.seed).config
+        assert arm.config.data == base.data and arm.config.pipeline == base.pipeline
+        assert arm.config.evaluation == base.evaluation and arm.config.evaluation.held_out_prompts == 256
+        assert arm.config.learner.model_copy(update={"freeze_embeddings": False}) == base.learner
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_update_of_every_arm_is_finite(runs, models, name):
+    """Rollouts or offline responses, as the arm has them, through state selection, packing, loss and gradient."""
+    student, teacher, tokenizer = models
+    config = next(arm.config for arm in runs if arm.name == name)
+    config = config.model_copy(update={"block_size": 4})
+    parts, end = config.objective.parts, tokenizer.eos_token_id
+    rows = []
+    for number, part in enumerate(parts):
+        own = trajectories(student, tokenizer, DynamicUnmasking(threshold=0.05), count=4, seed=number)
+        if part.source.kind == "offline":
+            prompts = [Prompt(t.ordinal, "q", t.prompt_ids, responses=(t.response_ids,)) for t in own]
+            own = [offline_trajectory(p, 0, 14, 4, tokenizer.mask_token_id, end) for p in prompts]
+        for t in own:
+            t.sample = number
+            select_states(t, part, 4, end, state_rng(0, t.ordinal, number))
+        rows += own
+    if config.target_kind == "hidden":
+        set_targets(teacher, rows)
+    width = student.config.hidden_size if config.target_kind == "hidden" else 0
+    meta = TrajectoryMeta(4, tokenizer.mask_token_id, "test", config.target_kind, width)
+    builder = BatchBuilder.of(config, meta, attention="sdpa", device=CPU, teacher_head=teacher.lm_head.weight)
+    builders = builder.with_extra(config.objective, extra_weights(config.objective, 0))
+    module = TrainingModule(student, config)
+    student.zero_grad()
+    rows.sort(key=lambda t: (t.ordinal, t.sample))
+    (share,) = update_shares(rows, len(parts), samples=1, rows=4)
+    for own, each in zip(share, builders, strict=True):
+        if each.objective.reads_difficulty:
+            with torch.no_grad():
+                log_p = label_logprobs(own, each, 0, 1, lambda batch: module(batch, None))
+            own = kept(own, log_p.numpy(), each.objective, 4, config.seed)
+        sums = empty_sums(CPU)
+        for micro in each.update(own, 0, 1)[0]:
+            module(each.tensors(micro, own), sums).backward()
+        assert sums.loss.item() > 0 and not sums.bad.item()
+    student.get_input_embeddings()._forward_hooks.clear()  # of freeze_embeddings
+    moved = [name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(moved) > 10
+    assert all(np.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
