@@ -9,21 +9,26 @@ from tests import soak
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 
 
-def test_runs_with_faults_lose_and_double_nothing(tmp_path):
+def test_runs_with_faults_lose_and_double_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "FAULTS", 5)  # of a run
     out = tmp_path / "soak.json"
-    results = soak.soak(faults=soak.FAULTS + 1, parallel=1, out=out, first_seed=0, work=tmp_path)
+    results = soak.soak(faults=soak.FAULTS + 1, parallel=1, out=out, first_seed=4, work=tmp_path)
     assert json.loads(out.read_text()) == results
     assert results["faults"] > soak.FAULTS
     assert results["completed_runs"] == results["all_runs"] == 2
     assert {run["staleness"] for run in results["runs"]} == {0, 1}
-    for bad in ("lost_ordinals", "doubled_ordinals", "too_old", "unbounded_waits", "set_aside_runs"):
+    for bad in ("lost_ordinals", "doubled_ordinals", "too_old", "unbounded_waits", "set_aside_runs", "grown"):
         assert results[bad] == 0, results["runs"]
     assert results["bit_equal_runs"] == results["compared_runs"] == 1
 
 
 def test_a_schedule_follows_from_its_seed():
-    assert soak.schedule(7) == soak.schedule(7) != soak.schedule(8)
-    faults = [fault for seed in range(60) for fault in soak.schedule(seed)[2]]
+    plans = [soak.plan_of(seed) for seed in range(60)]
+    assert plans[7] == soak.plan_of(7) != plans[8]
+    faults = [fault for plan in plans for fault in plan.faults]
     assert {fault.phase for fault in faults} == set(soak.WORK)
     assert {fault.role for fault in faults} == {"rollout", "teacher", "learner", "driver", "node"}
-    assert {fault.kind for fault in faults} == {*soak.KINDS, *soak.DRIVER_KINDS, "raylet killed"}
+    others = {"raylet killed", "disk full", *soak.NETWORK_KINDS}
+    assert {fault.kind for fault in faults} == {*soak.KINDS, *soak.DRIVER_KINDS, *others}
+    assert {plan.special for plan in plans} == set(soak.RUNS)
+    assert {soak.plan_of(seed, privileged=False).special for seed in range(20)} == {"", "vllm", "loading", "raylets"}
