@@ -33,6 +33,7 @@ from common.student import (
     load_config,
     load_model,
     load_tokenizer,
+    stored_shapes,
     third_party,
 )
 from common.vocabulary import check_tokenizer, token_count
@@ -279,7 +280,7 @@ def check_weights(path: str) -> None:
             third_party("has a config.json of which no model can be built", "correct it"),
         ):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        check_complete({name: tuple(p.shape) for name, p in model.named_parameters()}, tensors)
+        check_complete(stored_shapes(model), tensors)
 
 
 def check_saving(path: str, conversion: Conversion) -> list[str]:

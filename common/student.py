@@ -27,7 +27,7 @@ from common.gguf_files import model_folder
 from common.model_files import ModelError, head_of, stored_tensors
 
 # families whose attention takes prebuilt masks, one for each kind of layer
-SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma3_text")
+SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma3_text", "qwen3_moe")
 
 
 def load_config(path: str) -> Any:
@@ -120,6 +120,28 @@ def check_family(config: Any) -> None:
             f"has attention layers {sorted(unknown)}; only full_attention and sliding_attention can be "
             "block-causal here: choose another model"
         )
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a router deals the tokens out to experts (mixture of experts)."""
+    return bool(getattr(config, "num_experts", None))
+
+
+def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model's files, by name: experts, in memory one parameter of a layer, have one each there."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        layer, experts, kind = name.rpartition(".experts.")
+        if not experts:
+            shapes[name] = shape
+            continue
+        for expert in range(shape[0]):
+            of_one = {"down_proj": shape[1:]}
+            if kind == "gate_up_proj":
+                of_one = dict.fromkeys(("gate_proj", "up_proj"), (shape[1] // 2, shape[2]))
+            shapes |= {f"{layer}.experts.{expert}.{part}.weight": own for part, own in of_one.items()}
+    return shapes
 
 
 def parameter_count(config: Any) -> int:

@@ -117,6 +117,7 @@ def check_models(config: RunConfig) -> CheckedModels:
             teachers[field] = teacher_path, *_check_teacher(field, own)
     with model_errors("model.path", path):
         student = checked(path, student_of(config))
+    _check_experts(config, student.config)
     positions = student.config.max_position_embeddings
     for (field, teacher_path), own in zip(config.teacher_paths.items(), config.by_teacher, strict=True):
         if own.teacher.reads == "state":
@@ -144,6 +145,26 @@ def check_models(config: RunConfig) -> CheckedModels:
             student = replace(student, notes=(*student.notes, note))
         positions = min(positions, teacher_config.max_position_embeddings)
     return CheckedModels(student, positions)
+
+
+def _check_experts(config: RunConfig, student: Any) -> None:
+    """Refuse what a model with experts cannot do: CUDA graphs repeat one routing, and there are no kernels for it."""
+    from common.student import has_experts
+
+    if not has_experts(student):
+        return
+    rollout, learner = config.rollout, config.learner
+    for field, on in (
+        ("rollout.cuda_graphs", rollout.cuda_graphs and rollout.resources.gpus),
+        ("rollout.compile", rollout.compile and rollout.resources.gpus),
+        ("learner.compile", learner.compile and learner.resources.gpus),
+        ("learner.liger_kernels", learner.liger_kernels),
+    ):
+        if on:
+            raise ConfigError(
+                f"{field}: model.path {config.model.path!r} (model_type {student.model_type!r}) routes each token to "
+                f"experts by its value, which captured or fused passes do not follow; set {field} to false"
+            )
 
 
 def _check_reads_states(field: str, path: str, mask_token_id: int) -> None:

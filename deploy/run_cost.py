@@ -1,7 +1,8 @@
 """What a run has cost: floating-point operations by role, counted as papers count them, and GPU hours.
 
 A forward takes 2 operations for each parameter and token, a backward twice as much (Kaplan et al., 2020, arXiv
-2001.08361); attention over the context is left out. With T response tokens trained on:
+2001.08361); of experts those count that a token is routed to, and attention over the context is left out. With T
+response tokens trained on:
 
 | role | FLOPs |
 | --- | --- |
@@ -32,8 +33,10 @@ class RunCost:
 
     @classmethod
     def of(cls, config: RunConfig, placement: Placement) -> RunCost:
-        teachers = [shape.parameters if config.target_kind != "none" else 0 for shape in placement.teacher_shapes]
-        return cls(placement.shape.parameters, tuple(teachers), placement.gpus)
+        teachers = [
+            shape.active_parameters if config.target_kind != "none" else 0 for shape in placement.teacher_shapes
+        ]
+        return cls(placement.shape.active_parameters, tuple(teachers), placement.gpus)
 
     def metrics(self, state: RunState) -> dict[str, float]:
         """The metrics of the registry, cumulative."""

@@ -98,6 +98,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 32,
     },
 }
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "head_dim": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+}
 
 
 def tiny_family(path: Path, family: str, seed: int = 0, **changes: Any) -> str:
@@ -117,7 +125,7 @@ def tiny_family(path: Path, family: str, seed: int = 0, **changes: Any) -> str:
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        **FAMILIES.get(family, {"model_type": family}),
+        **(EXPERTS if family == "qwen3-moe" else FAMILIES.get(family, {"model_type": family})),
         **changes,
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))

@@ -14,11 +14,12 @@ PACKS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "u
 
 
 def pack_projections(model: PreTrainedModel) -> None:
-    """Replace the projections of PACKS in every layer; does nothing to a model that is packed already."""
+    """Replace the projections of PACKS in every layer; does nothing to a model that is packed already, nor to experts,
+    which have products of their own."""
     for layer in model.model.layers:
         for part, names in PACKS:
             owner = getattr(layer, part)
-            linears = [getattr(owner, name) for name in names]
+            linears = [getattr(owner, name, None) for name in names]
             if all(type(linear) is nn.Linear for linear in linears):
                 for name, packed in zip(names, _packed(linears), strict=True):
                     setattr(owner, name, packed)

@@ -56,12 +56,25 @@ class ModelShape(Section):
     intermediate_size: int = Field(gt=0, le=10**7, description="width of the MLP")
     vocab_size: int = Field(gt=0, le=10**8, description="embedding rows")
     tied_embeddings: bool = Field(True, description="the LM head is the embedding")
+    experts: int = Field(0, ge=0, le=10**5, description="experts of each layer; 0: a plain MLP")
+    experts_per_token: int = Field(0, ge=0, le=10**5, description="of these, for one token")
+    expert_size: int = Field(0, ge=0, le=10**7, description="width of one expert")
 
     @property
     def parameters(self) -> int:
         """Number of parameters of a Qwen3-like decoder of this shape (norm weights left out)."""
+        return self._parameters(self.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that work on one token."""
+        return self._parameters(self.experts_per_token)
+
+    def _parameters(self, experts: int) -> int:
         attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
         mlp = 3 * self.hidden_size * self.intermediate_size
+        if self.experts:
+            mlp = self.hidden_size * (3 * experts * self.expert_size + self.experts)  # and the router
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.layers * (attention + mlp) + embeddings
 

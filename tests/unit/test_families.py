@@ -19,7 +19,7 @@ from tests.models import FAMILIES, tiny_family
 from tests.unit.test_parity import BLOCK, CPU, builder, set_targets, trajectories
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "qwen3-moe"])
 def family(request, tmp_path_factory):
     """Name, model and tokenizer of a converted student."""
     folder = tmp_path_factory.mktemp(request.param)
