@@ -173,7 +173,7 @@ def model_shape(field: str, path: str, fallback: ModelShape | None) -> ModelShap
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         intermediate_size=raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
-        experts=raw.get("num_experts") or 0,
+        experts=raw.get("num_experts") or raw.get("num_local_experts") or 0,
         experts_per_token=raw.get("num_experts_per_tok") or 0,
         expert_size=raw.get("moe_intermediate_size") or 0,
         tied_embeddings=raw.get("tie_word_embeddings", str(raw.get("model_type")).startswith("gemma")),

@@ -19,8 +19,9 @@ def pack_projections(model: PreTrainedModel) -> None:
     for layer in model.model.layers:
         for part, names in PACKS:
             owner = getattr(layer, part)
-            linears = [getattr(owner, name, None) for name in names]
-            if all(type(linear) is nn.Linear for linear in linears):
+            found = [getattr(owner, name, None) for name in names]
+            linears = [linear for linear in found if type(linear) is nn.Linear]
+            if len(linears) == len(names):
                 for name, packed in zip(names, _packed(linears), strict=True):
                     setattr(owner, name, packed)
 
