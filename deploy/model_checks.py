@@ -118,6 +118,7 @@ def check_models(config: RunConfig) -> CheckedModels:
     with model_errors("model.path", path):
         student = checked(path, student_of(config))
     _check_experts(config, student.config)
+    _check_layers(config, student.config, teachers["teacher.path"][1] if "teacher.path" in teachers else student.config)
     positions = student.config.max_position_embeddings
     for (field, teacher_path), own in zip(config.teacher_paths.items(), config.by_teacher, strict=True):
         if own.teacher.reads == "state":
@@ -145,6 +146,24 @@ def check_models(config: RunConfig) -> CheckedModels:
             student = replace(student, notes=(*student.notes, note))
         positions = min(positions, teacher_config.max_position_embeddings)
     return CheckedModels(student, positions)
+
+
+def _check_layers(config: RunConfig, student: Any, teacher: Any) -> None:
+    """Refuse layers to align that one of the models does not have."""
+    terms = config.objective.terms
+    if not terms.aligns_layers:
+        return
+    count = student.num_hidden_layers + 1
+    if teacher.num_hidden_layers + 1 != count:
+        raise ConfigError(
+            f"objective.terms.alignment_of: the student has {student.num_hidden_layers} layers and teacher.path "
+            f"{config.teacher_path!r} {teacher.num_hidden_layers}; set it to 'final'"
+        )
+    if beyond := [layer for layer in terms.aligned(count) if layer >= count]:
+        raise ConfigError(
+            f"objective.terms.alignment_layers: {beyond[0]} is none of the layers, which are 0 (the embedding) to "
+            f"{count - 1} (the final hidden state); take it out"
+        )
 
 
 def _check_experts(config: RunConfig, student: Any) -> None:

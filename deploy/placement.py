@@ -307,6 +307,7 @@ def _learner_memory(config: RunConfig, shape: ModelShape, heads: Mapping[str, Mo
     states = shape.parameters * (12 if learner.dtype == "bfloat16" else 8)  # Adam moments, and fp32 weights for bf16
     per_layer = shape.hidden_size * (2 if learner.gradient_checkpointing else 16)
     head = shape.vocab_size * shape.hidden_size
+    base = heads[config.teacher_path].parameters
     teacher_heads = _head_elements(heads) * _BYTES[config.teacher.dtype]
     return {
         "weights and gradients (sharded)": 2 * shape.parameters * width // ranks,
@@ -314,6 +315,7 @@ def _learner_memory(config: RunConfig, shape: ModelShape, heads: Mapping[str, Mo
         "weights kept whole": min(shape.parameters, WHOLE_ELEMENTS) * width * (ranks - 1) // ranks,
         "activations": learner.max_tokens_per_microbatch * shape.layers * per_layer * width,
         "LM head, whole, with its gradient": head * (width + 4),
+        "frozen ARLM": base * width if config.objective.terms.aligns_layers else 0,
         "teacher's LM head": teacher_heads if config.target_kind == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
         "staged weights": shape.parameters * width if config.weights_transport == "broadcast" else 0,

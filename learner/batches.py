@@ -17,6 +17,7 @@ from common.masks import TILE, packed_mask, per_layer_kind
 from common.prompts import part_of
 from common.seeds import stream_key, uniform
 from common.trajectory import Trajectory, TrajectoryMeta
+from learner.alignment import ClearRows, clear_rows
 from learner.objective import HiddenTarget, LabelTarget, SeveralTeachers, Target, TopKTarget
 from learner.packing import (
     MicroBatch,
@@ -62,6 +63,7 @@ class TrainingBatch:
     tokens: int
     labels: Tensor
     terms: LogitTerms | None = None
+    clear: ClearRows | None = None
     next_tokens: NextTokens | None = None
 
     @property
@@ -214,6 +216,9 @@ class BatchBuilder:
             tokens=batch.tokens,
             labels=labels,
             terms=terms,
+            clear=ClearRows(*map(move, clear_rows(batch, trajectories)))
+            if self.objective.terms.aligns_layers and len(batch.loss_index)
+            else None,
             next_tokens=next_tokens,
         )
 

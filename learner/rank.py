@@ -34,6 +34,7 @@ from common.trajectory import Trajectory, TrajectoryMeta, to_batch, write_spool
 from common.weights.broadcast import BroadcastTransport, connect, open_store, stay_on
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
+from learner.alignment import LayerAlignment, frozen_base
 from learner.batches import BatchBuilder, TrainingBatch, of_heads, update_shares
 from learner.deepspeed_config import deepspeed_config, keeps_whole
 from learner.difficulty import kept, label_logprobs
@@ -164,6 +165,7 @@ class LearnerRank:
         self.conversion = student_of(self.config)
         whole = keeps_whole(learner, parameter_count(self.conversion.config))
         settings = deepspeed_config(learner, on_gpu, whole)
+        base = frozen_base(self.config, self.device)  # before models are loaded in parts
         self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         self.tokenizer = self.conversion.tokenizer
         self.reader = RecordReader(self.config, self.conversion)
@@ -177,6 +179,8 @@ class LearnerRank:
         student.train()
         self.engine = (WholeEngine if whole else GatheredEngine)(self.config, student, settings, on_gpu)
         self.student = self.engine.student
+        if base:
+            self.engine.module.alignment = LayerAlignment(self.student, base, self.config.objective.terms)
         self.attention = attention
         self.teacher_heads = teacher_heads_of(self.config, self.conversion, self.device)
         self.transport: WeightsTransport = ObjectStoreTransport()

@@ -22,6 +22,7 @@ from common.conversion import student_of, teacher_heads_of
 from common.prompts import part_of
 from common.student import attention_windows, default_attention, load_model
 from common.trajectory import Trajectory, read_spool
+from learner.alignment import LayerAlignment, frozen_base
 from learner.batches import BatchBuilder, of_heads
 from learner.faults import FACTS, MODEL, RECORDS
 from learner.liger import use_liger_kernels
@@ -79,6 +80,8 @@ def replay(folder: Path) -> Replay:
     if config.learner.liger_kernels and on_gpu:
         use_liger_kernels(model)
     module = TrainingModule(model.train(), config)
+    if base := frozen_base(config, device):
+        module.alignment = LayerAlignment(model, base, config.objective.terms)
     builder = BatchBuilder.of(
         config,
         meta,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
 from common.student import hidden_states, lm_head_weight
+from learner.alignment import LayerAlignment
 from learner.batches import TrainingBatch
 from learner.objective import (
     ChunkedDivergence,
@@ -36,6 +37,7 @@ class TrainingModule(nn.Module):
         self.student = student
         self.read = read or (lambda batch: hidden_states(student, batch.ids, batch.positions, batch.mask))
         self.chunk = config.learner.logits_chunk_rows
+        self.alignment: LayerAlignment | None = None  # set by whoever has the frozen ARLM
         self.freezes = config.learner.freeze_embeddings
         if self.freezes:
             # no gradient arrives, so that the optimizer, which has them like all other weights, changes nothing
@@ -61,7 +63,10 @@ class TrainingModule(nn.Module):
     def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
         """The terms that need more than the logits at the masked positions."""
         terms = batch.objective.terms
-        if isinstance(batch.target, HiddenTarget | SeveralTeachers) and terms.alignment:
+        if self.alignment and batch.clear:
+            aligned = self.alignment.loss(hidden, batch.loss_index, batch.clear, batch.coefficient)
+            yield terms.alignment * aligned
+        elif isinstance(batch.target, HiddenTarget | SeveralTeachers) and terms.alignment and not terms.aligns_layers:
             yield terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
         if batch.next_tokens:
             before = hidden.reshape(-1, hidden.shape[-1])[batch.next_tokens.index]

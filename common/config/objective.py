@@ -244,9 +244,45 @@ class ExtraTerms(Section):
     alignment: float = Field(
         0.0, ge=0, description="times 1 - cosine of the student's and the teacher's final hidden states (REPR-ALIGN)"
     )
+    alignment_of: Literal["final", "layers"] = Field(
+        "final",
+        description="what alignment compares; layers: all, or alignment_layers, made anew at the learner from a frozen "
+        "copy of the ARLM, so that labels may be hard",
+    )
+    alignment_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="which layers: 0 is the embedding, the last the final hidden state; none: all"
+    )
+    alignment_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="of these layers, in their order; none: all alike"
+    )
     autoregressive: float = Field(
         0.0, ge=0, description="times the student's causal next-token cross-entropy on the clean response"
     )
+
+    @property
+    def aligns_layers(self) -> bool:
+        """Whether more than the final hidden states of targets are aligned."""
+        return self.alignment > 0 and self.alignment_of == "layers"
+
+    def aligned(self, count: int) -> dict[int, float]:
+        """The weights, which add up to 1, of the aligned ones of `count` layers, the embedding counted."""
+        layers = self.alignment_layers or tuple(range(count))
+        weights = self.alignment_weights or (1.0,) * len(layers)
+        return {layer: weight / sum(weights) for layer, weight in zip(layers, weights, strict=True)}
+
+    @model_validator(mode="after")
+    def _each_layer_has_its_weight(self) -> ExtraTerms:
+        layers, weights = self.alignment_layers, self.alignment_weights
+        if layers and self.alignment_of != "layers":
+            raise ValueError(f"alignment_layers {layers} is for alignment_of 'layers'; set that, or leave it out")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"alignment_layers {layers} names a layer twice; name each once")
+        if weights and len(layers) != len(weights):
+            raise ValueError(
+                f"alignment_weights {weights} has not one weight for each of alignment_layers {layers}; list the "
+                "layers, and a weight for each"
+            )
+        return self
 
     @property
     def needs_entropy(self) -> bool:
@@ -437,7 +473,7 @@ class ObjectiveConfig(Section):
         for name, on in (
             ("importance_weight", self.importance_weight),
             ("outliers", self.routes),
-            ("terms.alignment", self.terms.alignment > 0),
+            ("terms.alignment", self.terms.alignment > 0 and not self.terms.aligns_layers),
         ):
             if on and teacherless:
                 raise ValueError(f"{name} compares with a teacher, and target.kind 'hard' has none; turn it off")

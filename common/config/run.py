@@ -839,12 +839,29 @@ class RunConfig(Section):
         for name, on in (
             ("importance_weight", objective.importance_weight),
             ("outliers", objective.routes),
-            ("terms.alignment", objective.terms.alignment > 0),
+            ("terms.alignment", objective.terms.alignment > 0 and not objective.terms.aligns_layers),
         ):
             if on and self.target_kind != "hidden":
                 raise ValueError(
                     f"objective.{name} needs the teacher's whole distribution or hidden states, teacher.target is "
                     f"{self.teacher.target!r}; set teacher.target to 'hidden', or turn objective.{name} off"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_aligned(self) -> RunConfig:
+        if not self.objective.terms.aligns_layers:
+            return self
+        for field, on, remedy in (
+            ("learner.gradient_checkpointing", self.learner.gradient_checkpointing, "false"),
+            ("learner.compile", self.learner.compile, "false"),
+            ("teacher.others", bool(self.teacher.others), "[]"),
+            ("teacher.reads", self.teacher.reads == "state", "prefix"),
+        ):
+            if on:
+                raise ValueError(
+                    "objective.terms.alignment_of 'layers' compares what each layer gives with one ARLM, which "
+                    f"{field} does not leave to it; set {field} to {remedy}, or alignment_of to 'final'"
                 )
         return self
 

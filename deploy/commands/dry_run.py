@@ -46,6 +46,8 @@ def show(config: RunConfig, console: Console) -> None:
     console.print(f"together: {placement.cpus:g} CPUs, {placement.gpus:g} GPUs; memory is a rough estimate")
     for line in _teacher_pools(config, placement):
         console.print(line, highlight=False, soft_wrap=True)
+    if config.objective.terms.aligns_layers:
+        console.print(_alignment_cost(config, placement), highlight=False, soft_wrap=True)
     console.rule("payload of one rollout batch, at most")
     used = {"trajectories", "weights", f"targets ({config.target_kind})"}
     why = "labels are hard" if config.target_kind == "none" else f"teacher.target is {config.target_kind}"
@@ -82,6 +84,17 @@ def _teacher_pools(config: RunConfig, placement: Placement) -> list[str]:
     return [f"{len(names)} teacher pools:"] + [
         f"  {', '.join(own)}: {path} for {teacher.prompts_served}" for own, path, teacher in pools
     ]
+
+
+def _alignment_cost(config: RunConfig, placement: Placement) -> str:
+    """What it takes to align all layers at the learner, and what shipping their states would take."""
+    base, states = placement.teacher_shapes[0], placement.payload["targets (hidden)"]
+    layers = len(config.objective.terms.aligned(base.layers + 1))
+    frozen = next(p.memory["frozen ARLM"] for p in placement.processes if p.role == "learner")
+    return (
+        f"alignment of {layers} layers: a frozen ARLM of {size(frozen)} in each learner rank, and its forward over "
+        f"prompts and responses; shipping the states would take {size(layers * states)} a rollout batch"
+    )
 
 
 def _checkpoint_bytes(config: RunConfig, placement: Placement) -> dict[str, int]:
