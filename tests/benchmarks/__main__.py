@@ -27,6 +27,7 @@ from tests.benchmarks import (
     publish,
     sampler,
     scaling,
+    serve,
     teacher,
 )
 
@@ -40,6 +41,7 @@ PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "pipeline": pipeline.measure,  # rollout batches
     "loop": loop.measure,  # rollout batches after the warm-up
     "scaling": scaling.measure,
+    "serve": serve.measure,  # requests for each client, prompt, new tokens
 }
 PROFILES: dict[str, Callable[..., list[operators.Operator]]] = {
     "sampler": sampler.profile,
@@ -57,6 +59,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "pipeline": (20,),
         "loop": (20,),
         "scaling": (),
+        "serve": (4, 80, 40),
     },
     "mid": {
         "sampler": (16, 64, 16),
@@ -81,6 +84,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "publish": (),
         "pipeline": (16,),
         "loop": (20,),
+        "serve": (4, 512, 256),
     },
     "4b": {
         "sampler": (128, 128, 512),
@@ -91,7 +95,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "loop": (20,),
     },
 }
-WHOLE = [part for part in PARTS if part not in ("scaling", "loop")]  # these make pages of their own
+WHOLE = [part for part in PARTS if part not in ("scaling", "loop", "serve")]  # asked for by name
 
 
 class Results:

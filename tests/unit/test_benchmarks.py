@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import learner_step, sampler, teacher
+from tests.benchmarks import learner_step, sampler, serve, teacher
 
 
 @pytest.fixture
@@ -75,7 +75,12 @@ def test_every_part_gives_its_rows_one_by_one():
 
 @pytest.mark.parametrize(
     ("measure", "plan", "rows"),
-    [(sampler.measure, (2, 8, 8), 3), (learner_step.measure, (2, 8, 8, 512), 5), (teacher.measure, (2, 8, 8, 64), 5)],
+    [
+        (sampler.measure, (2, 8, 8), 3),
+        (learner_step.measure, (2, 8, 8, 512), 5),
+        (teacher.measure, (2, 8, 8, 64), 5),
+        (serve.measure, (2, 8, 8, (2,)), 1),
+    ],
 )
 def test_the_parts_of_one_process_run_on_a_small_plan(measure, plan, rows, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # vLLM would be started too
