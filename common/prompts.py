@@ -19,6 +19,7 @@ from common.conversations import Conversation, LeftOut, Turn, conversation_of, t
 from common.datasets.errors import PromptError
 from common.datasets.rows import open_rows
 from common.grid import grid_ceil
+from common.trajectory import Trajectory
 
 _CHUNK = 1024  # prompts tokenised together
 
@@ -27,8 +28,8 @@ _CHUNK = 1024  # prompts tokenised together
 class Prompt:
     """One tokenised prompt; `ids` int32 with the chat template and the generation prompt applied.
 
-    `responses`, int32 each, stand in for a rollout of every sample where they are set. Samples are numbered from
-    `first_sample` on: further ones of a prompt are another loss's (`part_of`).
+    `responses`, int32 each, or rollouts of an earlier run, stand in for the rollout of every sample where they are set.
+    Samples are numbered from `first_sample` on: further ones of a prompt are another loss's (`part_of`).
     """
 
     ordinal: int
@@ -36,7 +37,7 @@ class Prompt:
     ids: np.ndarray
     domain: str = ""
     answer: str | None = None
-    responses: tuple[np.ndarray, ...] = ()
+    responses: tuple[np.ndarray | Trajectory, ...] = ()
     first_sample: int = 0
 
     def samples(self, count: int) -> range:
@@ -57,7 +58,7 @@ def longest_response(prompt: Prompt, max_new_tokens: int, caps: dict[str, int], 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the run's order, and the offline responses by question.
+    """Prompts in the run's order, and the offline responses and the rollouts of an earlier run by question.
 
     Of the `read` rows of the source `dropped` counts those that were left out by reason; `notes` are sentences on how
     it was read. No copy of a prompt of `held_out` is among `prompts`.
@@ -68,6 +69,7 @@ class PromptSet:
     dropped: dict[str, int]
     held_out: list[Prompt] = field(default_factory=list)
     responses: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    trajectories: dict[str, list[Trajectory]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

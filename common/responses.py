@@ -2,18 +2,20 @@
 
 They replace all rollouts (objective.source `offline`) or a share of them (`mixture`), and are then treated like
 rollouts: states, teacher, Arrow, learner. A response has no realised rounds, so its states are random masks.
+Rollouts of an earlier run (`replay`) have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.annealing import annealed
-from common.config.objective import MixtureSource, ObjectiveConfig, OfflineSource, Source
+from common.config.objective import MixtureSource, ObjectiveConfig, Source
 from common.config.run import DataConfig
 from common.conversations import LeftOut, check_text, conversation_of
 from common.datasets.errors import PromptError
@@ -22,7 +24,18 @@ from common.datasets.rows import open_rows
 from common.grid import grid_ceil
 from common.prompts import Prompt
 from common.seeds import source_rng
-from common.trajectory import NO_ROUND, OFFLINE, EndTokens, Trajectory, finish_reason, until_end
+from common.trajectory import (
+    NO_ROUND,
+    OFFLINE,
+    REPLAYED,
+    EndTokens,
+    Trajectory,
+    finish_reason,
+    from_batch,
+    read_spool,
+    until_end,
+)
+from common.trajectory_checks import check_batch
 from common.vocabulary import tokenizer_fingerprint
 
 
@@ -84,16 +97,58 @@ def _ids(
     return ids
 
 
+# what a rollout gives: fields that have no default
+_ROLLED = [f.name for f in fields(Trajectory) if f.default is MISSING and f.default_factory is MISSING]
+Known = Mapping[str, Sequence[np.ndarray | Trajectory]]  # what stands in for rollouts, by question
+
+
+def load_trajectories(
+    path: str, prompts: list[Prompt], vocabulary: int, **expected: Any
+) -> dict[str, list[Trajectory]]:
+    """The rollouts in what pipeline.spool wrote, by question; those to other prompts, and offline responses, are
+    ignored. States and targets are not kept: they are selected and asked for anew.
+
+    Args:
+        path: a folder of `.arrow` files, or one file.
+        vocabulary: rows of the student's embedding.
+        expected: the fields of TrajectoryMeta that must have these values, such as block_size.
+
+    Raises:
+        PromptError: there is no file; one does not hold trajectories of such a run; or a prompt has none.
+    """
+    place = Path(path)
+    files = sorted(place.glob("*.arrow")) if place.is_dir() else [place]
+    if not files or not files[0].is_file():
+        raise PromptError(
+            f"{path!r} has no .arrow file; give a folder that pipeline.spool wrote, such as runs/NAME/spool"
+        )
+    question = {p.ids.tobytes(): p.question for p in prompts}
+    found: dict[str, list[Trajectory]] = {}
+    for file in files:
+        try:
+            for batch in read_spool(file):
+                check_batch(batch, vocabulary).require(**expected)
+                for t in from_batch(batch)[0]:
+                    if t.weights_version >= 0 and (asked := question.get(t.prompt_ids.tobytes())) is not None:
+                        found.setdefault(asked, []).append(Trajectory(**{name: getattr(t, name) for name in _ROLLED}))
+        except ValueError as error:
+            raise PromptError(f"{str(file)!r}: {error}") from error
+    if without := [p.question for p in prompts if p.question not in found]:
+        raise PromptError(
+            f"{path!r}: {len(set(without))} of {len(set(question.values()))} prompts have no rollout there, the first "
+            f"is {without[0]!r}; take the prompts of the run that wrote it, or fewer of them with data.limit"
+        )
+    return found
+
+
 def offline_share(source: Source, batch: int) -> float:
     """Probability that a prompt of rollout batch `batch` (from 0) takes its offline response."""
     if not isinstance(source, MixtureSource):
-        return float(isinstance(source, OfflineSource))
+        return float(source.kind != "student")
     return annealed(source.schedule, source.start, source.end, source.batches, batch)
 
 
-def with_responses(
-    prompts: list[Prompt], share: float, offline: dict[str, list[np.ndarray]], samples: int, seed: int
-) -> list[Prompt]:
+def with_responses(prompts: list[Prompt], share: float, offline: Known, samples: int, seed: int) -> list[Prompt]:
     """The prompts; those that take offline responses have `responses` set.
 
     Which prompts do, and which responses they take, is seeded by the ordinal alone. The samples of a prompt take
@@ -115,16 +170,18 @@ def for_extra_losses(
     prompts: list[Prompt],
     objective: ObjectiveConfig,
     weights: Sequence[float],
-    offline: dict[str, list[np.ndarray]],
+    offline: Known,
     samples: int,
     seed: int,
+    replayed: Known | None = None,
 ) -> list[Prompt]:
     """The same prompts again for every extra loss whose weight is not 0, with the samples that are its own."""
     more = []
     for i, (extra, weight) in enumerate(zip(objective.extra, weights, strict=True), start=1):
         if weight:
             own = [replace(prompt, first_sample=i * samples) for prompt in prompts]
-            more += with_responses(own, float(extra.source.kind == "offline"), offline, samples, seed)
+            known = replayed or {} if extra.source.kind == "replay" else offline
+            more += with_responses(own, offline_share(extra.source, 0), known, samples, seed)
     return more
 
 
@@ -135,9 +192,12 @@ def offline_trajectory(
     its last block filled with mask tokens.
 
     The mask tokens are what decoding sees there before it reveals more. Like a rollout's tail they are context and
-    never trained.
+    never trained. A rollout of an earlier run keeps what it wrote there, and its rounds.
     """
-    response = prompt.responses[sample][:max_new_tokens]
+    stored = prompt.responses[sample]
+    if isinstance(stored, Trajectory):
+        return _replayed(prompt, sample, stored, max_new_tokens, block_size, eos_token_id)
+    response = stored[:max_new_tokens]
     length = len(prompt.ids) + len(response)
     tail = grid_ceil(length, block_size) - length
     return Trajectory(
@@ -151,6 +211,30 @@ def offline_trajectory(
         confidence=np.zeros(len(response) + tail, np.float32),
         weights_version=OFFLINE,
         finish_reason=finish_reason(response, eos_token_id),
+        denoise_forwards=0,
+        commit_forwards=0,
+    )
+
+
+def _replayed(
+    prompt: Prompt, sample: int, stored: Trajectory, max_new_tokens: int, block_size: int, eos_token_id: EndTokens
+) -> Trajectory:
+    """A rollout of an earlier run, up to the end of the block in which its response ends or is cut."""
+    length = min(len(stored.response_ids), max_new_tokens)
+    end = grid_ceil(len(prompt.ids) + length, block_size) - len(prompt.ids)
+    written = np.concatenate([stored.response_ids, stored.tail_ids])[:end]
+    whole = length == len(stored.response_ids)
+    return Trajectory(
+        ordinal=prompt.ordinal,
+        sample=prompt.first_sample + sample,
+        domain=prompt.domain,
+        prompt_ids=prompt.ids,
+        response_ids=written[:length],
+        tail_ids=written[length:],
+        reveal_round=stored.reveal_round[:end],
+        confidence=stored.confidence[:end],
+        weights_version=REPLAYED,
+        finish_reason=stored.finish_reason if whole else finish_reason(written[:length], eos_token_id),
         denoise_forwards=0,
         commit_forwards=0,
     )

@@ -63,13 +63,13 @@ def select_states(
     block = response_blocks(trajectory, block_size)
     trainable = trainable_offsets(trajectory, eos_token_id, objective.exclude_eos)
     masks = _masks(trajectory, objective, block, trainable, block_size, rng)
-    copies = [_trained_blocks(mask, block, trainable) for mask in masks]
-    copies = [(masked, ratio) for masked, ratio in copies if masked.any()]
+    copies = [(_trained_blocks(masked, trained, block), ratio, trained) for masked, ratio, trained in masks]
+    copies = [copy for copy in copies if copy[0].any()]
 
-    offsets = [np.flatnonzero(masked) for masked, _ in copies]
+    offsets = [np.flatnonzero(masked) for masked, _, _ in copies]
     weights = [
-        np.where(trainable[o], 1.0 / ratio[o] if objective.weight == "inverse_t" else 1.0, 0.0)
-        for o, (_, ratio) in zip(offsets, copies, strict=True)
+        np.where(trained[o], 1.0 / ratio[o] if objective.weight == "inverse_t" else 1.0, 0.0)
+        for o, (_, ratio, trained) in zip(offsets, copies, strict=True)
     ]
     trajectory.state_count = len(copies)
     trajectory.masked_offsets = _concat(offsets, np.int32)
@@ -140,19 +140,21 @@ def _masks(
     trainable: np.ndarray,
     block_size: int,
     rng: np.random.Generator,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each noised copy: masked, bool, and mask ratio, float, both [response + tail]."""
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each noised copy: masked, bool, mask ratio, float, and trained where masked, bool; all [response + tail]."""
     state = state_of(trajectory, objective)
     if isinstance(state, MixtureState):
         state = _one_of(state, rng)
     if isinstance(state, RandomState):
-        return [_random_mask(state, block, block_size, rng)]
-    if isinstance(state, LiftState):
-        return [_random_mask(state.masks, block, block_size, rng, state.rho)]
-    if isinstance(state, ComplementaryState):
+        masks = [_random_mask(state, block, block_size, rng)]
+    elif isinstance(state, LiftState):
+        masks = [_random_mask(state.masks, block, block_size, rng, state.rho)]
+    elif isinstance(state, ComplementaryState):
         masked, ratio = _random_mask(state.masks, block, block_size, rng)
-        return [(masked, ratio), (~masked, np.maximum(1 - ratio, _LEAST_RATIO))]
-    return _visited_masks(trajectory.reveal_round, state, block, trainable, rng)
+        masks = [(masked, ratio), (~masked, np.maximum(1 - ratio, _LEAST_RATIO))]
+    else:
+        return _visited_masks(trajectory.reveal_round, state, block, trainable, rng)
+    return [(masked, ratio, trainable) for masked, ratio in masks]
 
 
 def _one_of(state: MixtureState, rng: np.random.Generator) -> StateSelection:
@@ -164,8 +166,9 @@ def _one_of(state: MixtureState, rng: np.random.Generator) -> StateSelection:
 
 def _visited_masks(
     reveal: np.ndarray, state: StateSelection, block: np.ndarray, trainable: np.ndarray, rng: np.random.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The states that the rollout visited: masked is what was revealed in round k or later."""
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The states that the rollout visited: masked is what was revealed in round k or later, trained of it what was
+    revealed before round k + window."""
     first, index = np.unique(block, return_inverse=True)
     last_round = np.full(len(first), -1)
     np.maximum.at(last_round, index, np.where(trainable, reveal, -1))
@@ -176,8 +179,9 @@ def _visited_masks(
         rounds = [np.full(len(block), rng.integers(max(last_round.max() + 1, 1)))]
     elif isinstance(state, AllRoundsState):
         rounds = [np.full(len(block), k) for k in range(last_round.max() + 1)]
-    masks = [reveal >= k for k in rounds]
-    return [(masked, _share(masked, index)) for masked in masks]
+    window = getattr(state, "window", 0)
+    masks = [(reveal >= k, trainable & (reveal < k + window) if window else trainable) for k in rounds]
+    return [(masked, _share(masked, index), trained) for masked, trained in masks]
 
 
 def _random_mask(
@@ -217,13 +221,10 @@ def _share(masked: np.ndarray, index: np.ndarray) -> np.ndarray:
     return (np.bincount(index, weights=masked, minlength=len(size)) / np.maximum(size, 1))[index]
 
 
-def _trained_blocks(
-    mask: tuple[np.ndarray, np.ndarray], block: np.ndarray, trainable: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The mask without the blocks in which nothing trainable is masked."""
-    masked, ratio = mask
-    useful = np.isin(block, np.unique(block[masked & trainable]))
-    return masked & useful, ratio
+def _trained_blocks(masked: np.ndarray, trained: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """The mask without the blocks in which nothing that is masked is trained."""
+    useful: np.ndarray = masked & np.isin(block, np.unique(block[masked & trained]))
+    return useful
 
 
 def _concat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:

@@ -16,7 +16,7 @@ may be missing. A reader refuses a schema that differs from its own, and says wh
 | prompt_ids, response_ids, tail_ids | list<int32> | token ids |
 | reveal_round | list<int16> | per response and tail position: round within its block, from 0; -1 if offline |
 | confidence | list<float32> | per response and tail position: probability under the raw softmax when revealed |
-| weights_version | int32 | of the student that sampled it; -1: an offline response |
+| weights_version | int32 | of the student that sampled it; -1: an offline response; -2: of an earlier run |
 | finish_reason | string | `eos`: ends with an end token; `stop`: with a stop string; `length`: with neither |
 | denoise_forwards, commit_forwards | int32 | forwards in which this sequence took part |
 | state_count | int32 | noised copies |
@@ -42,6 +42,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 2
 OFFLINE = -1  # weights_version of an offline response
+REPLAYED = -2  # weights_version of a rollout of an earlier run
 NO_ROUND = -1  # reveal_round of an offline response
 
 _LISTS: dict[str, pa.DataType] = {
@@ -125,8 +126,9 @@ class Trajectory:
 
     @property
     def is_offline(self) -> bool:
-        """Whether this is an offline response: it has no realised rounds, and its tail is mask tokens."""
-        return self.weights_version == OFFLINE
+        """Whether this run's student did not make it: an offline response, which has no realised rounds and mask tokens
+        as tail, or a rollout of an earlier run."""
+        return self.weights_version in (OFFLINE, REPLAYED)
 
     @property
     def causal_ids(self) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from common.trajectory import NO_ROUND, OFFLINE, TrajectoryMeta
+from common.trajectory import NO_ROUND, OFFLINE, REPLAYED, TrajectoryMeta
 
 _FINISH_REASONS = ("eos", "stop", "length")
 _MASS = 0.02  # that probabilities of a target may differ from 1, rounding of bfloat16 logits included
@@ -25,7 +25,7 @@ _MASKED = ("masked_offsets", "masked_state", "loss_weight")
 _LEAST = {
     "ordinal": 0,
     "sample": 0,
-    "weights_version": OFFLINE,
+    "weights_version": REPLAYED,
     "denoise_forwards": 0,
     "commit_forwards": 0,
     "state_count": 0,

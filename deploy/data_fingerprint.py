@@ -25,6 +25,8 @@ def data_fingerprints(config: RunConfig, prompts: PromptSet) -> dict[str, str]:
         found["evaluation.held_out_prompts"] = of_prompts(prompts.held_out)
     if prompts.responses:
         found["data.responses"] = _of_responses(prompts.responses)
+    if prompts.trajectories and config.data.trajectories:
+        found["data.trajectories"] = of_files(Path(config.data.trajectories))
     for field, path in {"model.path": config.model.path, **config.teacher_paths}.items():
         found[field] = of_files(Path(path)) if Path(path).exists() else xxhash.xxh3_128_hexdigest(path.encode())
     return found

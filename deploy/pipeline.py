@@ -306,10 +306,13 @@ class Pipeline:
         block_size = block_size_at(config, index, self.state.feedback)
         limit = response_limit(config.curriculum, index, block_size, self.state.feedback.gates)
         share = offline_share(config.objective.source, index)
-        samples, responses = config.rollout.samples_per_prompt, self.prepared.prompts.responses
-        prompts = with_responses(self.batches[index], share, responses, samples, config.seed)
+        known, samples = self.prepared.prompts, config.rollout.samples_per_prompt
+        stored = known.trajectories if config.objective.source.kind == "replay" else known.responses
+        prompts = with_responses(self.batches[index], share, stored, samples, config.seed)
         weights = extra_weights(config.objective, index)
-        prompts += for_extra_losses(self.batches[index], config.objective, weights, responses, samples, config.seed)
+        prompts += for_extra_losses(
+            self.batches[index], config.objective, weights, known.responses, samples, config.seed, known.trajectories
+        )
         unmasking = unmasking_at(config.rollout, index)
         return RolloutBatch(
             index, prompts, config, limit, block_size, unmasking, self.pools, self.calls, self.response_lengths

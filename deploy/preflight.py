@@ -103,7 +103,11 @@ def prepare(
     _check_lengths(config, prompts, problems, positions)
     asked = {"data.prompts": [*prompts.prompts, *prompts.held_out], "evaluation.problems": problems}
     _check_rows(asked, models.student)
-    prompts = replace(prompts, responses=read_responses(config, models.student, prompts.prompts))
+    prompts = replace(
+        prompts,
+        responses=read_responses(config, models.student, prompts.prompts),
+        trajectories=read_trajectories(config, models.student, prompts.prompts),
+    )
     _check_batch(config, len(prompts.prompts))
     data = data_fingerprints(config, prompts)
     checkpoints = Checkpoints(config, data)
@@ -266,6 +270,27 @@ def read_responses(config: RunConfig, student: Conversion, prompts: list[Prompt]
         return load_responses(config.data, student.tokenizer, prompts, student.end_tokens)
     except PromptError as error:
         raise ConfigError(f"data.responses: {error}") from error
+
+
+def read_trajectories(config: RunConfig, student: Conversion, prompts: list[Prompt]) -> dict[str, list[Any]]:
+    """The rollouts of an earlier run by question; empty where objective.source needs none."""
+    if not config.objective.needs_trajectories:
+        return {}
+    from common.responses import load_trajectories
+    from common.vocabulary import tokenizer_fingerprint
+
+    assert config.data.trajectories
+    try:
+        return load_trajectories(
+            config.data.trajectories,
+            prompts,
+            int(student.config.vocab_size),
+            block_size=config.block_size,
+            mask_token_id=student.config.mask_token_id,
+            tokenizer_fingerprint=tokenizer_fingerprint(student.tokenizer),
+        )
+    except PromptError as error:
+        raise ConfigError(f"data.trajectories: {error}") from error
 
 
 def read_problems(field: str, data: DataConfig, tokenizer: Any, count: int) -> PromptSet:

@@ -234,14 +234,17 @@ class BatchBuilder:
         return uniform(torch.tensor(keys, dtype=torch.int64)[torch.from_numpy(batch.loss_doc)], position, -1 - copy)
 
     def _pairs(self, batch: MicroBatch) -> Pairs:
-        """All pairs of one block's positions with different rounds; they share the block's coefficients equally."""
+        """All pairs of one block's positions with different rounds, both within the window; they share the block's
+        coefficients equally."""
+        window = self.objective.terms.rank_window
         ends = np.append(np.flatnonzero(np.diff(batch.loss_group)) + 1, len(batch.loss_group))
         ends = ends[ends > 0]
         earlier, later, coefficient, pair_ends = [], [], [], []
         start = count = 0
         for end in ends:
             rounds = batch.loss_round[start:end]
-            first, second = np.nonzero(rounds[:, None] < rounds[None, :])
+            ranked = rounds < rounds.min() + window if window else np.ones(len(rounds), bool)
+            first, second = np.nonzero((rounds[:, None] < rounds[None, :]) & ranked[None, :])
             earlier.append(start + first)
             later.append(start + second)
             weight = batch.loss_coefficient[start:end].sum() / max(len(first), 1)

@@ -17,22 +17,34 @@ from common.config.section import Section
 MOST_EXTRA = 4  # losses beside the main one, each of which has metrics
 
 
+def _window() -> Any:
+    return Field(
+        0,
+        ge=0,
+        description="train what was revealed in so many rounds of the block, from the state's own on; what came "
+        "later is masked and not trained (TABOM); 0: train all that is masked",
+    )
+
+
 class PerBlockState(Section):
     """For each block, one of its realised rounds, drawn uniformly."""
 
     kind: Literal["per_block"] = "per_block"
+    window: int = _window()
 
 
 class GlobalState(Section):
     """One round index for the whole trajectory (Algorithm 1): blocks with fewer rounds contribute nothing."""
 
     kind: Literal["global"] = "global"
+    window: int = _window()
 
 
 class AllRoundsState(Section):
     """Every realised round of every block: one copy of the trajectory per round index."""
 
     kind: Literal["all_rounds"] = "all_rounds"
+    window: int = _window()
 
 
 class RandomState(Section):
@@ -124,6 +136,12 @@ class OfflineSource(Section):
     kind: Literal["offline"] = "offline"
 
 
+class ReplaySource(Section):
+    """Rollouts of an earlier run, with their rounds: what `pipeline.spool` wrote, in `data.trajectories`."""
+
+    kind: Literal["replay"] = "replay"
+
+
 class MixtureSource(Section):
     """Each prompt takes its offline response with a probability that goes from `start` to `end`, else a rollout."""
 
@@ -139,7 +157,7 @@ class MixtureSource(Section):
     )
 
 
-Source = Annotated[StudentSource | OfflineSource | MixtureSource, Field(discriminator="kind")]
+Source = Annotated[StudentSource | OfflineSource | ReplaySource | MixtureSource, Field(discriminator="kind")]
 
 
 class TeacherTarget(Section):
@@ -241,6 +259,12 @@ class ExtraTerms(Section):
         "earlier, of max(0, H_earlier - H_later + rank_margin), H the student's entropy (TABOM)",
     )
     rank_margin: float = Field(0.0, ge=0, description="nats by which the earlier one's entropy should be lower")
+    rank_window: int = Field(
+        0,
+        ge=0,
+        description="rank what was revealed in so many rounds, from the earliest of the block's trained positions on; "
+        "0: all of them",
+    )
     alignment: float = Field(
         0.0, ge=0, description="times 1 - cosine of the student's and the teacher's final hidden states (REPR-ALIGN)"
     )
@@ -303,7 +327,7 @@ class ExtraLoss(Section):
     Normalisation, `exclude_eos` and `topk_tail` are those of the main loss; its terms, clip and outliers are not.
     """
 
-    source: Annotated[StudentSource | OfflineSource, Field(discriminator="kind")] = Field(
+    source: Annotated[StudentSource | OfflineSource | ReplaySource, Field(discriminator="kind")] = Field(
         StudentSource(), description="where its trajectories come from; student: rollouts of its own"
     )
     state: StateSelection = PerBlockState()
@@ -318,6 +342,9 @@ class ExtraLoss(Section):
     batches: int = Field(100, ge=1, description="rollout batches until the weight is `end`")
 
 
+# terms that a method sets where they are not given
+_METHOD_TERMS: dict[str, dict[str, float]] = {"tabom": {"rank": 1.0, "rank_margin": 0.1}}
+
 # kinds of the choices that each method allows; the first is what it sets
 _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "opdlm": {
@@ -329,6 +356,7 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "off_policy_distillation": {"source": ("offline",), "state": ("random", "complementary"), "target": ("teacher",)},
     "sft": {"source": ("offline",), "state": ("random", "complementary"), "target": ("hard",)},
     "lift": {"source": ("offline",), "state": ("lift",), "target": ("hard",), "weight": ("inverse_t",)},
+    "tabom": {"source": ("replay", "student"), "state": ("per_block", "global", "all_rounds"), "target": ("hard",)},
     "tropd": {**_cell(("student",), _ROLLED_OUT, "reverse_kl"), "outliers": ("forward_kl", "left_out")},
     # the four cells of prefixes from teacher or student times forward or reverse KL (arXiv 2605.16826)
     "kd": _cell(("offline",), ("random", "complementary"), "forward_kl"),
@@ -343,7 +371,17 @@ class ObjectiveConfig(Section):
 
     method: (
         Literal[
-            "opdlm", "opdlm_off", "off_policy_distillation", "sft", "lift", "tropd", "kd", "offline_rl", "dagger", "opd"
+            "opdlm",
+            "opdlm_off",
+            "off_policy_distillation",
+            "sft",
+            "lift",
+            "tabom",
+            "tropd",
+            "kd",
+            "offline_rl",
+            "dagger",
+            "opd",
         ]
         | None
     ) = Field(
@@ -415,7 +453,11 @@ class ObjectiveConfig(Section):
 
     @property
     def needs_responses(self) -> bool:
-        return any(part.source.kind != "student" for part in self.parts)
+        return any(part.source.kind in ("offline", "mixture") for part in self.parts)
+
+    @property
+    def needs_trajectories(self) -> bool:
+        return any(part.source.kind == "replay" for part in self.parts)
 
     @property
     def shape(self) -> TeacherTarget:
@@ -435,6 +477,9 @@ class ObjectiveConfig(Section):
         if choices is None:
             return data
         named = {c: kinds[0] if c == "weight" else {"kind": kinds[0]} for c, kinds in choices.items()}
+        if (terms := _METHOD_TERMS.get(str(method))) and isinstance(data.get("terms", {}), dict):
+            named["terms"] = terms | data.get("terms", {})
+            data = {name: value for name, value in data.items() if name != "terms"}
         return {**named, **data}
 
     @model_validator(mode="after")
@@ -477,6 +522,12 @@ class ObjectiveConfig(Section):
         ):
             if on and teacherless:
                 raise ValueError(f"{name} compares with a teacher, and target.kind 'hard' has none; turn it off")
+        window = getattr(self.state, "window", 0)
+        if window and self.terms.rank_window > window:
+            raise ValueError(
+                f"terms.rank_window ({self.terms.rank_window}) is above state.window ({window}), but only trained "
+                f"positions are ranked; lower it to {window} or less"
+            )
         if self.terms.rank and self.source.kind == "offline":
             raise ValueError(
                 f"terms.rank ({self.terms.rank}) ranks by the rounds in which a rollout revealed tokens, which "

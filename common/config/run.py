@@ -418,6 +418,11 @@ class DataConfig(Section):
         description="JSON, JSONL or Parquet file, or a folder of them, with offline responses to the questions "
         "(`opdlm respond` makes one); for objective.source offline and mixture",
     )
+    trajectories: InputPath | None = Field(
+        None,
+        description="folder of what pipeline.spool wrote in an earlier run (runs/NAME/spool), or one of its files; for "
+        "objective.source replay",
+    )
     response_field: str = Field("response", description="field of a record of data.responses that holds the response")
 
     @model_validator(mode="after")
@@ -826,10 +831,27 @@ class RunConfig(Section):
     def _source_has_responses(self) -> RunConfig:
         if self.objective.needs_responses and self.data.responses is None:
             kinds = {f"extra.{i - 1}.source" if i else "source": p.source for i, p in enumerate(self.objective.parts)}
-            field, source = next((name, source) for name, source in kinds.items() if source.kind != "student")
+            needing = ("offline", "mixture")
+            field, source = next((name, source) for name, source in kinds.items() if source.kind in needing)
             raise ValueError(
                 f"objective.{field}.kind {source.kind!r} needs offline responses: set data.responses to "
                 "a file of questions and responses; opdlm respond makes one with the teacher"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_trajectories(self) -> RunConfig:
+        if not self.objective.needs_trajectories:
+            return self
+        if self.data.trajectories is None:
+            raise ValueError(
+                "objective.source.kind 'replay' needs trajectories: set data.trajectories to the folder that "
+                "pipeline.spool wrote in an earlier run, such as runs/NAME/spool"
+            )
+        if self.block_growth.later_sizes:
+            raise ValueError(
+                "objective.source.kind 'replay' has rounds of one block size, but block_growth.kind is "
+                f"{self.block_growth.kind!r}; set it to 'none'"
             )
         return self
 

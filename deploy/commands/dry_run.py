@@ -162,6 +162,7 @@ def _notes(config: RunConfig, placement: Placement) -> list[str]:
         **config.teacher_paths,
         "data.prompts": config.data.prompts,
         "data.responses": config.data.responses,
+        "data.trajectories": config.data.trajectories,
         "evaluation.problems": config.evaluation.problems,
     }
     missing = [

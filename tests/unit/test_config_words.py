@@ -125,8 +125,8 @@ def test_a_path_may_hold_anything(tmp_path, path):
 
 
 FIELDS = [
-    "output_dir", "model.path", "teacher.path", "data.prompts", "data.responses", "evaluation.problems",
-    "dashboard.token_file", "pipeline.copy_checkpoints_to",
+    "output_dir", "model.path", "teacher.path", "data.prompts", "data.responses", "data.trajectories",
+    "evaluation.problems", "dashboard.token_file", "pipeline.copy_checkpoints_to",
 ]  # fmt: skip
 
 

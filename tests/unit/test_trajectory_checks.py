@@ -76,7 +76,7 @@ def assign(name: str, value):
 CASES = [
     (assign("ordinal", -1), "'ordinal' is -1, below 0"),
     (assign("sample", -5), "'sample' is -5, below 0"),
-    (assign("weights_version", -2), "'weights_version' is -2, below -1"),
+    (assign("weights_version", -3), "'weights_version' is -3, below -2"),
     (assign("state_count", 1), "'masked_state' holds 1, not below state_count"),
     (assign("state_count", 2**31 - 1), "'state_count' is 2147483647, and 3 have masked positions"),
     (assign("finish_reason", "end"), "'finish_reason' is 'end'; eos, stop, length are known"),
