@@ -91,14 +91,14 @@ class SeparateCommits(Sampler):
     """What the fused commit replaces: a forward of its own for the blocks that are done."""
 
     def _on_device(
-        self, state: Any, decoding: Decoding, slots: torch.Tensor, commits: int, tokens: int
+        self, state: Any, decodings: tuple[Decoding, ...], slots: torch.Tensor, commits: int, tokens: int
     ) -> torch.Tensor:
         if commits:
             rows = slots[state.uncommitted[slots]]
             positions = (state.block[rows, None] - 1) * self.block_size + torch.arange(self.block_size)
             self._forward(state.ids[rows[:, None], positions], positions, CacheRows(rows, positions, self.block_size))
             state.uncommitted[rows] = False
-        return super()._on_device(state, decoding, slots, 0, tokens)
+        return super()._on_device(state, decodings, slots, 0, tokens)
 
 
 class TimedPrefill(Sampler):

@@ -3,6 +3,8 @@
 Needs torch, transformers, pydantic, pyarrow and a CUDA device; neither ray, deepspeed nor vllm.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,28 @@ def test_a_changed_threshold_needs_no_new_graphs(path):
     decodings = [key[-1] for key in sampler._graphs._captured if key[0] != "prompts"]
     assert decodings and all(decoding.unmasking.threshold == 0 for decoding in decodings)
     assert any(key[0] == "prompts" for key in sampler._graphs._captured)
+
+
+def test_settings_by_request_give_what_each_gives_alone(path):
+    """Passes with several settings run without a graph, beside graphs of one setting; blocks are seen in between."""
+    settings = [Decoding(StaticUnmasking(), 0.7, 20, 0.9), Decoding(DynamicUnmasking(threshold=0.3), 1.0)]
+    alone = {}
+    for number, decoding in enumerate(settings):
+        _, first, _ = rollouts(path, "cuda", decoding=decoding, compiled=False)
+        alone |= {ordinal: t for ordinal, t in first.items() if ordinal % 2 == number}
+    model = load_model(path, torch.float32, "sdpa").to("cuda")
+    mask = model.config.vocab_size - 1
+    sampler = Sampler(model, block_size=BLOCK, mask_token_id=mask, eos_token_id=EOS, slots=8, seed=5, compiled=False)
+    mixed = [replace(request, decoding=settings[request.ordinal % 2]) for request in requests()]
+    for _ in range(2):
+        made, blocks = {}, []
+        for ended in sampler.passes(mixed, Decoding()):
+            made |= {t.ordinal: t for t in ended}
+            blocks += sampler.finished_blocks(range(24))
+        same = sum(made[o].response_ids.tolist() == t.response_ids.tolist() for o, t in alone.items())
+        assert same >= len(alone) - 1  # a tie within rounding may fall either way
+        for block in blocks:
+            assert block.ids.tolist() == made[block.ordinal].x0[block.start : block.start + BLOCK].tolist()
 
 
 def sampled_logprobs(model, rows: list[Trajectory]) -> np.ndarray:
