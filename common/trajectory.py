@@ -118,6 +118,8 @@ class Trajectory:
     topk_logprobs: np.ndarray = _empty(np.float32)
     log_tail_mass: np.ndarray = _empty(np.float32)
     hidden: np.ndarray = _empty(np.float32)
+    # of verified decoding, int32 [response + tail]: the draft that was tested there, -1: none; it is not stored
+    draft_ids: np.ndarray = _empty(np.int32)
 
     @property
     def x0(self) -> np.ndarray:

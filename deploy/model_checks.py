@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,17 @@ def check_student_folder(field: str, path: str) -> None:
     if Path(path).is_dir() and model_json(field, path).get("mask_token_id") is None:
         raise ConfigError(
             f"{field}: {path!r} is an autoregressive model, not a student; convert it first: opdlm convert {path} OUT"
+        )
+
+
+def check_verifies(field: str, path: str, rules: Iterable[str]) -> None:
+    """Refuse the speculative rule for a student whose causal reading is not that of its cache."""
+    if "speculative" not in rules or not Path(path).is_dir():
+        return
+    if model_json(field, path).get("attention_context", "block") != "causal":
+        raise ConfigError(
+            f"--rule: 'speculative' needs a student with attention_context 'causal', that of {path!r} is 'block'; "
+            "train one with attention.context causal, or choose another rule"
         )
 
 

@@ -39,7 +39,16 @@ from actors.sampler.sampling import Candidates, Decoding, sample_tokens
 from actors.sampler.slots import SlotState, WrittenBlock
 from actors.sampler.stop_strings import StopStrings
 from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
-from common.config.run import Unmasking
+from actors.sampler.verification import (
+    Verdicts,
+    drafting,
+    needs_draft_distributions,
+    rule_of,
+    speculate,
+    verdicts,
+    verification_noise,
+)
+from common.config.run import SpeculativeUnmasking, Unmasking
 from common.grid import grid_ceil
 from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches
@@ -233,6 +242,9 @@ class Sampler:
         # on CUDA new memory would discard all graphs, and the limit of responses grows during a run
         at_once = self.longest if self.few_shapes else 0
         longest = max([at_once, longest, *(self._end(r) for r in queue.requests)])
+        if isinstance(decoding.unmasking, SpeculativeUnmasking):
+            self._check_speculative(queue.requests)
+            longest += self.block_size  # the last block is verified while the one behind it is drafted
         while queue:
             self._together = 0
             try:
@@ -281,6 +293,16 @@ class Sampler:
         if self.stops is None and any(request.stop for request in requests):
             raise ValueError("requests with stop strings need a sampler with a tokenizer")
 
+    def _check_speculative(self, requests: Iterable[Request]) -> None:
+        if not self.causal:
+            raise ValueError(
+                "unmasking.rule 'speculative' needs a student with attention_context 'causal', this one's is 'block'"
+            )
+        if empty := [r.ordinal for r in requests if not len(r.prompt_ids)]:
+            raise ValueError(
+                f"unmasking.rule 'speculative' needs a token before the response: prompt {empty[0]} is empty"
+            )
+
     def _run(self, queue: RequestQueue, longest: int, decoding: Decoding) -> Iterator[list[Trajectory]]:
         """Pass by pass the trajectories that have ended; requests are taken off the queue as slots get free. `longest`
         in tokens."""
@@ -298,6 +320,12 @@ class Sampler:
                 rules = {slot: without_threshold(d.unmasking) for slot, d in asked.items()}
                 thresholds = [threshold for _, threshold in rules.values()]
                 state.admit(admitted, self._keys(admitted), thresholds, self.mask_token_id, self._end)
+                verified = [slot for slot, d in asked.items() if isinstance(d.unmasking, SpeculativeUnmasking)]
+                if verified:
+                    self._check_speculative(admitted.values())
+                    state.verify(verified)
+                if state.speculative.any() and not state.speculative[state.running].all():
+                    raise ValueError("requests of unmasking.rule 'speculative' do not run beside those of other rules")
                 for slot, d in asked.items():
                     self._decodings[slot] = self._same(replace(d, unmasking=rules[slot][0]))
                 self._prefill(state, cache, admitted)
@@ -356,12 +384,12 @@ class Sampler:
         """Cache the complete prompt blocks of new sequences, once for all samples of a prompt."""
         samples: dict[bytes, list[int]] = {}
         for slot, request in admitted.items():
-            if state.block_host[slot] > 0:
+            if state.block_host[slot] > state.uncommitted_host[slot]:
                 samples.setdefault(request.prompt_ids.tobytes(), []).append(slot)
         if not samples:
             return
         first = [group[0] for group in samples.values()]
-        lengths = [int(state.block_host[slot]) * self.block_size for slot in first]
+        lengths = [int(state.block_host[slot] - state.uncommitted_host[slot]) * self.block_size for slot in first]
         self.token_rows += sum(lengths)
         for batch in padded_batches(lengths, self.prefill_budget.value):
             self._together = len(batch) * max(lengths[index] for index in batch) if len(batch) > 1 else 0
@@ -434,6 +462,8 @@ class Sampler:
         causal = self._causal_from(len(slots), len(work.rows))
         cache_rows = CacheRows(work.rows, work.positions, self.block_size, work.partner, causal)
         wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
+        if isinstance(decodings[0].unmasking, SpeculativeUnmasking):
+            return self._speculate(state, decodings, slots, work, cache_rows, wanted)
         hidden = self._decode(work.ids, work.positions, cache_rows, wanted)
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
         if len(decodings) == 1:
@@ -446,6 +476,62 @@ class Sampler:
             unmask_pass = unmask
         rules = tuple(d.unmasking for d in decodings)
         return unmask_pass(state, rules, slots, work.sampled, candidates, work.waits, self._end_tokens, which)
+
+    def _speculate(
+        self,
+        state: SlotState,
+        decodings: tuple[Decoding, ...],
+        slots: Tensor,
+        work: PassPlan,
+        cache_rows: CacheRows,
+        wanted: Tensor,
+    ) -> Tensor:
+        """The rest of a pass in which what is committed is verified and what is masked is drafted; returns what
+        `SlotState.reveal` returns."""
+        if len(decodings) > 1:
+            raise ValueError("requests of unmasking.rule 'speculative' that run together need equal decoding settings")
+        (decoding,) = decodings
+        rule = rule_of(decoding.unmasking)
+        size, count = self.block_size, len(slots)
+        head = self.model.get_output_embeddings().weight
+        committed = torch.arange(count * size, len(work.rows) * size, device=self.device)
+        hidden = self._decode(work.ids, work.positions, cache_rows, torch.cat([wanted, committed]))
+        logits = full_precision_logits(hidden, head)
+        drafts = sample_tokens(
+            logits[: len(wanted)], work.noise, drafting(decoding), self.mask_token_id, self.token_count
+        )
+        drafts = Candidates(*(_placed(x, work.sampled, count, size) for x in drafts))
+        there = work.done.clamp(max=count - 1)  # of padding, any
+        done = slots[there]
+        found = Verdicts(
+            torch.zeros(count, size, dtype=torch.int64, device=self.device),
+            torch.zeros(count, size, device=self.device),
+            torch.zeros(count, size, dtype=torch.bool, device=self.device),
+        )
+        draft_logits = None
+        if needs_draft_distributions(decoding) and state.draft_hidden is None:
+            state.draft_hidden = hidden.new_zeros(len(state.block_host), size, hidden.shape[-1])
+        if len(done):
+            if needs_draft_distributions(decoding) and state.draft_hidden is not None:
+                draft_logits = full_precision_logits(state.draft_hidden[done], head).roll(-1, 1)
+            column = torch.arange(size, device=self.device)
+            tested = (column + 1 >= state.kept[done, None]) & (column + 1 < size)
+            of_rows = verdicts(
+                logits[len(wanted) :].unflatten(0, (-1, size)),
+                work.ids[count:].roll(-1, 1),
+                draft_logits,
+                tested,
+                verification_noise(state, done, state.block[done] - 1),
+                decoding,
+                self.mask_token_id,
+                self.token_count,
+            )
+            found = Verdicts(*(_by_slot(x, work.done, count) for x in of_rows))
+        if state.draft_hidden is not None and needs_draft_distributions(decoding):
+            new = _placed(hidden[: len(wanted)], work.sampled, count, size)
+            drawn = (state.masked[slots] & ~work.waits[:, None])[..., None]
+            state.draft_hidden[slots] = torch.where(drawn, new, state.draft_hidden[slots])
+        return speculate(state, rule, slots, drafts, found, work.waits, self._end_tokens, self.mask_token_id)
 
     def _causal_from(self, first_clean: int, rows: int) -> Tensor | None:
         """bool [rows] for CacheRows: which rows are causal, of which those from `first_clean` on hold clean tokens."""
@@ -493,6 +579,7 @@ class PassPlan(NamedTuple):
     sampled: Tensor  # int64 [tokens], which of the R * B positions get a token; R * B: padding
     noise: Tensor  # float32 [tokens], the uniform numbers for them
     waits: Tensor  # bool [R], slots for which there is no room
+    done: Tensor  # int64 [commits], the place among the slots of each commit's; R: padding
 
 
 def plan(state: SlotState, slots: Tensor, commits: int, tokens: int) -> PassPlan:
@@ -500,19 +587,20 @@ def plan(state: SlotState, slots: Tensor, commits: int, tokens: int) -> PassPlan
     size, count = state.block_size, len(slots)
     current = positions = state.block[slots, None] * size + torch.arange(size, device=slots.device)
     rows, waits, partner = slots, state.uncommitted[slots], torch.full((count + 1,), -1, device=slots.device)
+    done = slots[:0]
     if commits:
         done, waits = _first(waits, commits)
         partner = partner.scatter(0, done, torch.arange(count, count + commits, device=slots.device))
-        there, done = done < count, done.clamp(max=count - 1)
-        positions = torch.cat([current, torch.where(there[:, None], current[done] - size, -1)])
-        rows = torch.cat([slots, slots[done]])
+        there, at = done < count, done.clamp(max=count - 1)
+        positions = torch.cat([current, torch.where(there[:, None], current[at] - size, -1)])
+        rows = torch.cat([slots, slots[at]])
     ids = state.ids[rows[:, None], positions.clamp(min=0)]
     masked = state.masked[slots]
     sampled, left_out = _first(masked.flatten(), tokens)
     waits = waits | left_out.view_as(masked).any(dim=1)
     noise = uniform(state.key[slots, None], current, state.round[slots, None]).flatten()
     noise = noise[sampled.clamp(max=count * size - 1)]
-    return PassPlan(ids, positions, rows, partner[:count], sampled, noise, waits)
+    return PassPlan(ids, positions, rows, partner[:count], sampled, noise, waits, done)
 
 
 def unmask(
@@ -529,10 +617,7 @@ def unmask(
     PassPlan. `which` int64 [R] says which of the rules is a slot's, where there are several. Returns what
     `SlotState.reveal` returns."""
     masked = state.masked[slots]
-    token, confidence, entropy = (
-        torch.zeros(masked.numel() + 1, dtype=x.dtype, device=x.device).scatter(0, sampled, x)[:-1].view_as(masked)
-        for x in candidates
-    )
+    token, confidence, entropy = (_placed(x, sampled, *masked.shape) for x in candidates)
     revealed, threshold = state.revealed_confidence(slots), state.threshold[slots, None]
     reveal = choose(rules[0], masked, confidence, entropy, revealed, threshold)
     if which is not None:
@@ -540,6 +625,20 @@ def unmask(
             own = choose(rule, masked, confidence, entropy, revealed, threshold)
             reveal = torch.where(which[:, None] == number, own, reveal)
     return state.reveal(slots, reveal, token, confidence, waits, end_tokens)
+
+
+def _placed(values: Tensor, sampled: Tensor, rows: int, size: int) -> Tensor:
+    """`values` [tokens, ...] at the positions `sampled` of a PassPlan, [R, B, ...], zeros elsewhere."""
+    placed = values.new_zeros(rows * size + 1, *values.shape[1:])
+    placed[sampled] = values
+    return placed[:-1].unflatten(0, (rows, size))
+
+
+def _by_slot(values: Tensor, done: Tensor, rows: int) -> Tensor:
+    """`values` [commits, ...] at the places `done` of a PassPlan, [R, ...], zeros elsewhere."""
+    placed = values.new_zeros(rows + 1, *values.shape[1:])
+    placed[done] = values
+    return placed[:-1]
 
 
 def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:

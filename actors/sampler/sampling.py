@@ -63,14 +63,30 @@ def sample_tokens(
     else:
         entropy = torch.zeros_like(log_z)
 
+    if decoding.temperature == 0:
+        tokens = _choices(logits, mask_token_id, token_count).argmax(dim=-1)
+    else:
+        tokens = inverse_cdf(probabilities(logits, decoding, mask_token_id, token_count), noise)
+    confidence = (logits.gather(-1, tokens[..., None])[..., 0] - log_z).exp()
+    return Candidates(tokens, confidence, entropy)
+
+
+def probabilities(logits: Tensor, decoding: Decoding, mask_token_id: int, token_count: int | None = None) -> Tensor:
+    """What tokens are drawn from at a temperature above 0, [..., V]; arguments as in `sample_tokens`."""
+    choices = _choices(logits, mask_token_id, token_count) / decoding.temperature
+    return truncate(choices, decoding.top_k, decoding.top_p).softmax(dim=-1)
+
+
+def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """The tokens int64 [...] that uniform numbers [...] in (0, 1) choose from probabilities [..., V]."""
+    cdf = probabilities.cumsum(dim=-1)
+    chosen = torch.searchsorted(cdf, (noise * cdf[..., -1])[..., None])[..., 0]
+    return chosen.clamp(max=probabilities.shape[-1] - 1)
+
+
+def _choices(logits: Tensor, mask_token_id: int, token_count: int | None) -> Tensor:
+    """The logits of what may be written; of all else -inf."""
     choices = logits.clone()
     choices[..., mask_token_id] = -torch.inf
     choices[..., token_count if token_count is not None else choices.shape[-1] :] = -torch.inf
-    if decoding.temperature == 0:
-        tokens = choices.argmax(dim=-1)
-    else:
-        probabilities = truncate(choices / decoding.temperature, decoding.top_k, decoding.top_p).softmax(dim=-1)
-        cdf = probabilities.cumsum(dim=-1)
-        tokens = torch.searchsorted(cdf, (noise * cdf[..., -1])[..., None])[..., 0].clamp(max=logits.shape[-1] - 1)
-    confidence = (logits.gather(-1, tokens[..., None])[..., 0] - log_z).exp()
-    return Candidates(tokens, confidence, entropy)
+    return choices

@@ -45,7 +45,7 @@ class PassInProgress:
 
     rows: np.ndarray  # int64 [R], the slots that it computes
     running: np.ndarray  # bool [slots], those whose results count
-    flags: Tensor  # int32 [5, R] in host memory, see SlotState.reveal
+    flags: Tensor  # int32 [7, R] in host memory, see SlotState.reveal
     done: torch.cuda.Event | None  # None: on CPU, where a pass is done when it was launched
 
 
@@ -82,6 +82,9 @@ class SlotState:
         self.uncommitted_host = np.zeros(slots, bool)
         self.advanced: list[int] = []  # slots that the pass read last left with a finished block, and running
         self.waits = np.zeros(slots, np.int64)  # passes in a row that had no room for the slot
+        self.written_host = np.zeros(slots, np.int64)  # positions whose tokens are final, from the sequence's start
+        self.grown: list[int] = []  # slots of which the pass read last has left more final tokens, and running
+        self.speculative = np.zeros(slots, bool)
         self.denoise_forwards = np.zeros(slots, np.int64)
         self.commit_forwards = np.zeros(slots, np.int64)
 
@@ -91,7 +94,7 @@ class SlotState:
         self.in_progress: deque[PassInProgress] = deque()
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # reads results beside a pass
         pinned = device.type == "cuda"
-        self.flags = deque(torch.zeros(5, slots, dtype=torch.int32, pin_memory=pinned) for _ in range(2))
+        self.flags = deque(torch.zeros(7, slots, dtype=torch.int32, pin_memory=pinned) for _ in range(2))
         # the slots of the next pass: at one address for all graphs, copied from host memory that no copy still reads
         self._rows_host = deque(torch.zeros(slots, dtype=torch.int64, pin_memory=pinned) for _ in range(3))
         self._rows_copied = np.zeros(0, np.int64)
@@ -107,6 +110,13 @@ class SlotState:
         self.prompt_length = zeros(slots)
         self.round = zeros(slots)
         self.key = zeros(slots)
+        # of verified decoding (actors/sampler/verification.py)
+        self.kept = zeros(slots)  # leading tokens, which are final, of the uncommitted block, else of the present one
+        self.limit = zeros(slots)  # how long prompt and response may be
+        self.draft_round = zeros(slots)  # of the present draft
+        self.block_rounds = zeros(slots)  # the last round of the uncommitted block
+        self.drafts = zeros(slots, length)  # drafts that were tested; -1: none
+        self.draft_hidden: Tensor | None = None  # [slots, B, d] that they were drawn from
         self.threshold = zeros(slots, dtype=torch.float32)  # of dynamic unmasking: may change under a captured graph
 
     def clear(self) -> None:
@@ -114,7 +124,8 @@ class SlotState:
         self.in_progress.clear()
         self.active.clear()
         self.advanced = []
-        self.running[:] = self.uncommitted_host[:] = False
+        self.running[:] = self.uncommitted_host[:] = self.speculative[:] = False
+        self.grown = []
         self.masked_host[:] = self.waits[:] = 0
         self.masked.zero_()
         self.uncommitted.zero_()
@@ -142,6 +153,8 @@ class SlotState:
             self.block_host[slot] = length // size
             self.masked_host[slot] = size - length % size
             self.uncommitted_host[slot] = False
+            self.written_host[slot] = self.block_host[slot] * size
+            self.speculative[slot] = False
             self.denoise_forwards[slot] = self.commit_forwards[slot] = self.waits[slot] = 0
             self.running[slot] = True
         on_device = self.upload(state)
@@ -156,6 +169,26 @@ class SlotState:
         self.key[rows] = streams
         self.threshold[rows] = self.upload(np.array(thresholds, np.float32))
         self.active.update(admitted)
+
+    def verify(self, slots: list[int]) -> None:
+        """The sequences of these slots, just admitted, are decoded with verification.
+
+        A prompt that ends with a block leaves that one uncommitted: its commit gives the first token.
+        """
+        size = self.block_size
+        lengths = np.array([len(self.active[slot].prompt_ids) for slot in slots])
+        whole = lengths % size == 0
+        self.speculative[slots] = True
+        self.written_host[slots] = lengths
+        self.uncommitted_host[slots] = whole
+        limits = [len(self.active[slot].prompt_ids) + self.active[slot].max_new_tokens for slot in slots]
+        on_device = self.upload(np.stack([slots, np.where(whole, size, lengths % size), whole, limits]))
+        rows, kept, uncommitted, limit = on_device
+        self.limit[rows] = limit
+        self.uncommitted[rows] = uncommitted.bool()
+        self.kept[rows] = kept
+        self.draft_round[rows] = 0
+        self.drafts[rows] = -1
 
     def upload(self, array: np.ndarray) -> Tensor:
         """A copy of `array` on the device, for which the host does not wait while passes are in progress."""
@@ -209,8 +242,9 @@ class SlotState:
             end_tokens: int64 [E].
 
         Returns:
-            int32 [5, R] of flags and counts: went on to its next block; sequence has ended; a confidence was not
-            finite; masked positions in its next pass; waited.
+            int32 [7, R] of flags and counts: blocks that it went on (-1: it went back); sequence has ended; a
+            confidence was not finite; masked positions in its next pass; waited; the block before is uncommitted;
+            positions of the sequence whose tokens are final.
         """
         at = rows[:, None]
         current = self.block[at] * self.block_size + torch.arange(self.block_size, device=self.device)
@@ -229,11 +263,13 @@ class SlotState:
         advance = block_done & ~ended
         masked = masked | advance[:, None]
         self.masked[rows] = masked
-        self.uncommitted[rows] = advance | (self.uncommitted[rows] & waits)
+        uncommitted = advance | (self.uncommitted[rows] & waits)
+        self.uncommitted[rows] = uncommitted
         self.block[rows] = self.block[rows] + advance
         self.round[rows] = torch.where(block_done, 0, self.round[rows] + ~waits)
         broken = ~torch.isfinite(confidence).all(dim=1)
-        return torch.stack([advance, ended, broken, masked.sum(dim=1), waits]).int()
+        written = self.block[rows] * self.block_size
+        return torch.stack([advance, ended, broken, masked.sum(dim=1), waits, uncommitted, written]).int()
 
     def rows_on_device(self, rows: np.ndarray) -> Tensor:
         """The slots `rows` int64 [R] of the next pass on the device, whatever R always at the same address. At most two
@@ -254,7 +290,7 @@ class SlotState:
         return self._prompts[:, :count].copy_(self.upload(given))
 
     def launched(self, rows: np.ndarray, flags: Tensor) -> None:
-        """Note a pass over the slots `rows` int64 [R]; `flags` int32 [5, R], from `reveal`, are copied to the host."""
+        """Note a pass over the slots `rows` int64 [R]; `flags` int32 [7, R], from `reveal`, are copied to the host."""
         host = self.flags[0][:, : len(rows)].copy_(flags, non_blocking=True)
         self.flags.rotate()
         done = None
@@ -274,29 +310,31 @@ class SlotState:
             oldest.done.synchronize()
         counts = oldest.running[oldest.rows]
         rows = oldest.rows[counts]
-        advanced, ended, broken, masked, waited = oldest.flags.numpy()[:, counts]
+        moved, ended, broken, masked, waited, uncommitted, written = oldest.flags.numpy()[:, counts]
         if broken.any():
             ordinals = [self.active[slot].ordinal for slot in rows[broken > 0].tolist()]
             raise FloatingPointError(f"non-finite logits at sampled positions of prompts with ordinals {ordinals}")
         self.denoise_forwards[rows] += 1 - waited
         self.commit_forwards[rows] += self.uncommitted_host[rows] * (1 - waited)
-        self.block_host[rows] += advanced
+        self.block_host[rows] += moved
         self.masked_host[rows] = masked
-        self.uncommitted_host[rows] = (advanced > 0) | (self.uncommitted_host[rows] & (waited > 0))
+        self.uncommitted_host[rows] = uncommitted > 0
         self.waits[rows] = (self.waits[rows] + 1) * waited
-        self.advanced = rows[advanced > 0].tolist()
+        before, self.written_host[rows] = self.written_host[rows], written
+        self.grown = rows[written > before].tolist()
+        self.advanced = rows[written // self.block_size > before // self.block_size].tolist()
         return self._end(rows[ended > 0].tolist())
 
     def stop(self, stops: StopStrings) -> list[int]:
-        """End the sequences whose last finished block completes a stop string of their request; returns their slots.
+        """End the sequences whose newest final tokens complete a stop string of their request; returns their slots.
 
         Passes in progress may have begun their next block, which is forgotten.
         """
-        watched = [slot for slot in self.advanced if self.active[slot].stop]
+        watched = [slot for slot in self.grown if self.active[slot].stop]
         if not watched:
             return []
         far = max(reach(self.active[slot].stop, self.block_size) for slot in watched)
-        ends = self.block_host[watched] * self.block_size
+        ends = self.written_host[watched]
         with torch.cuda.stream(self.copies):  # None, on CPU: no effect
             rows = torch.tensor(watched, device=self.device)
             positions = torch.from_numpy(np.maximum(ends[:, None] + np.arange(-far, 0), 0)).to(self.device)
@@ -308,7 +346,7 @@ class SlotState:
             if stops.found(ids[far - written :], request.stop):
                 stopped.append(slot)
         if stopped:
-            self.block_host[stopped] -= 1  # the block in which the response ends
+            self.block_host[stopped] = (self.written_host[stopped] - 1) // self.block_size  # in which it ends
             self.masked[stopped] = False
             self.uncommitted[stopped] = False
         return self._end(stopped)
@@ -326,7 +364,9 @@ class SlotState:
         if not slots:
             return []
         with torch.cuda.stream(self.copies):  # None, on CPU: no effect
-            return self._blocks(slots, self.block_host[slots] - 1, np.zeros((len(slots), self.block_size), bool))
+            return self._blocks(
+                slots, self.written_host[slots] // self.block_size - 1, np.zeros((len(slots), self.block_size), bool)
+            )
 
     def current_blocks(self, slots: list[int]) -> list[WrittenBlock]:
         """The block that each of these running slots is at; waits for passes in progress."""
@@ -351,6 +391,7 @@ class SlotState:
         for running in (self.running, *(later.running for later in self.in_progress)):
             running[slots] = False
         self.advanced = [slot for slot in self.advanced if slot not in slots]
+        self.grown = [slot for slot in self.grown if slot not in slots]
         return slots
 
     def take(
@@ -367,6 +408,7 @@ class SlotState:
             ids = self.ids[rows].cpu().numpy().astype(np.int32)
             reveal_round = self.reveal_round[rows].cpu().numpy()
             confidence = self.confidence[rows].cpu().numpy()
+            drafts = self.drafts[rows].cpu().numpy().astype(np.int32)
         result = []
         for i, slot in enumerate(finished):
             request = self.active.pop(slot)
@@ -391,6 +433,7 @@ class SlotState:
                     finish_reason=reason,
                     denoise_forwards=int(self.denoise_forwards[slot]),
                     commit_forwards=int(self.commit_forwards[slot]),
+                    draft_ids=drafts[i, start:end] if self.speculative[slot] else np.empty(0, np.int32),
                 )
             )
         return result

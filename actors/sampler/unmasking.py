@@ -13,6 +13,7 @@ from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
+    SpeculativeUnmasking,
     StaticUnmasking,
     Unmasking,
 )
@@ -26,12 +27,14 @@ def tokens_revealed(rule: Unmasking, block_size: int) -> tuple[int, bool]:
         return rule.tokens_per_step, True
     if isinstance(rule, DynamicUnmasking):
         return rule.min_tokens, False
+    if isinstance(rule, SpeculativeUnmasking) and rule.draft_rounds == 1:
+        return block_size, False
     return 1, False
 
 
 def without_threshold(rule: Unmasking) -> tuple[Unmasking, float]:
     """The rule with threshold 0, and its threshold (0 for rules without one): the same graphs serve every threshold."""
-    if isinstance(rule, DynamicUnmasking):
+    if isinstance(rule, DynamicUnmasking | SpeculativeUnmasking):
         return rule.model_copy(update={"threshold": 0.0}), rule.threshold
     return rule, 0.0
 

@@ -161,8 +161,25 @@ class AdaptiveUnmasking(Section):
         return self
 
 
+class SpeculativeUnmasking(Section):
+    """Draft the rest of a block, verify it with the student's own causal reading, keep the prefix that agrees and the
+    verifier's token behind it: the text is the causal reading's own. Needs attention.context causal."""
+
+    rule: Literal["speculative"] = "speculative"
+    verify: Literal["self"] = Field("self", description="who verifies: the student, read causally")
+    draft_rounds: int = Field(1, ge=1, description="steps of a draft; all but the last reveal by `threshold`")
+    threshold: float = Field(
+        0.9, ge=0, le=1, description="confidence above which a step before the last of a draft reveals a token"
+    )
+
+
 Unmasking = Annotated[
-    StaticUnmasking | DynamicUnmasking | SequentialUnmasking | EntropyBoundUnmasking | AdaptiveUnmasking,
+    StaticUnmasking
+    | DynamicUnmasking
+    | SequentialUnmasking
+    | EntropyBoundUnmasking
+    | AdaptiveUnmasking
+    | SpeculativeUnmasking,
     Field(discriminator="rule"),
 ]
 
@@ -231,6 +248,15 @@ class RolloutConfig(Section):
     )
     cuda_graphs: bool = Field(True, description="on GPUs, replay passes as CUDA graphs", json_schema_extra=OPERATION)
     resources: Resources = Field(Resources(), json_schema_extra=OPERATION)
+
+    @model_validator(mode="after")
+    def _rounds_are_the_students(self) -> RolloutConfig:
+        if isinstance(self.unmasking, SpeculativeUnmasking):
+            raise ValueError(
+                "unmasking.rule 'speculative' is for generation and evaluation: it writes the text of the causal "
+                "reading, not the student's own; choose another rule for rollouts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ramp_has_a_threshold(self) -> RolloutConfig:

@@ -92,8 +92,9 @@ def evaluate(
         typer.Option(
             metavar="RULE",
             help="which masked tokens a step reveals, repeatable: static (the most confident), sequential (the "
-            "leftmost), dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy) or "
-            "adaptive (all above a threshold that follows the confidences seen); default: static and dynamic",
+            "leftmost), dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy), "
+            "adaptive (all above a threshold that follows the confidences seen) or speculative (a block, of which the "
+            "causal reading keeps what it would have written); default: static and dynamic",
         ),
     ] = None,
     threshold: Annotated[
@@ -129,6 +130,10 @@ def evaluate(
             help="most entropy, in nats, of all tokens of one step under the entropy_bound rule, repeatable; "
             "default: 0.1",
         ),
+    ] = None,
+    draft_rounds: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="steps of a draft under the speculative rule, repeatable; default: 1"),
     ] = None,
     block_size: Annotated[
         list[int] | None, typer.Option(min=1, help="tokens per block, repeatable; default: the model's own")
@@ -222,6 +227,7 @@ def evaluate(
         "--lower": lower,
         "--tokens-per-step": tokens_per_step,
         "--bound": bound,
+        "--draft-rounds": draft_rounds,
         "--block-size": block_size,
         "--original": original,
     }
@@ -238,13 +244,20 @@ def evaluate(
     if not score and not output:
         raise ConfigError("--no-score: has nowhere to keep the responses; give an --output")
     from deploy.evaluation.original import original_of
-    from deploy.model_checks import check_model_folder, check_student_folder, model_errors, model_json
+    from deploy.model_checks import (
+        check_model_folder,
+        check_student_folder,
+        check_verifies,
+        model_errors,
+        model_json,
+    )
 
     if autoregressive:
         check_model_folder("MODEL", model)
         beside, found = None, ""
     else:
         check_student_folder("MODEL", model)
+        check_verifies("MODEL", model, rules)
         beside, found = original_of(model, original)
     if beside:
         check_model_folder("--original", beside)
@@ -272,7 +285,13 @@ def evaluate(
     for each in suites:
         _say_what_is_special(each, sweep.limit(each), sweep.positions)
     student_settings = settings_of(
-        rules, threshold or [DEFAULT_THRESHOLD], tokens_per_step or [1], bound or [0.1], lower or [DEFAULT_LOWER], sizes
+        rules,
+        threshold or [DEFAULT_THRESHOLD],
+        tokens_per_step or [1],
+        bound or [0.1],
+        lower or [DEFAULT_LOWER],
+        sizes,
+        draft_rounds or [1],
     )
     models: list[tuple[str, ModelSpec, list[Setting]]] = []
     if not autoregressive:
@@ -384,10 +403,11 @@ def _check_options(
     if autoregressive and (given := [name for name, value in student_only.items() if value]):
         raise ConfigError(f"{given[0]}: has no meaning with --autoregressive; leave one of them out")
     needs = {
-        "--threshold": ("dynamic", "adaptive"),
+        "--threshold": ("dynamic", "adaptive", "speculative"),
         "--lower": ("adaptive",),
         "--tokens-per-step": ("sequential", "static"),
         "--bound": ("entropy_bound",),
+        "--draft-rounds": ("speculative",),
     }
     for name, users in needs.items():
         if student_only[name] and not set(users) & set(rules):

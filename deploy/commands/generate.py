@@ -33,6 +33,7 @@ from deploy.evaluation.decoding_options import (
     DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
     BlockSize,
+    DraftRounds,
     DtypeName,
     Lower,
     Rule,
@@ -79,6 +80,7 @@ def generate(
     rule: Rule = RuleName.dynamic,
     threshold: Threshold = DEFAULT_THRESHOLD,
     lower: Lower = DEFAULT_LOWER,
+    draft_rounds: DraftRounds = 1,
     block_size: BlockSize = None,
     max_new_tokens: Annotated[
         int | None,
@@ -119,9 +121,10 @@ def generate(
         raise ConfigError("PROMPT: it is empty; give a question")
     rows = _rows_of(file, question_field, split, subset) if file else [("PROMPT", {question_field: prompt})]
     records = [as_record(place, record) for place, record in rows]
-    from deploy.model_checks import check_student_folder, model_errors
+    from deploy.model_checks import check_student_folder, check_verifies, model_errors
 
     check_student_folder("MODEL", model)
+    check_verifies("MODEL", model, [rule])
     asked = asked_like_training(model, thinking, system, template)
     if template is None or raw:
         asked.pop("templates", None)  # a prompt is asked as it is given
@@ -151,7 +154,7 @@ def generate(
     with model_errors("MODEL", model):
         student, tokenizer = load_student(model, dtype)
     sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(prompts)), seed=seed)
-    decoding = Decoding(unmasking_of(rule, threshold, lower), temperature)
+    decoding = Decoding(unmasking_of(rule, threshold, lower, draft_rounds), temperature)
     settings = {
         "model": str(Path(model).resolve()),
         "prompts": of_prompts(prompts),
@@ -180,7 +183,8 @@ def generate(
                 print(text)
             tokens, cut, steps = len(trajectory.response_ids), len(trajectory.tail_ids), trajectory.denoise_forwards
             written = f"{tokens} tokens" + (f" and {cut} that were cut" if cut else "")
-            console.print(Text(f"{written} in {steps} steps: {tokens / max(steps, 1):.2f} per step", style="dim"))
+            unit = "forward" if rule == RuleName.speculative else "step"
+            console.print(Text(f"{written} in {steps} {unit}s: {tokens / max(steps, 1):.2f} per {unit}", style="dim"))
     if output:
         say(f"wrote {len(prompts)} responses to {output}")
 

@@ -135,6 +135,8 @@ def serve(
         queue_limit=queue,
         metrics=ServingMetrics(),
     )
+    if rule == RuleName.speculative:
+        raise ConfigError("--rule: 'speculative' is not served yet; choose another rule")
     decoding = Decoding(unmasking_of(rule, threshold, lower), temperature)
     prompter = prompter_of(
         tokenizer, asked, block_size=block_size, longest=longest, most_tokens=max_tokens, decoding=decoding

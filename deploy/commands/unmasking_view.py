@@ -14,6 +14,8 @@ from rich.text import Text
 from common.trajectory import Trajectory
 
 _COLOURS = ("green", "cyan", "blue", "magenta", "red", "yellow")
+KEPT, CORRECTED, OWN = "drafted and kept", "corrected", "the verifier's own"
+_ORIGIN_COLOURS = {KEPT: "green", CORRECTED: "red", OWN: "cyan"}
 _VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -27,6 +29,9 @@ def unmasking_view(trajectory: Trajectory, tokenizer: Any, block_size: int, cons
 
     In a line, the tokens of this step stand in their round's colour, or in brackets where there are no colours;
     `░` is a position still masked. Tokens behind the end token or the length limit were written and cut off.
+
+    Of verified decoding a line is a draft and what its verification made of it: drafts that were kept, rejected ones
+    with the verifier's token behind them, and tokens that are the verifier's own, each in a colour.
     """
     plain = console.color_system is None
     mask = "░" if console.encoding.startswith("utf") else "_"
@@ -35,6 +40,8 @@ def unmasking_view(trajectory: Trajectory, tokenizer: Any, block_size: int, cons
     prompt_length = len(trajectory.prompt_ids)
     blocks = (prompt_length + np.arange(len(written))) // block_size
     rounds = trajectory.reveal_round
+    origins = _origins(trajectory)
+    drafts = [_printable(tokenizer.decode([token])) if token >= 0 else "" for token in trajectory.draft_ids.tolist()]
 
     steps = Table.grid(padding=(0, 1))
     for justify in ("right", "right", "right", "left"):
@@ -48,7 +55,14 @@ def unmasking_view(trajectory: Trajectory, tokenizer: Any, block_size: int, cons
             step += 1
             line = Text().append("".join(_printable(tokenizer.decode([token])) for token in known), style="dim")
             for offset in offsets:
-                line.append_text(_cell(pieces[offset], int(rounds[offset]), round_, mask, plain))
+                now, origin = int(rounds[offset]), origins[offset] if origins else None
+                if origin and now == round_:
+                    if origin == CORRECTED:
+                        line.append(f"-{drafts[offset]}-" if plain else drafts[offset], style="dim strike")
+                    piece = f"[{pieces[offset]}]" if plain and origin != OWN else pieces[offset]
+                    line.append(piece, style=f"bold {_ORIGIN_COLOURS[origin]}")
+                else:
+                    line.append_text(_cell(pieces[offset], now, round_, mask, plain))
             first = round_ == 0
             number = Text(str(block) if first else "", style="dim")
             steps.add_row(Text(str(step), style="dim"), number, Text(str(round_), style=colour_of(round_)), line)
@@ -56,8 +70,27 @@ def unmasking_view(trajectory: Trajectory, tokenizer: Any, block_size: int, cons
     text = Text(overflow="fold")
     for offset, piece in enumerate(pieces):
         cut = offset >= len(trajectory.response_ids)
-        text.append(piece, style="dim strike" if cut else colour_of(int(rounds[offset])))
-    return Group(steps, Rule(style="dim"), Padding(text, (0, 1)), Padding(_legend(rounds), (0, 1)))
+        colour = _ORIGIN_COLOURS[origins[offset]] if origins else colour_of(int(rounds[offset]))
+        text.append(piece, style="dim strike" if cut else colour)
+    legend = _legend_of_origins(origins[: len(trajectory.response_ids)]) if origins else _legend(rounds)
+    return Group(steps, Rule(style="dim"), Padding(text, (0, 1)), Padding(legend, (0, 1)))
+
+
+def _origins(trajectory: Trajectory) -> list[str]:
+    """Of verified decoding, where each token of response and tail comes from; of other rules nothing."""
+    written = np.concatenate([trajectory.response_ids, trajectory.tail_ids])
+    drafts = trajectory.draft_ids
+    return [
+        KEPT if draft == token else CORRECTED if draft >= 0 else OWN
+        for draft, token in zip(drafts.tolist(), written[: len(drafts)].tolist(), strict=True)
+    ]
+
+
+def _legend_of_origins(origins: list[str]) -> Text:
+    legend = Text(overflow="fold")
+    for origin, colour in _ORIGIN_COLOURS.items():
+        legend.append(f"{origin}: {origins.count(origin)}  ", style=colour)
+    return legend
 
 
 def _cell(piece: str, revealed: int, now: int, mask: str, plain: bool) -> Text:

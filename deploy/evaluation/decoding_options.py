@@ -13,6 +13,7 @@ from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
+    SpeculativeUnmasking,
     StaticUnmasking,
     Unmasking,
 )
@@ -31,6 +32,7 @@ class RuleName(StrEnum):
     sequential = "sequential"
     entropy_bound = "entropy_bound"
     adaptive = "adaptive"
+    speculative = "speculative"
 
 
 Rule = Annotated[
@@ -38,8 +40,9 @@ Rule = Annotated[
     typer.Option(
         metavar="RULE",
         help="which masked tokens a step reveals: static (one, the most confident), sequential (one, the leftmost), "
-        "dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy) or adaptive (all "
-        "above a threshold that follows the confidences seen)",
+        "dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy), adaptive (all "
+        "above a threshold that follows the confidences seen) or speculative (a block, of which the causal reading "
+        "keeps what it would have written)",
     ),
 ]
 Threshold = Annotated[
@@ -54,6 +57,13 @@ Threshold = Annotated[
 Lower = Annotated[
     float, typer.Option(min=0, max=1, help="lower bound of the adaptive rule's threshold", callback=finite)
 ]
+DraftRounds = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="steps of a draft under the speculative rule; all but the last reveal what is above the threshold",
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(min=0, max=100, help="temperature of sampling; 0: greedy", callback=temperature)
 ]
@@ -64,8 +74,8 @@ Student = Annotated[
 ]
 
 
-def unmasking_of(rule: str, threshold: float, lower: float = DEFAULT_LOWER) -> Unmasking:
-    """The unmasking rule of the --rule, --threshold and --lower options.
+def unmasking_of(rule: str, threshold: float, lower: float = DEFAULT_LOWER, draft_rounds: int = 1) -> Unmasking:
+    """The unmasking rule of the --rule, --threshold, --lower and --draft-rounds options.
 
     Raises:
         ConfigError: the rule is adaptive and its bounds are the wrong way round.
@@ -77,6 +87,7 @@ def unmasking_of(rule: str, threshold: float, lower: float = DEFAULT_LOWER) -> U
         "dynamic": DynamicUnmasking(threshold=threshold),
         "sequential": SequentialUnmasking(),
         "entropy_bound": EntropyBoundUnmasking(),
+        "speculative": SpeculativeUnmasking(draft_rounds=draft_rounds, threshold=threshold),
     }
     return rules[rule]
 

@@ -36,7 +36,7 @@ from common.end_tokens import response_text
 from common.grid import grid_floor
 from deploy.evaluation.asking import asked_like_training, check_thinking
 from deploy.evaluation.decoding_options import DEFAULT_LOWER, DEFAULT_THRESHOLD, RuleName, unmasking_of
-from deploy.model_checks import check_student_folder, model_errors
+from deploy.model_checks import check_student_folder, check_verifies, model_errors
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -89,6 +89,7 @@ class BlockDiffusionLM(TemplateLM):
         except ValueError as error:
             raise ConfigError(f"--model_args pretrained: {error}") from error
         check_student_folder("--model_args pretrained", pretrained)
+        check_verifies("--model_args pretrained", pretrained, [rule])
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"  # lm_eval's command line says cuda:0 unless told otherwise
         self.pretrained = pretrained

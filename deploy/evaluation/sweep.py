@@ -20,6 +20,7 @@ from common.config.run import (
     DynamicUnmasking,
     EntropyBoundUnmasking,
     SequentialUnmasking,
+    SpeculativeUnmasking,
     StaticUnmasking,
     Unmasking,
 )
@@ -54,6 +55,8 @@ class Setting:
                 return f"entropy {bound:g}"
             case AdaptiveUnmasking(lower=lower, upper=upper):
                 return f"adaptive {lower:g}-{upper:g}"
+            case SpeculativeUnmasking(draft_rounds=rounds, threshold=threshold):
+                return f"speculative {rounds}" + (f" {threshold:g}" if rounds > 1 else "")
         return "AR"
 
 
@@ -64,6 +67,7 @@ def settings_of(
     bounds: list[float],
     lowers: list[float],
     block_sizes: list[int],
+    draft_rounds: list[int] | None = None,
 ) -> list[Setting]:
     """Every rule with every value of its own parameter at every block size, without repeats; the adaptive rule with
     every one of `lowers` under every threshold.
@@ -80,6 +84,12 @@ def settings_of(
                 unmaskings = [EntropyBoundUnmasking(bound_nats=b) for b in bounds]
             elif rule == "adaptive":
                 unmaskings = [adaptive(lower, upper) for lower in lowers for upper in thresholds]
+            elif rule == "speculative":
+                unmaskings = [
+                    SpeculativeUnmasking(draft_rounds=n, threshold=t)
+                    for n in draft_rounds or [1]
+                    for t in (thresholds if n > 1 else [SpeculativeUnmasking().threshold])  # one round needs none
+                ]
             elif rule == "sequential":
                 unmaskings = [SequentialUnmasking(tokens_per_step=k) for k in tokens_per_step]
             else:

@@ -63,3 +63,21 @@ def test_colours_by_round_on_a_terminal():
 def test_later_rounds_share_a_colour():
     assert colour_of(0) != colour_of(1)
     assert colour_of(40) == colour_of(400)
+
+
+def test_verified_decoding_shows_what_became_of_drafts():
+    t = trajectory()
+    t.draft_ids = np.array([-1, 105, -1, 35, 63, -1], dtype=np.int32)  # i is kept, # became !, the first is its own
+    t.reveal_round = np.array([0, 0, 0, 0, 1, 1], dtype=np.int16)
+
+    def of(**options: object) -> str:
+        console = Console(file=io.StringIO(), width=80, **options)  # type: ignore[arg-type]
+        console.print(unmasking_view(t, Letters(), 4, console))
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    plain = of(color_system=None)
+    assert "abH[i]" in plain and "⏎-#-[!]░░" in plain
+    assert "drafted and kept: 1  corrected: 1  the verifier's own: 2" in plain
+    coloured = of(color_system="standard", force_terminal=True)
+    for colour, letter in ((32, "i"), (31, "!"), (36, "H")):
+        assert f"\x1b[1;{colour}m{letter}" in coloured
