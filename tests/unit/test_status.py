@@ -54,6 +54,7 @@ def test_status_of_a_run_from_start_to_end(tmp_path):
         assert rows["rollout-0"] | {"last_heard": None} == {
             "name": "rollout-0",
             "role": "rollout",
+            "serves": "",
             "node": "10.0.0.1",
             "pid": 11,
             "weights_version": 4,
