@@ -49,8 +49,8 @@ FULL_SECONDS, CUT_SECONDS, SLOW_NETWORK_SECONDS = 6.0, 6.0, 10.0
 PATIENCE = 2  # batches; a phase that has not come by then gives way to the one that is
 DISK_MIB = 112
 NODES_OF_RUN = {"raylets": 6, "network": 4}  # some spare
-# of one process, from the median of four batches, once the first are over, to that of its last four
-WARM_BATCHES, GROWTH_MIB, GROWTH_HANDLES = 4, 64.0, 24
+# of one process, from the median of a few batches, once the first are over, to that of its last few
+WARM_BATCHES, MEDIAN_OF, GROWTH_MIB, GROWTH_HANDLES = 3, 3, 64.0, 24
 ORDERS = "SOAK_ORDERS"  # environment: the folder with orders to the actors
 
 ARGUMENTS = [
@@ -278,9 +278,9 @@ class SoakRun:
         """MiB and handles that a process has more at its end, by role the most; of those that live long enough."""
         growth: dict[str, list[float]] = {}
         for (name, _), samples in self.samples.items():
-            if len(samples) < WARM_BATCHES + 8:
+            if len(samples) < WARM_BATCHES + 2 * MEDIAN_OF:
                 continue
-            first, last = samples[WARM_BATCHES : WARM_BATCHES + 4], samples[-4:]
+            first, last = samples[WARM_BATCHES:][:MEDIAN_OF], samples[-MEDIAN_OF:]
             more = [statistics.median(s[i] for s in last) - statistics.median(s[i] for s in first) for i in (0, 1)]
             role = name.rpartition("-")[0] or name
             growth[role] = [round(max(pair), 1) for pair in zip(more, growth.get(role, more), strict=True)]
@@ -333,7 +333,7 @@ class SoakRun:
             self.begun[-1] = time.time()
         elif fault.kind == "slow":
             (self.orders / f"{name}.slow").touch()
-            time.sleep(SLOW_FOR)
+            self._pass(SLOW_FOR)
             (self.orders / f"{name}.slow").unlink()
         else:
             try:
@@ -341,12 +341,16 @@ class SoakRun:
             except ProcessLookupError:
                 return False
         if fault.kind == "pause":
-            time.sleep(self.rng.choice([2, 4]))
+            self._pass(self.rng.choice([2, 4]))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         if fault.kind in ("kill", "stop", "raise"):
             fault.seconds = self._await_repair(REPAIR_SECONDS)
         return True
+
+    def _pass(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self._wait_until(lambda: time.monotonic() > deadline)
 
     def _victims(self, role: str) -> list[str]:
         pids = self._seen()["pids"]
@@ -380,7 +384,7 @@ class SoakRun:
     def _fill(self, fault: Fault) -> bool:
         """A full disk for a while: it is repaired when what happens is written down again."""
         filling = fill(self.output)
-        time.sleep(FULL_SECONDS)
+        self._pass(FULL_SECONDS)
         rows = self._rows()
         filling.unlink()
         self._wait_until(lambda: self._rows() > rows)
@@ -396,14 +400,14 @@ class SoakRun:
         assert node is not None
         if fault.kind == "network slow":
             self.network.slow(node)
-            time.sleep(SLOW_NETWORK_SECONDS)
+            self._pass(SLOW_NETWORK_SECONDS)
             self.network.quick(node)
             return True
         self.network.cut(node)
         if fault.kind == "network cut":
             fault.seconds = self._await_repair(1.5 * REPAIR_SECONDS)
         else:
-            time.sleep(CUT_SECONDS)
+            self._pass(CUT_SECONDS)
         self.network.join(node)
         return True
 
