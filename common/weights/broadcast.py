@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,12 +60,16 @@ class GroupDissolved(RuntimeError):  # noqa: N818 (what happened)
 
 
 def stay_on(host: str) -> None:
-    """Let gloo and NCCL listen on loopback alone, where `host`, which others know this node as, is loopback. A user's
-    own choice of interfaces wins."""
-    if is_loopback(host):
-        interface = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        for library in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    """Let gloo listen where `host` is, the address that others know this node by, and NCCL too where that is loopback.
+    Gloo by itself listens where the machine's own name leads, which is often loopback, and nobody else reaches it. A
+    user's own choice of interfaces wins."""
+    interface = next(
+        (name for name, addresses in psutil.net_if_addrs().items() if any(a.address == host for a in addresses)), None
+    )
+    if interface is None:  # an address that is translated on the way, or a name
+        return
+    for library in ("GLOO", "NCCL") if is_loopback(host) else ("GLOO",):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
 
 
 class BroadcastTransport(WeightsTransport):

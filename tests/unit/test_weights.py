@@ -1,10 +1,12 @@
 """Weights transports: exact bytes against a plain copy, checksums, deadlines that name who is late, swaps in place."""
 
 import dataclasses
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import xxhash
@@ -14,7 +16,7 @@ from torch import nn
 
 from actors.weights_inbox import WeightsInbox
 from common.weights import checksums
-from common.weights.broadcast import BroadcastTransport, connect, open_store
+from common.weights.broadcast import BroadcastTransport, connect, open_store, stay_on
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.staged_buckets import StagedBuckets, as_tensor
 from common.weights.transport import WeightsHandle, WeightsTransport, load_weights
@@ -124,6 +126,23 @@ def test_a_receiver_that_does_not_come_is_named_on_both_sides(group):
     absent.timeout_s = 0.3
     with pytest.raises(TimeoutError, match=r"waiting for learner-0$"):  # it comes too late
         absent.fetch(handle)
+
+
+def test_gloo_stays_on_the_interface_of_the_address_that_others_know(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    addresses = psutil.net_if_addrs()
+    loopback = next(name for name, own in addresses.items() if any(a.address == "127.0.0.1" for a in own))
+    other = addresses[loopback][0]._replace(address="10.1.2.3")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {**addresses, "eth7": [other]})
+    stay_on("10.1.2.3")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7" and "NCCL_SOCKET_IFNAME" not in os.environ
+    stay_on("127.0.0.1")  # what is chosen stays
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7" and os.environ["NCCL_SOCKET_IFNAME"] == loopback
+    del os.environ["GLOO_SOCKET_IFNAME"]
+    stay_on("198.51.100.9")  # no interface here has it
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_a_member_that_does_not_join_is_named():
