@@ -21,6 +21,7 @@ from common.config.objective import (
     PerBlockState,
     RandomState,
     StateSelection,
+    SuffixState,
 )
 from common.seeds import state_rng
 from common.trajectory import EndTokens, Trajectory
@@ -147,6 +148,8 @@ def _masks(
         state = _one_of(state, rng)
     if isinstance(state, RandomState):
         masks = [_random_mask(state, block, block_size, rng)]
+    elif isinstance(state, SuffixState):
+        masks = [_suffix_mask(state, block, len(trajectory.response_ids), rng)]
     elif isinstance(state, LiftState):
         masks = [_random_mask(state.masks, block, block_size, rng, state.rho)]
     elif isinstance(state, ComplementaryState):
@@ -202,6 +205,17 @@ def _random_mask(
         weight = np.exp(state.position_bias * (1 - ratio) * place / block_size)
         masked = _weighted_choice(np.bincount(index, weights=masked), weight, index, first, rng)
     return masked, np.maximum(ratio, _LEAST_RATIO)
+
+
+def _suffix_mask(
+    state: SuffixState, block: np.ndarray, response: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each block masked from a position on, drawn among its tokens of the response, or whole; and its masked share."""
+    _, first, index = np.unique(block, return_index=True, return_inverse=True)
+    tokens = np.bincount(index[:response], minlength=len(first))
+    start = np.floor(rng.random(len(first)) * tokens) * (rng.random(len(first)) >= state.whole_share)
+    masked = np.arange(len(block)) - first[index] >= start[index]
+    return masked, _share(masked, index)
 
 
 def _weighted_choice(

@@ -94,6 +94,15 @@ class LiftState(Section):
     )
 
 
+class SuffixState(Section):
+    """Each block masked from one of its positions on, drawn uniformly, or whole: what verified decoding drafts from."""
+
+    kind: Literal["suffix"] = "suffix"
+    whole_share: float = Field(
+        0.5, ge=0, le=1, description="probability that a block is masked whole, as drafts of the next block find it"
+    )
+
+
 class MixtureState(Section):
     """Each trajectory draws one of three ways, in proportion to their shares."""
 
@@ -112,7 +121,14 @@ class MixtureState(Section):
 
 
 StateSelection = Annotated[
-    PerBlockState | GlobalState | AllRoundsState | RandomState | ComplementaryState | LiftState | MixtureState,
+    PerBlockState
+    | GlobalState
+    | AllRoundsState
+    | RandomState
+    | ComplementaryState
+    | LiftState
+    | SuffixState
+    | MixtureState,
     Field(discriminator="kind"),
 ]
 
@@ -121,7 +137,7 @@ def needs_rounds(state: StateSelection) -> bool:
     """Whether states are selected from those that a rollout visited."""
     if isinstance(state, MixtureState):
         return state.trajectory_share > 0
-    return not isinstance(state, RandomState | ComplementaryState | LiftState)
+    return not isinstance(state, RandomState | ComplementaryState | LiftState | SuffixState)
 
 
 class StudentSource(Section):
@@ -357,6 +373,7 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {"source": ("offline",), "state": ("random", "complementary"), "target": ("hard",)},
     "lift": {"source": ("offline",), "state": ("lift",), "target": ("hard",), "weight": ("inverse_t",)},
     "tabom": {"source": ("replay", "student"), "state": ("per_block", "global", "all_rounds"), "target": ("hard",)},
+    "drafter": {"source": ("offline",), "state": ("suffix",), "target": ("teacher",)},
     "tropd": {**_cell(("student",), _ROLLED_OUT, "reverse_kl"), "outliers": ("forward_kl", "left_out")},
     # the four cells of prefixes from teacher or student times forward or reverse KL (arXiv 2605.16826)
     "kd": _cell(("offline",), ("random", "complementary"), "forward_kl"),
@@ -376,6 +393,7 @@ class ObjectiveConfig(Section):
             "off_policy_distillation",
             "sft",
             "lift",
+            "drafter",
             "tabom",
             "tropd",
             "kd",
@@ -541,7 +559,7 @@ def _check_rounds(place: str, part: ObjectiveConfig) -> None:
     if part.source.kind == "offline" and needs_rounds(part.state):
         raise ValueError(
             f"{place}source.kind 'offline' has no realised rounds, which {place}state.kind {part.state.kind!r} selects "
-            "from; use state.kind random, complementary or lift, or a mixture with trajectory_share 0"
+            "from; use state.kind random, complementary, suffix or lift, or a mixture with trajectory_share 0"
         )
 
 

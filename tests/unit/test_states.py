@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from common.config.objective import ObjectiveConfig
 from common.prompts import Prompt
@@ -181,3 +182,45 @@ def test_later_positions_are_masked_more_often_as_far_as_the_block_is_clean(bias
     of_n = sum(share * counts[n] for n, share in expected.items())
     np.testing.assert_allclose(found, of_n, atol=3 * 4000**0.5 / 2)
     assert (of_n[-1] / of_n[0] > 2) == bool(bias)
+
+
+@given(trajectory(), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]))
+def test_suffix_masks_reach_from_a_token_of_the_response_to_the_blocks_end(t, seed, whole_share):
+    selected(t, seed, state={"kind": "suffix", "whole_share": whole_share})
+    masked = np.zeros(len(t.response_ids) + len(t.tail_ids), bool)
+    masked[t.masked_offsets] = True
+    block = blocks_of(t)
+    for b in np.unique(block):
+        of_block = masked[block == b]
+        assert of_block[-1] and (np.diff(of_block.astype(int)) >= 0).all()
+        assert masked[: len(t.response_ids)][block[: len(t.response_ids)] == b].any()
+        assert of_block.all() or whole_share < 1
+
+
+def test_suffix_masks_begin_everywhere_alike():
+    t = Trajectory(
+        0,
+        0,
+        np.arange(8),
+        np.arange(4 * 4000),
+        np.empty(0, np.int32),
+        np.zeros(16000),
+        np.zeros(16000),
+        0,
+        "length",
+        1,
+        1,
+    )
+    for whole_share in (0.0, 0.5):
+        selected(t, 3, state={"kind": "suffix", "whole_share": whole_share})
+        begins = 4 - np.bincount(t.masked_offsets // 4, minlength=4000)
+        found = np.bincount(begins, minlength=4) / 4000
+        expected = np.full(4, (1 - whole_share) / 4) + np.eye(4)[0] * whole_share
+        np.testing.assert_allclose(found, expected, atol=0.03)
+
+
+def test_the_drafter_method_is_the_originals_responses_at_suffix_states():
+    objective = ObjectiveConfig(method="drafter")
+    assert (objective.source.kind, objective.state.kind, objective.target.kind) == ("offline", "suffix", "teacher")
+    with pytest.raises(ValidationError, match=r"means state\.kind suffix, but it is 'random'"):
+        ObjectiveConfig(method="drafter", state={"kind": "random"})
