@@ -91,6 +91,10 @@ def serve(
 
         opdlm serve runs/tiny/checkpoints/final --host 0.0.0.0 --api-key-file key.txt
     """
+    if rule == "speculative":
+        raise ConfigError(
+            "--rule: 'speculative' does not run beside other rules, which clients may ask for; use dynamic"
+        )
     key = _key(api_key, api_key_file)
     if not is_loopback(host) and key is None:
         raise ConfigError(

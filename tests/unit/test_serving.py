@@ -475,6 +475,7 @@ def test_a_job_that_is_cancelled_in_the_queue_never_runs(student):
 
 
 COMMANDS = [
+    (("--rule", "speculative"), "--rule: 'speculative' does not run beside other rules"),
     (("--host", "0.0.0.0"), "--host: '0.0.0.0' can be reached from other machines, so an API key is required"),
     (("--api-key", "short"), "--api-key: it has 5 characters; make a longer one"),
     (("--api-key-file", "nowhere.txt"), "--api-key-file: 'nowhere.txt' does not exist"),
