@@ -17,7 +17,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.config.objective import ForwardKL, ObjectiveConfig
-from common.config.run import DynamicUnmasking, StaticUnmasking
+from common.config.run import DynamicUnmasking, SpeculativeUnmasking, StaticUnmasking
 from common.masks import dense_mask, flex_mask
 from common.seeds import state_rng
 from common.states import select_states
@@ -272,3 +272,17 @@ def test_the_held_out_kl_of_a_model_that_decodes_is_that_of_the_cpu(path, tmp_pa
             found.append(targets.sums(model, block_size=BLOCK, mask_token_id=287))
     assert (found[0].tokens == found[1].tokens).all()
     np.testing.assert_allclose(found[1].kl, found[0].kl, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_verified_decoding_gives_the_cpus_text(rounds, tmp_path):
+    path = tiny_family(tmp_path, "qwen3", seed=2)
+    made = {}
+    for device in ("cpu", "cuda"):
+        model = load_model(path, torch.float32, "sdpa").to(device)
+        model.config.attention_context = "causal"
+        sampler = Sampler(model, block_size=BLOCK, mask_token_id=1, eos_token_id=EOS, slots=8, seed=5)
+        for _ in range(2):  # the second time with graphs
+            decoding = Decoding(SpeculativeUnmasking(draft_rounds=rounds), 0.0)
+            made[device] = {t.ordinal: t.response_ids.tolist() for t in sampler.generate(requests(12), decoding)}
+    assert sum(made["cuda"][i] == text for i, text in made["cpu"].items()) >= 10  # ties within rounding
