@@ -276,23 +276,38 @@ def batch_info(batch: pa.RecordBatch) -> BatchInfo:
 
 
 def write_spool(path: Path, batches: list[pa.RecordBatch]) -> None:
-    """Record batches as one Arrow IPC file."""
+    """Record batches as one Arrow IPC file; a file has one schema, so those of a teacher of another width go into one
+    of their own beside it (`batch.1.arrow`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pa.ipc.new_file(str(path), batches[0].schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+    schemas: list[pa.Schema] = []
+    for batch in batches:
+        if not any(schema.equals(batch.schema, check_metadata=True) for schema in schemas):
+            schemas.append(batch.schema)
+    for number, schema in enumerate(schemas):
+        with pa.ipc.new_file(str(_part(path, number)), schema) as writer:
+            for batch in batches:
+                if batch.schema.equals(schema, check_metadata=True):
+                    writer.write_batch(batch)
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
 def read_spool(path: Path) -> list[pa.RecordBatch]:
-    """The record batches of an Arrow IPC file, memory-mapped.
+    """The record batches of an Arrow IPC file and of those beside it (`write_spool`), memory-mapped.
 
     Raises:
         ValueError: the file is damaged, or its schema is not a trajectory schema that this code reads.
     """
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        TrajectoryMeta.of(reader.schema)
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        batches, number = [], 0
+        while not number or _part(path, number).exists():
+            reader = pa.ipc.open_file(pa.memory_map(str(_part(path, number))))
+            TrajectoryMeta.of(reader.schema)
+            batches += [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            number += 1
+        return batches
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{str(path)!r} is no whole Arrow IPC file ({error})") from error
 
