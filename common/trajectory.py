@@ -277,21 +277,23 @@ def batch_info(batch: pa.RecordBatch) -> BatchInfo:
 
 def write_spool(path: Path, batches: list[pa.RecordBatch]) -> None:
     """Record batches as one Arrow IPC file; a file has one schema, so those of a teacher of another width go into one
-    of their own beside it (`batch.1.arrow`)."""
+    of their own beside it (`batch.arrow.1`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    schemas: list[pa.Schema] = []
+    by_schema: list[tuple[pa.Schema, list[pa.RecordBatch]]] = []
     for batch in batches:
-        if not any(schema.equals(batch.schema, check_metadata=True) for schema in schemas):
-            schemas.append(batch.schema)
-    for number, schema in enumerate(schemas):
+        alike = next((b for schema, b in by_schema if schema.equals(batch.schema, check_metadata=True)), None)
+        if alike is None:
+            by_schema.append((batch.schema, [batch]))
+        else:
+            alike.append(batch)
+    for number, (schema, alike) in enumerate(by_schema):
         with pa.ipc.new_file(str(_part(path, number)), schema) as writer:
-            for batch in batches:
-                if batch.schema.equals(schema, check_metadata=True):
-                    writer.write_batch(batch)
+            for batch in alike:
+                writer.write_batch(batch)
 
 
 def _part(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
+    return path.with_name(f"{path.name}.{number}") if number else path
 
 
 def read_spool(path: Path) -> list[pa.RecordBatch]:

@@ -22,6 +22,7 @@ from common.prompts import Prompt
 from common.seeds import stream_key
 from common.student import load_tokenizer, pretrained
 from common.trajectory import finish_reason, until_end, without_end
+from common.vocabulary import token_count
 
 
 def load_autoregressive(
@@ -63,6 +64,8 @@ def _answer(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     ends = model.generation_config.eos_token_id
+    # the LM head may have more rows than there are tokens: a random or barely trained model would write them
+    rows = range(token_count(tokenizer), len(model.get_output_embeddings().weight))
     width = max(len(r.prompt_ids) for r in batch)
     ids = torch.full((len(batch), width), ends[0])
     attention = torch.zeros_like(ids)
@@ -74,6 +77,7 @@ def _answer(
         input_ids=ids.to(model.device),
         attention_mask=attention.to(model.device),
         max_new_tokens=max(r.max_new_tokens for r in batch),
+        suppress_tokens=list(rows) or None,
         stopping_criteria=[_Stopping(stops, batch, width)] if any(r.stop for r in batch) else None,
         **(sampling if temperature else greedy),
     )

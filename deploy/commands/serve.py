@@ -10,7 +10,7 @@ import typer
 from common.config.dashboard import is_loopback
 from common.config.errors import ConfigError
 from common.grid import grid_floor
-from deploy.argument_checks import a_path
+from deploy.argument_checks import a_path, finite
 from deploy.commands.console import say
 from deploy.commands.generate import DEFAULT_MAX_TOKENS
 from deploy.evaluation.asking import System, Thinking, asked_like_training, check_thinking
@@ -64,7 +64,9 @@ def serve(
         int, typer.Option(min=1, help="response limit of a request that names none, tokens")
     ] = DEFAULT_MAX_TOKENS,
     queue: Annotated[int, typer.Option(min=0, help="sequences that may wait for a slot; more are refused")] = 256,
-    timeout: Annotated[float, typer.Option(min=1, help="seconds that a request may take, its wait included")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="seconds that a request may take, its wait included", callback=finite)
+    ] = 600.0,
     drain: Annotated[int, typer.Option(min=0, help="seconds that running requests get when the server ends")] = 30,
     compare: Annotated[
         str | None,

@@ -126,3 +126,13 @@ def test_spool_round_trip(tmp_path):
         True,
         True,
     ]
+
+
+def test_record_batches_of_teachers_of_several_widths_are_spooled_together(tmp_path):
+    """An Arrow file has one schema: what does not fit lies beside it, and comes back with it."""
+    metas = [replace(META, target_kind="hidden", target_width=width) for width in (5, 2, 5)]
+    batches = [to_batch(make(), meta) for meta in metas]
+    write_spool(tmp_path / "batch-000001.arrow", batches)
+    found = read_spool(tmp_path / "batch-000001.arrow")
+    assert [from_batch(batch)[1].target_width for batch in found] == [5, 5, 2]
+    assert found[0].equals(batches[0]) and found[1].equals(batches[2]) and found[2].equals(batches[1])
