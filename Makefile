@@ -37,7 +37,7 @@ soak: install
 test: test-fast
 	$(BIN)/python -m pytest -q -m "integration and not long" -n 2 --dist loadfile
 
-# whole runs under faults, a quarter of an hour
+# whole runs under faults and further variants, half an hour
 test-long: install
 	$(BIN)/python -m pytest -q -m long
 

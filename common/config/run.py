@@ -357,8 +357,10 @@ class TeachersConfig(TeacherConfig):
     @model_validator(mode="before")
     @classmethod
     def _from_list(cls, data: Any) -> Any:
-        """A list is the first teacher with the others."""
+        """A list is the first teacher with the others; one teacher, built in Python, is the only one."""
         data = first_with_others(data)
+        if isinstance(data, TeacherConfig) and not isinstance(data, TeachersConfig):
+            return {name: getattr(data, name) for name in data.model_fields_set}
         if not isinstance(data, Mapping) or not isinstance(data.get("others"), list | tuple):
             return data
         shared = {k: v for k, v in data.items() if k in TeacherConfig.model_fields and k not in ("path", "domains")}

@@ -18,7 +18,15 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("qwen2-sliding", 1), ("llama", 1), ("gemma3", 2), ("qwen3-moe", 2)])
+@pytest.mark.parametrize(
+    ("family", "ranks"),
+    [
+        pytest.param("qwen2-sliding", 1, marks=pytest.mark.long),
+        ("llama", 1),
+        pytest.param("gemma3", 2, marks=pytest.mark.long),
+        ("qwen3-moe", 2),
+    ],
+)
 def test_the_loop_learns(tmp_path, family, ranks):
     path = tiny_family(tmp_path / "arlm", family)
     own = ["--output_dir", str(tmp_path), "--model.path", path, "--learner.ranks", str(ranks)]

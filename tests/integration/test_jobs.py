@@ -178,6 +178,7 @@ def test_upload_is_small_and_leaves_runs_out(tmp_path: Path) -> None:
     assert package.stat().st_size < 8 * 2**20
 
 
+@pytest.mark.long
 def test_stopped_twice_with_a_token_on_a_head_without_cpus(runs: Path, whole: list[dict[str, float]]) -> None:
     """With Ray's own commands and with ours; the driver on the head, all actors on the worker node."""
     run, folder = [*TINY, "--name", "token", "--output_dir", str(runs)], runs / "token"

@@ -95,8 +95,12 @@ def test_loop_learns_and_every_actor_advances(tmp_path, overrides):
 
 @pytest.mark.parametrize(
     ("student_rows", "teacher_rows", "mask_token", "target"),
-    [(288, 320, "auto", "hidden"), (320, 288, "auto", "topk"), (262, 288, "new", "hidden"), (262, None, "new", "topk")],
-    ids=["larger-teacher", "smaller-teacher", "added-row-and-a-teacher", "added-row"],
+    [
+        pytest.param(288, 320, "auto", "hidden", marks=pytest.mark.long, id="larger-teacher"),
+        pytest.param(320, 288, "auto", "topk", marks=pytest.mark.long, id="smaller-teacher"),
+        pytest.param(262, 288, "new", "hidden", id="added-row-and-a-teacher"),
+        pytest.param(262, None, "new", "topk", marks=pytest.mark.long, id="added-row"),
+    ],
 )
 def test_student_and_teacher_with_different_rows_train_together(
     tmp_path, student_rows, teacher_rows, mask_token, target

@@ -52,6 +52,7 @@ def test_broadcast_gives_what_the_object_store_gives(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_broadcast_beside_rollouts(tmp_path):
     rows, _, _ = trained(tmp_path, "--publish.transport", "broadcast", "--pipeline.staleness", "1")
     assert [{t.weights_version for t in batch} for batch in rows] == [{0}, {0}, {1}]

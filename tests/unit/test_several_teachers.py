@@ -13,7 +13,7 @@ from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.fingerprint import fingerprint
 from common.config.objective import ObjectiveConfig
-from common.config.run import DynamicUnmasking
+from common.config.run import DataConfig, DynamicUnmasking, ModelConfig, RunConfig, TeacherConfig
 from common.conversion import TeacherHead, student_of, teacher_heads_of
 from common.prompts import Prompt
 from common.student import load_model
@@ -222,3 +222,10 @@ def test_held_out_prompts_are_compared_with_their_own_teacher(folders):
         assert alone.answer_held_out([prompts[row]], 8, [own.teacher_path])[0].tolist() == responses[row].tolist()
         one = alone.held_out_kl([prompts[row]], [responses[row]], [own.teacher_path], BLOCK).kl
         np.testing.assert_allclose(kl[row], one[0], rtol=1e-5)
+
+
+def test_one_teacher_may_be_given_as_its_own_section():
+    teacher = TeacherConfig(backend="transformers", target="topk")
+    config = RunConfig(model=ModelConfig(path="m"), data=DataConfig(prompts="p"), teacher=teacher)
+    assert (config.teacher.backend, config.teacher.target, config.teacher.others) == ("transformers", "topk", ())
+    assert RunConfig(model=ModelConfig(path="m"), data=DataConfig(prompts="p"), teacher=config.teacher) == config
