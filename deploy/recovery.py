@@ -26,7 +26,7 @@ from deploy.checkpoints import RunState
 from deploy.cluster import Pools, actor_id, asked
 from deploy.errors import RunError, WorkerError
 from deploy.monitoring.observer import Observers
-from deploy.remote_calls import Repair, is_failed
+from deploy.remote_calls import CREATION, Repair, is_failed
 from deploy.roles import ROLES, Role, role_of
 from deploy.stop_signals import StopSignals
 
@@ -39,7 +39,6 @@ STILL_FACTOR = 10
 HOUR = 3600.0
 _WEIGHTS_LOST = (DISSOLVED, "rollouts need weights version")
 _LEARNER_TRIES = 3  # of a rollout batch after a fault
-_CREATION = "error raised in its creation task"  # Ray's words for an exception in an actor's constructor
 
 # what an actor's progress counts; other work has no steps, and is watched by the deadline of its wait alone
 COUNTED = frozenset({"generating", "computing targets", "training", "evaluating the student"})
@@ -145,7 +144,7 @@ class Supervisor(Repair):
                 self._reloaded.add(actor)
                 self.prepare(name)
                 return
-        if role not in self._loaded and _CREATION in str(error):
+        if role not in self._loaded and CREATION in str(error):
             raise error
         if role != "learner":
             self._replace(name, str(error), since=self._clock())

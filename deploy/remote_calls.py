@@ -15,6 +15,7 @@ from deploy.errors import StuckError, WorkerError
 from deploy.monitoring.observer import Observers
 from deploy.stop_signals import StopSignals
 
+CREATION = "error raised in its creation task"  # Ray's words for an exception in an actor's constructor
 _POLL_SECONDS = 0.2
 
 Again = Callable[[str], ray.ObjectRef]  # asks the actor that now has a name once more

@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import ray
@@ -16,8 +17,8 @@ from common.prompts import Prompt, longest_response
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools, asked
 from deploy.dealing import Deck, ResponseLengths
-from deploy.errors import StuckError, WorkerError
-from deploy.remote_calls import RemoteCalls
+from deploy.errors import RunError, StuckError, WorkerError
+from deploy.remote_calls import CREATION, RemoteCalls
 
 _POLL_SECONDS = 0.2
 _FETCH_SECONDS = 60.0
@@ -46,13 +47,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Annotation:
-    """A record batch at a teacher."""
+    """A record batch at a teacher; `number` tells the order in which they were sent."""
 
+    number: int
     share: Share
     plain: ray.ObjectRef
     annotated: ray.ObjectRef
     name: str
     info: BatchInfo
+
+    def ordinals(self) -> set[int]:
+        return {ordinal for ordinal, _ in self.info.keys}
 
 
 class RolloutBatch:
@@ -106,6 +111,7 @@ class RolloutBatch:
         self._teacher_of = config.teacher_of
         self._streams: dict[Any, Share] = {}
         self._annotating: dict[ray.ObjectRef, Annotation] = {}
+        self._sent = count()
         self._failures: Counter[int] = Counter()  # of calls in which a prompt was with others, by ordinal
         self._failures_alone: Counter[int] = Counter()
         self._blamed: set[str] = set()  # ids of actors whose failure is counted
@@ -243,7 +249,7 @@ class RolloutBatch:
                 self._pass_on(share, plain, info)
         except WorkerError as error:
             self._calls.repair.failed(share.name, stream.completed(), error)
-            self._blame(asked(stream.completed()))
+            self._blame_rollouts(asked(stream.completed()), error)
             self._deal_no_more(stream, share)
             self._end(share)
 
@@ -257,7 +263,7 @@ class RolloutBatch:
         teacher = min(pool, key=lambda t: load[names[t]])
         annotated, annotated_info = teacher.annotate_with_info.options(num_returns=2).remote(plain)
         share.at_teachers += 1
-        self._annotating[annotated_info] = Annotation(share, plain, annotated, names[teacher], info)
+        self._annotating[annotated_info] = Annotation(next(self._sent), share, plain, annotated, names[teacher], info)
         self.peak_teacher_queue = max(self.peak_teacher_queue, len(self._annotating))
 
     def _teacher_for(self, info: BatchInfo) -> int:
@@ -274,8 +280,8 @@ class RolloutBatch:
                 self._settle(share)
                 return
             self._calls.repair.failed(name, ref, error)
-            ordinals = {ordinal for ordinal, _ in annotation.info.keys}
-            if self._count_failure(ordinals):
+            self._blame_targets(ref, annotation, error)
+            if self._failed_often(annotation.ordinals()):
                 self._settle(share)  # asked again in smaller parts
             else:
                 self._pass_on(share, annotation.plain, annotation.info)
@@ -325,19 +331,41 @@ class RolloutBatch:
             f"prompt {prompt.ordinal} is set aside, because a process failed on it twice: {shown(prompt.question)}",
             "warning",
         )
+        if not self.expected:  # it is not the prompts
+            self._calls.stop.fail(
+                RunError(
+                    f"every prompt of rollout batch {self.index} is set aside: processes fail on whatever they get"
+                )
+            )
+            self._calls.stop.check()
 
-    def _blame(self, actor: str) -> None:
+    def _blame_rollouts(self, actor: str, error: WorkerError) -> None:
         """Count a failure of the oldest call of an actor: those behind it had not begun."""
-        if actor not in self._blamed:
-            self._blamed.add(actor)
+        if self._is_first_failure(actor, error):
             running = next(share for stream, share in self._streams.items() if asked(stream.completed()) == actor)
             self._count_failure(running.ordinals() - self._at_teachers(running))
 
-    def _count_failure(self, ordinals: set[int]) -> bool:
+    def _blame_targets(self, ref: ray.ObjectRef, annotation: Annotation, error: WorkerError) -> None:
+        """The same for a teacher, of which the call `ref` failed."""
+        if self._is_first_failure(asked(ref), error):
+            others = [a for waiting, a in self._annotating.items() if asked(waiting) == asked(ref)]
+            self._count_failure(min([annotation, *others], key=lambda a: a.number).ordinals())
+
+    def _is_first_failure(self, actor: str, error: WorkerError) -> bool:
+        """Whether an actor failed at its work; all of its calls fail, also when it could not even load its model."""
+        first = actor not in self._blamed and CREATION not in str(error)
+        self._blamed.add(actor)
+        return first
+
+    def _count_failure(self, ordinals: set[int]) -> None:
+        self._failures_of(ordinals).update(ordinals)
+
+    def _failed_often(self, ordinals: set[int]) -> bool:
         """Whether work on these prompts has failed often enough for it to be split, or set aside."""
-        counter = self._failures_alone if len(ordinals) == 1 else self._failures
-        counter.update(ordinals)
-        return any(counter[ordinal] >= _FAILURES for ordinal in ordinals)
+        return any(self._failures_of(ordinals)[ordinal] >= _FAILURES for ordinal in ordinals)
+
+    def _failures_of(self, ordinals: set[int]) -> Counter[int]:
+        return self._failures_alone if len(ordinals) == 1 else self._failures
 
     def _at_teachers(self, share: Share) -> set[int]:
         return {key[0] for a in self._annotating.values() if a.share is share for key in a.info.keys}

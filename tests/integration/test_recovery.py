@@ -89,6 +89,25 @@ class FakeRollout:
         return {}
 
 
+class FakeTeacher:
+    """Passes record batches on. The first dies at its second, the one after the next at its third; the second and the
+    fourth cannot even start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.number = len(list(folder.glob("teacher-*")))
+        (folder / f"teacher-{self.number}").touch()
+        self.calls = 0
+        if self.number in (1, 3):
+            raise RuntimeError("no start")
+
+    def annotate_with_info(self, record_batch):
+        self.calls += 1
+        if self.calls == {0: 2, 2: 3}.get(self.number):
+            time.sleep(1.0)  # others queue meanwhile
+            os._exit(1)
+        return record_batch, batch_info(record_batch)
+
+
 @dataclass
 class Heard(Observer):
     notes: list[str]
@@ -98,12 +117,18 @@ class Heard(Observer):
 
 
 def rolled_out(
-    folder: Path, wrong: str, restarts: int = 10, slots: int = 32
+    folder: Path, wrong: str, restarts: int = 10, slots: int = 32, teacher: type | None = None
 ) -> tuple[RolloutBatch, list[str], Supervisor]:
     """A rollout batch of 8 prompts with two samples each, over two actors that are replaced when they fail."""
     actor_class = as_ray_actor(FakeRollout, Resources(cpus=0.5), concurrency_groups={"deals": 1})
-    pools = Pools([], [], [], create=lambda role, index: actor_class.remote(folder, wrong))
-    pools.rollouts = [pools.create("rollout", i) for i in range(2)]
+    teacher_class = as_ray_actor(teacher, Resources(cpus=0.5)) if teacher else None
+
+    def create(role: str, index: int):
+        return teacher_class.remote(folder) if role == "teacher" else actor_class.remote(folder, wrong)
+
+    pools = Pools([], [], [], create=create)
+    pools.rollouts = [create("rollout", i) for i in range(2)]
+    pools.teachers, pools.teacher_pools = ([create("teacher", 0)], [0]) if teacher else ([], [])
     config = load_config("tiny", [
         "--rollout.samples_per_prompt", "2", "--rollout.slots", str(slots), "--rollout.stream_rows", "1",
         "--recovery.restarts", str(restarts),
@@ -151,6 +176,31 @@ def test_a_prompt_that_kills_actors_is_set_aside(tmp_path):
     assert {ordinal for ordinal, _ in batch.expected} == {0, 1, 2, 4, 5, 6, 7}
     assert supervisor.state.restarts["rollout"] == 4  # twice with others, twice alone
     assert "prompt 3 is set aside, because a process failed on it twice: 'question 3'" in notes
+
+
+@pytest.mark.usefixtures("one_ray")
+def test_no_prompt_is_blamed_for_work_that_had_not_begun(tmp_path):
+    """A teacher that dies takes a queue with it, and a replacement that cannot start a queue as well: none of these
+    record batches of one prompt each is to blame, but for the one that was under way."""
+    batch, notes, supervisor = rolled_out(tmp_path, "nothing", teacher=FakeTeacher)
+    assert supervisor.state.restarts["teacher"] == 4
+    assert not batch.set_aside, notes
+    assert len(batch.expected) == 16
+
+
+class BrokenTeacher(FakeTeacher):
+    def __init__(self, folder: Path) -> None:
+        pass
+
+    def annotate_with_info(self, record_batch):
+        os._exit(1)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("one_ray")
+def test_a_run_whose_prompts_are_all_set_aside_ends(tmp_path):
+    with pytest.raises(StopRequested):
+        rolled_out(tmp_path, "nothing", restarts=100, teacher=BrokenTeacher)
 
 
 @pytest.mark.usefixtures("one_ray")
