@@ -90,22 +90,23 @@ class FakeRollout:
 
 
 class FakeTeacher:
-    """Passes record batches on. The first dies at its second, the one after the next at its third; the second and the
-    fourth cannot even start."""
+    """Passes record batches on, but dies once at ordinal 2 and at 6; each time the next cannot start."""
 
     def __init__(self, folder: Path) -> None:
-        self.number = len(list(folder.glob("teacher-*")))
-        (folder / f"teacher-{self.number}").touch()
-        self.calls = 0
-        if self.number in (1, 3):
+        self.folder = folder
+        number = len(list(folder.glob("teacher-*")))
+        (folder / f"teacher-{number}").touch()
+        if number in (1, 3):
             raise RuntimeError("no start")
 
     def annotate_with_info(self, record_batch):
-        self.calls += 1
-        if self.calls == {0: 2, 2: 3}.get(self.number):
+        info = batch_info(record_batch)
+        mark = self.folder / f"died-{info.keys[0][0]}"
+        if mark.name in ("died-2", "died-6") and not mark.exists():
+            mark.touch()
             time.sleep(1.0)  # others queue meanwhile
             os._exit(1)
-        return record_batch, batch_info(record_batch)
+        return record_batch, info
 
 
 @dataclass
