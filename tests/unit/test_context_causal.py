@@ -19,7 +19,7 @@ from common.states import select_states
 from common.student import attention_windows, hidden_states, load_model
 from learner.batches import BatchBuilder
 from tests.models import FAMILIES, tiny_family, tiny_qwen3
-from tests.unit.test_parity import BLOCK, CPU, builder, set_targets, trajectories
+from tests.unit.test_parity import BLOCK, CPU, builder, revealed_alike, set_targets, trajectories
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -113,15 +113,7 @@ def test_parity(student, max_tokens):
                     causal = model.model(torch.from_numpy(micro.ids[at])[None]).last_hidden_state[0]
                     torch.testing.assert_close(hidden[torch.from_numpy(at)], causal, atol=1e-4, rtol=1e-4)
                     clean += int(at.sum())
-        states = micro.copy.ravel()[micro.loss_index] - 1
-        positions = micro.positions.ravel()[micro.loss_index]
-        for i, (doc, state, position) in enumerate(zip(micro.loss_doc, states, positions, strict=True)):
-            t = rows[doc]
-            offset = position - len(t.prompt_ids)
-            if t.reveal_round[offset] == state:
-                checked += 1
-                expected = float(np.log(t.confidence[offset]))
-                assert log_p[i, t.response_ids[offset]].item() == pytest.approx(expected, abs=1e-4)
+        checked += revealed_alike(log_p, micro, rows)
     assert checked == sum(len(t.response_ids) for t in rows)
     assert clean > 0
 

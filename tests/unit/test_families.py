@@ -16,7 +16,7 @@ from common.student import attention_windows, hidden_states, load_model, load_to
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, empty_sums
 from tests.models import FAMILIES, tiny_family
-from tests.unit.test_parity import BLOCK, CPU, builder, set_targets, trajectories
+from tests.unit.test_parity import BLOCK, CPU, builder, revealed_alike, set_targets, trajectories
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "qwen3-moe"])
@@ -108,15 +108,7 @@ def test_parity(family):
         with torch.no_grad():
             hidden = hidden_states(model, x.ids, x.positions, x.mask)
             log_p = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[x.loss_index]).log_softmax(-1)
-        states = micro.copy.ravel()[micro.loss_index] - 1
-        positions = micro.positions.ravel()[micro.loss_index]
-        for i, (doc, state, position) in enumerate(zip(micro.loss_doc, states, positions, strict=True)):
-            t = rows[doc]
-            offset = position - len(t.prompt_ids)
-            if t.reveal_round[offset] == state:
-                checked += 1
-                expected = float(np.log(t.confidence[offset]))
-                assert log_p[i, t.response_ids[offset]].item() == pytest.approx(expected, abs=1e-4)
+        checked += revealed_alike(log_p, micro, rows)
     assert checked == sum(len(t.response_ids) for t in rows)
 
 

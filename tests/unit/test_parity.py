@@ -158,3 +158,19 @@ def direct_loss(model, rows, mask_token_id, hard=False):
         if terms:
             losses.append(torch.stack(terms).mean())
     return torch.stack(losses).mean()
+
+
+def revealed_alike(log_p, micro, rows) -> int:
+    """Asserts that the learner's log-probabilities [L, V] of what the states of a micro-batch reveal next are
+    the sampler's confidences; returns how many there are."""
+    states = micro.copy.ravel()[micro.loss_index] - 1
+    positions = micro.positions.ravel()[micro.loss_index]
+    checked = 0
+    for i, (doc, state, position) in enumerate(zip(micro.loss_doc, states, positions, strict=True)):
+        t = rows[doc]
+        offset = position - len(t.prompt_ids)
+        if t.reveal_round[offset] == state:
+            checked += 1
+            expected = float(np.log(t.confidence[offset]))
+            assert log_p[i, t.response_ids[offset]].item() == pytest.approx(expected, abs=1e-4)
+    return checked
