@@ -24,7 +24,8 @@ from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from actors.weights_inbox import WeightsInbox
 from common.busy import BusySpans, computes
-from common.config.run import RunConfig, Unmasking
+from common.config.run import RunConfig
+from common.config.unmasking import Unmasking
 from common.conversion import counted_tokens, load_converted, student_of
 from common.device import device_for
 from common.prompts import Prompt, longest_response, part_of

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from common.config.run import AnswerFormat
+from common.config.evaluation import AnswerFormat
 from common.math_equality import mathematically_equal
 from common.quantities import last_quantity, leading_quantity, plain, quantity
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from common.config.run import DataConfig
+from common.config.data import DataConfig
 from common.conversations import Conversation, Turn
 from common.datasets.errors import PromptError
 

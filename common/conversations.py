@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.config.run import DataConfig
+from common.config.data import DataConfig
 from common.datasets.errors import PromptError
 
 DEFAULT_TEMPLATE = "default"  # the key of data.templates for all other domains

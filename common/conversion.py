@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat import asked_with
-from common.config.run import AttentionContext, RunConfig
+from common.config.model import AttentionContext
+from common.config.run import RunConfig
 from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
 from common.gguf_files import model_folder
 from common.mask_token import AUTO, NEW, set_mask_token

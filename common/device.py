@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from common.config.run import Resources
+from common.config.resources import Resources
 
 
 def device_for(field: str, resources: Resources) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.run import AttentionContext
+from common.config.model import AttentionContext
 
 Integers = TypeVar("Integers", np.ndarray, Tensor)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.answers import reference_text
 from common.chat import TEMPLATE_ERRORS, ChatTemplate, has_thinking_switch, missing_turn
-from common.config.run import DataConfig
+from common.config.data import DataConfig
 from common.conversations import Conversation, LeftOut, Turn, conversation_of, template_for, whole_characters
 from common.datasets.errors import PromptError
 from common.datasets.rows import open_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from common.config.run import Resources
+from common.config.resources import Resources
 from common.heartbeat import Heartbeat
 
 ADDRESS = "OPDLM_ADDRESS"  # set where all processes of a run are on one machine

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from common.annealing import annealed
+from common.config.data import DataConfig
 from common.config.objective import MixtureSource, ObjectiveConfig, Source
-from common.config.run import DataConfig
 from common.conversations import LeftOut, check_text, conversation_of
 from common.datasets.errors import PromptError
 from common.datasets.folder import ALL_SPLITS

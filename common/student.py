@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.config.run import AttentionContext
+from common.config.model import AttentionContext
 from common.gguf_files import model_folder
 from common.model_files import ModelError, head_of, stored_tensors
 

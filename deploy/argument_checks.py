@@ -12,7 +12,7 @@ import typer
 
 from common.config.errors import ConfigError
 from common.config.paths import expanded, template_text
-from common.config.run import far_from_zero
+from common.config.values import far_from_zero
 
 
 def a_path(param: typer.CallbackParam, value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from common.busy import Span
-from common.config.run import DynamicUnmasking, RunConfig
+from common.config.run import RunConfig
+from common.config.unmasking import DynamicUnmasking
 from deploy.checkpoints import RunState
 from deploy.cluster import Pools
 from deploy.monitoring.metrics import PARTS

@@ -23,8 +23,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors import rollout
 from actors.teacher import actor as teacher
 from common.compiled_code import compiled_code_environment
+from common.config.cluster import RayConfig
 from common.config.errors import ConfigError
-from common.config.run import RayConfig, RunConfig
+from common.config.run import RunConfig
 from common.conversion import counted_tokens, student_of
 from common.ray_actor import ADDRESS
 from deploy.placement import LEAST_STORE_MIB, Placement, check_resources, ray_exists

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 
 from common.annealing import annealed
 from common.config.objective import ObjectiveConfig
-from common.config.run import CurriculumConfig, DynamicUnmasking, RolloutConfig, RunConfig, Unmasking
-from common.config.schedule import PlateauGrowth, StepGrowth
+from common.config.rollout import RolloutConfig
+from common.config.run import RunConfig
+from common.config.schedule import CurriculumConfig, PlateauGrowth, StepGrowth
+from common.config.unmasking import DynamicUnmasking, Unmasking
 from common.grid import grid_floor
 
 

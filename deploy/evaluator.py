@@ -10,7 +10,8 @@ import ray
 
 from actors.evaluation.evaluation import Evaluation
 from actors.evaluation.held_out import HeldOutSums
-from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking, Unmasking
+from common.config.run import RunConfig
+from common.config.unmasking import DynamicUnmasking, StaticUnmasking, Unmasking
 from common.prompts import Prompt
 from deploy.cluster import Pools
 from deploy.held_out import HeldOutPrompts

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.config.cluster import RayConfig
 from common.config.errors import ConfigError
-from common.config.run import ModelShape, RayConfig, Resources, RunConfig
+from common.config.model import ModelShape
+from common.config.resources import Resources
+from common.config.run import RunConfig
 from common.gguf_files import model_folder
 from learner.deepspeed_config import WHOLE_ELEMENTS
 

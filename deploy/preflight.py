@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.fingerprint import evaluation_fingerprint, fingerprint, input_paths
-from common.config.run import DataConfig, RunConfig
+from common.config.run import RunConfig
 from common.config.shown import shown
 from common.datasets.errors import PromptError
 from common.grid import grid_ceil, grid_floor

@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 
-from common.config.run import RunConfig, Unmasking
+from common.config.run import RunConfig
 from common.config.shown import shown
+from common.config.unmasking import Unmasking
 from common.prompts import Prompt, longest_response
 from common.trajectory import BatchInfo
 from deploy.cluster import Pools, asked

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ray
 
-from common.config.run import PipelineConfig
+from common.config.pipeline import PipelineConfig
 from deploy.checkpoints import Checkpoints, RunState
 from deploy.monitoring.observer import Observers
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.config.model import AttentionContext
 from common.config.objective import ObjectiveConfig
-from common.config.run import AttentionContext, RunConfig
+from common.config.run import RunConfig
 from common.conversion import TeacherHead
 from common.masks import TILE, packed_mask, per_layer_kind
 from common.prompts import part_of

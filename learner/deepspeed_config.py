@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.config.run import LearnerConfig
+from common.config.learner import LearnerConfig
 
 # parameters that a rank keeps whole beside its shard: these are not gathered in every forward and backward
 WHOLE_ELEMENTS = 1_000_000_000

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from common.config.run import AttentionContext
+from common.config.model import AttentionContext
 from common.masks import block_numbers
 from common.trajectory import Trajectory
 

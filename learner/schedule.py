@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from common.config.run import LearnerConfig, RunConfig
+from common.config.learner import LearnerConfig
+from common.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,10 +30,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.objective import ObjectiveConfig
-from common.config.run import DataConfig
 from common.datasets.errors import PromptError
 from common.prompts import load_prompts
 from common.states import select_states

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from common.config.model import AttentionContext
 from common.config.objective import ObjectiveConfig
-from common.config.run import AttentionContext
 from common.states import select_states
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.packing import MicroBatch, causal_document, coefficients, document, fill_rows, microbatch, rounded_up

@@ -16,7 +16,7 @@ from actors.evaluation.responses import Response, said
 from actors.sampler.request import Request
 from actors.sampler.stop_strings import StopStrings, reach
 from common.answers import is_correct
-from common.config.run import AnswerFormat
+from common.config.evaluation import AnswerFormat
 from common.end_tokens import set_end_tokens
 from common.prompts import Prompt
 from common.seeds import stream_key

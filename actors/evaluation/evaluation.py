@@ -13,7 +13,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.answers import is_correct
-from common.config.run import AnswerFormat
+from common.config.evaluation import AnswerFormat
 from common.prompts import Prompt
 
 _COUNTS = ("correct", "response_tokens", "denoise_forwards", "commit_forwards", "ended")

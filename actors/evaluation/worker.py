@@ -15,7 +15,8 @@ from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.responses import Response, student_responses
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from common.config.run import Resources, Unmasking
+from common.config.resources import Resources
+from common.config.unmasking import Unmasking
 from common.ray_actor import as_ray_actor
 
 ModelKind = Literal["student", "original"]

@@ -48,7 +48,7 @@ from actors.sampler.verification import (
     verdicts,
     verification_noise,
 )
-from common.config.run import SpeculativeUnmasking, Unmasking
+from common.config.unmasking import SpeculativeUnmasking, Unmasking
 from common.grid import grid_ceil
 from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches

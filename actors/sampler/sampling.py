@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.config.run import DynamicUnmasking, EntropyBoundUnmasking, Unmasking
+from common.config.unmasking import DynamicUnmasking, EntropyBoundUnmasking, Unmasking
 from common.reshaping import truncate
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.config.run import (
+from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,

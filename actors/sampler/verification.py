@@ -27,7 +27,7 @@ from torch import Tensor
 from actors.sampler.sampling import Candidates, Decoding, inverse_cdf, probabilities, sample_tokens
 from actors.sampler.slots import SlotState
 from actors.sampler.unmasking import choose
-from common.config.run import DynamicUnmasking, SpeculativeUnmasking, Unmasking
+from common.config.unmasking import DynamicUnmasking, SpeculativeUnmasking, Unmasking
 from common.seeds import uniform
 from common.trajectory import Trajectory
 

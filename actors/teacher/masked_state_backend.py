@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.teacher.targets import TargetRequest, Targets
 from actors.teacher.transformers_backend import TransformersBackend
-from common.config.run import TeacherConfig
+from common.config.teacher import TeacherConfig
 from common.masks import dense_mask, per_layer_kind
 from common.student import attention_windows, hidden_states
 from common.trajectory import Trajectory

@@ -14,7 +14,8 @@ import torch
 from transformers import GenerationConfig
 
 from actors.teacher.vllm_backend import build_llm, cut_vocabulary, whole_prompts
-from common.config.run import RunConfig, TeacherConfig
+from common.config.run import RunConfig
+from common.config.teacher import TeacherConfig
 from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.seeds import stream_key

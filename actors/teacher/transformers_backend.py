@@ -19,7 +19,7 @@ from actors.teacher.targets import (
     hidden_array,
     log_tail_mass,
 )
-from common.config.run import TeacherConfig
+from common.config.teacher import TeacherConfig
 from common.device import device_for
 from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches

@@ -25,7 +25,7 @@ from actors.teacher.targets import (
     hidden_array,
     log_tail_mass,
 )
-from common.config.run import TeacherConfig
+from common.config.teacher import TeacherConfig
 from common.device import device_for
 from common.gguf_files import model_folder
 from common.student import load_config

@@ -19,9 +19,10 @@ from common.config.errors import ConfigError, explain
 from common.config.fields import default_tag, is_tag, path_fields, place_of
 from common.config.paths import expanded
 from common.config.renamed import old_names, with_new_names
-from common.config.run import RunConfig, first_with_others
+from common.config.run import RunConfig
 from common.config.section import plain_types
 from common.config.shown import shown
+from common.config.teacher import first_with_others
 from common.config.yaml_loader import ConfigLoader, NotOfAConfig, Scalar, is_null
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 from common.config.fields import is_tag, path_fields
 from common.config.file import value_at
 from common.config.paths import path_use
-from common.config.run import RunConfig, TeacherConfig
+from common.config.run import RunConfig
+from common.config.teacher import TeacherConfig
 
 
 def fingerprint(config: RunConfig) -> str:

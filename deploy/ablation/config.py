@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.config.paths import OutputFolder
-from common.config.run import RunName, Temperature
+from common.config.run import RunName
 from common.config.section import Section
+from common.config.values import Temperature
 
 
 class RespondConfig(Section):

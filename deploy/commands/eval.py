@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from common.config.errors import ConfigError
-from common.config.run import AnswerFormat
+from common.config.evaluation import AnswerFormat
 from deploy.argument_checks import a_path, finite
 from deploy.commands.console import console, say
 from deploy.evaluation.asking import (

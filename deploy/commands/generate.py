@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
-from common.config.run import DataConfig
 from common.datasets.errors import PromptError
 from common.datasets.formats import read_lines
 from common.datasets.rows import open_rows

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from common.config.errors import ConfigError
-from common.config.run import (
+from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,

@@ -12,8 +12,8 @@ import numpy as np
 
 from common import prompts
 from common.chat import ChatTemplate
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
-from common.config.run import DataConfig
 from common.conversations import QUESTION, Conversation, Turn
 from common.datasets.errors import PromptError
 from common.datasets.formats import format_of, stem_of

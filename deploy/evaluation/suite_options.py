@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
+from common.config.evaluation import AnswerFormat
 from common.config.paths import expanded
-from common.config.run import AnswerFormat, DataConfig
 from deploy.evaluation.asking import with_options_named
 from deploy.evaluation.problems import SuiteProblems, load_problems, plain_problems, source_of
 from deploy.evaluation.suites import SUITES, Suite, plain_suite

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.config.run import AnswerFormat
+from common.config.evaluation import AnswerFormat
 from common.conversations import QUESTION
 
 ScorerKind = Literal["answer", "choice", "instructions", "code"]

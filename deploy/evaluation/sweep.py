@@ -15,7 +15,7 @@ from actors.evaluation.responses import Response
 from actors.evaluation.worker import Answered, Chunk, ModelSpec
 from actors.sampler.request import Request
 from common.config.errors import ConfigError
-from common.config.run import (
+from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from actors.evaluation.responses import Response
 from actors.evaluation.worker import ModelSpec
 from common.config.errors import ConfigError
-from common.config.run import Unmasking
+from common.config.unmasking import Unmasking
 from deploy.evaluation.problems import Problem, SuiteProblems
 from deploy.evaluation.response_file import as_json
 from deploy.evaluation.suites import SUITES, Suite, plain_suite

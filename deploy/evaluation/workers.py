@@ -11,7 +11,9 @@ from typing import Any
 import ray
 
 from actors.evaluation.worker import Answered, Chunk, EvaluationWorker, ModelSpec, as_remote
-from common.config.run import RayConfig, Resources, Unmasking
+from common.config.cluster import RayConfig
+from common.config.resources import Resources
+from common.config.unmasking import Unmasking
 from deploy.cluster import connect
 from deploy.errors import StuckError
 from deploy.remote_calls import RemoteCalls

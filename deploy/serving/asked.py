@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from actors.sampler.sampling import Decoding
 from common.chat import ChatTemplate
 from common.config.errors import ConfigError
-from common.config.run import far_from_zero
 from common.config.shown import shown
+from common.config.values import far_from_zero
 from common.conversations import QUESTION, Conversation, Turn
 from common.datasets.errors import PromptError
 from common.grid import grid_floor

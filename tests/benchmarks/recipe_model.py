@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config.run import ModelShape, RunConfig
+from common.config.model import ModelShape
+from common.config.run import RunConfig
 from deploy.placement import plan
 from tests.benchmarks.models import SIZES
 

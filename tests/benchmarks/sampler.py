@@ -14,7 +14,7 @@ from actors.sampler.cache import CacheRows
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from common.config.run import StaticUnmasking
+from common.config.unmasking import StaticUnmasking
 from common.grid import grid_ceil
 from tests.benchmarks.lengths import uneven_lengths
 from tests.benchmarks.models import copy_bandwidth, matmul_rate, random_model

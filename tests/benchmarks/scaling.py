@@ -15,7 +15,9 @@ import torch
 
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from common.config.run import Resources, StaticUnmasking, TeacherConfig
+from common.config.resources import Resources
+from common.config.teacher import TeacherConfig
+from common.config.unmasking import StaticUnmasking
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
 from tests.benchmarks import learner_step, pipeline, sampler, scaling_page, teacher

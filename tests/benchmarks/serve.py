@@ -22,7 +22,7 @@ import uvicorn
 from actors.evaluation.generation import sampler_of
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from common.config.run import StaticUnmasking
+from common.config.unmasking import StaticUnmasking
 from common.seeds import stream_key
 from deploy.dashboard.process import free_port
 from deploy.demo.tiny_arlm import build_tokenizer

@@ -17,7 +17,8 @@ import torch
 
 from actors.teacher.targets import TargetRequest, Targets
 from actors.teacher.transformers_backend import TransformersBackend, causal_hidden_states
-from common.config.run import Resources, TeacherConfig
+from common.config.resources import Resources
+from common.config.teacher import TeacherConfig
 from common.padded_batches import padded_batches
 from tests.benchmarks.models import random_model
 from tests.benchmarks.operators import Operator, hottest

@@ -17,7 +17,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.config.objective import ForwardKL, ObjectiveConfig
-from common.config.run import DynamicUnmasking, SpeculativeUnmasking, StaticUnmasking
+from common.config.unmasking import DynamicUnmasking, SpeculativeUnmasking, StaticUnmasking
 from common.masks import dense_mask, flex_mask
 from common.seeds import state_rng
 from common.states import select_states

@@ -12,7 +12,7 @@ import torch
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from actors.weights_inbox import WeightsInbox
-from common.config.run import StaticUnmasking
+from common.config.unmasking import StaticUnmasking
 from common.student import load_model
 from common.weights.broadcast import BroadcastTransport, connect, open_store
 from common.weights.checksums import device_checksums

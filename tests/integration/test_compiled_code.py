@@ -12,7 +12,8 @@ import pytest
 import ray
 
 from common.compiled_code import compiled_code_environment
-from common.config.run import RayConfig, Resources
+from common.config.cluster import RayConfig
+from common.config.resources import Resources
 from common.ray_actor import as_ray_actor
 from deploy.cluster import connect
 

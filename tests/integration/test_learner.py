@@ -10,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from common.config.objective import ObjectiveConfig
-from common.config.run import DynamicUnmasking, RunConfig
+from common.config.run import RunConfig
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert, load_converted
 from common.seeds import state_rng
 from common.states import select_states

@@ -16,7 +16,8 @@ import pytest
 import ray
 
 from common.config.file import load_config
-from common.config.run import Resources, StaticUnmasking
+from common.config.resources import Resources
+from common.config.unmasking import StaticUnmasking
 from common.prompts import Prompt
 from common.ray_actor import as_ray_actor
 from common.trajectory import TrajectoryMeta, batch_info, from_batch, read_spool, to_batch

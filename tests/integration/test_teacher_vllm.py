@@ -16,7 +16,10 @@ from actors.teacher import responder
 from actors.teacher.actor import as_remote, build_backend
 from actors.teacher.responder import ResponseRequest, Sampling
 from actors.teacher.targets import TargetRequest
-from common.config.run import DataConfig, ModelConfig, RunConfig, TeacherConfig
+from common.config.data import DataConfig
+from common.config.model import ModelConfig
+from common.config.run import RunConfig
+from common.config.teacher import TeacherConfig
 from common.student import lm_head_weight, load_model
 from common.trajectory import from_batch, to_batch
 from tests.models import tiny_qwen3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.prompts import Prompt
 from common.responses import offline_trajectory
 from common.seeds import state_rng

@@ -6,7 +6,7 @@ import torch
 
 from common.config.errors import ConfigError
 from common.config.file import load_config
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import load_model, load_tokenizer

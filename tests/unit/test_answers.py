@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from common.answers import final_answer, is_correct, reference_text
-from common.config.run import AnswerFormat
+from common.config.evaluation import AnswerFormat
 from common.math_equality import mathematically_equal
 
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from common.chat import ChatTemplate, asked_with, missing_turn
-from common.config.run import DataConfig
+from common.config.data import DataConfig
 from common.conversations import Conversation, Turn
 from common.datasets.errors import PromptError
 from common.prompts import load_prompts

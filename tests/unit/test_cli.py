@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY, load_config
-from common.config.run import (
+from common.config.run import RunConfig
+from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,
-    RunConfig,
     SequentialUnmasking,
     StaticUnmasking,
 )

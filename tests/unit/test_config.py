@@ -8,7 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from common.config.fields import leaves
-from common.config.run import CurriculumConfig, LearnerConfig, ModelShape, RunConfig
+from common.config.learner import LearnerConfig
+from common.config.model import ModelShape
+from common.config.run import RunConfig
+from common.config.schedule import CurriculumConfig
 
 
 def run_config(**changes: Any) -> RunConfig:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY, load_config, parse_overrides
 from common.config.objective import JensenShannon, MixedKL
-from common.config.run import DynamicUnmasking, RunConfig, StaticUnmasking
+from common.config.run import RunConfig
+from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from common.config.yaml_loader import Scalar
 
 MINIMAL = "model: {path: deploy/models/tiny-arlm}\ndata: {prompts: questions.jsonl}\n"

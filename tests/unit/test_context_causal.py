@@ -12,7 +12,7 @@ from actors.evaluation.likelihood import Estimate, log_likelihoods
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from common.config.objective import ObjectiveConfig
-from common.config.run import DynamicUnmasking, StaticUnmasking
+from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from common.conversion import convert_folder
 from common.seeds import state_rng
 from common.states import select_states

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.config.run import DataConfig
+from common.config.data import DataConfig
 from common.conversations import LeftOut, conversation_of, template_for
 from common.datasets.errors import PromptError
 

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from common.config.run import CurriculumConfig, RolloutConfig, RunConfig
+from common.config.rollout import RolloutConfig
+from common.config.run import RunConfig
+from common.config.schedule import CurriculumConfig
 from deploy.curriculum import Feedback, block_size_at, response_limit, unmasking_at
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from actors.rollout import RolloutActor
 from common.config.file import load_config
-from common.config.run import StaticUnmasking
+from common.config.unmasking import StaticUnmasking
 from common.prompts import Prompt, longest_response
 from common.trajectory import from_batch
 from deploy.dealing import Deck, ResponseLengths

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from common.config.run import LearnerConfig
+from common.config.learner import LearnerConfig
 from learner.deepspeed_config import WHOLE_ELEMENTS, deepspeed_config, keeps_whole
 
 

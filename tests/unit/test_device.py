@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.config.run import Resources
+from common.config.resources import Resources
 from common.device import device_for
 
 

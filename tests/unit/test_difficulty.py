@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from common.config.objective import ObjectiveConfig
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.seeds import state_rng
 from common.states import kept_by_difficulty, select_states
 from common.student import load_model, load_tokenizer

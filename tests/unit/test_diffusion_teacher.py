@@ -10,7 +10,7 @@ from actors.rollout import RolloutActor
 from actors.teacher.actor import annotate, build_backend
 from common.config.errors import ConfigError
 from common.config.file import load_config
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert_folder
 from common.prompts import Prompt
 from common.student import load_model

@@ -17,7 +17,9 @@ from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
 from common.config.objective import ObjectiveConfig
-from common.config.run import DynamicUnmasking, RunConfig, TeacherConfig
+from common.config.run import RunConfig
+from common.config.teacher import TeacherConfig
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert, convert_folder
 from common.end_tokens import end_token_ids, response_text
 from common.model_files import ModelError
@@ -195,7 +197,7 @@ def test_a_penalty_in_the_generation_config_is_no_part_of_greedy_decoding(model,
 
 
 def test_offline_responses_get_the_token_that_ends_a_turn(model, tmp_path):
-    from common.config.run import DataConfig
+    from common.config.data import DataConfig
 
     file = tmp_path / "responses.jsonl"
     records = [{"question": "q", "response": "ab"}, {"question": "q", "response": "a<|im_end|>b"}]

@@ -7,7 +7,7 @@ from actors.evaluation.evaluation import Evaluation, evaluate_shard
 from actors.evaluation.generation import load_student, sampler_of
 from actors.evaluation.responses import Response
 from actors.sampler.sampling import Decoding
-from common.config.run import StaticUnmasking
+from common.config.unmasking import StaticUnmasking
 from common.conversion import convert_folder
 from common.prompts import Prompt
 from tests.models import tiny_qwen3

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.objective import MOST_EXTRA, ObjectiveConfig
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.prompts import Prompt
 from common.responses import for_extra_losses, offline_trajectory, with_responses
 from common.seeds import state_rng

@@ -8,7 +8,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.config.objective import ObjectiveConfig
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert_folder
 from common.seeds import state_rng
 from common.states import select_states

@@ -22,7 +22,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert_folder
 from deploy.demo.word_problems import generate
 from deploy.evaluation.lm_eval_model import BlockDiffusionLM

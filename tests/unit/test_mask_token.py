@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert, convert_folder, load_converted
 from common.mask_token import set_mask_token
 from common.model_files import ModelError

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config.data import DataConfig
 from common.config.file import load_config, preset_names
-from common.config.run import DataConfig
 from common.datasets.errors import PromptError
 from common.prompts import load_problems, load_prompts
 from deploy.demo.tiny_arlm import build_tokenizer

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from actors.evaluation.responses import Response
 from actors.evaluation.worker import ModelSpec
 from common.config.file import REPOSITORY
-from common.config.run import DynamicUnmasking, StaticUnmasking
+from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from deploy.demo import real_report
 from deploy.demo.real_results import ends_in_a_loop, main_rows, repeated_share, results_of
 from deploy.evaluation import unscored

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from actors.rollout import RolloutActor
-from common.config.run import RunConfig, StaticUnmasking
+from common.config.run import RunConfig
+from common.config.unmasking import StaticUnmasking
 from common.conversion import Conversion, convert
 from common.prompts import Prompt
 from common.trajectory import Trajectory, TrajectoryMeta, from_batch, to_batch

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from common.config.objective import ExtraTerms, ObjectiveConfig
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.datasets.errors import PromptError
 from common.prompts import Prompt
 from common.responses import load_trajectories, offline_share, offline_trajectory, with_responses

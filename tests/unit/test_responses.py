@@ -10,10 +10,10 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.objective import MixtureSource, ObjectiveConfig, OfflineSource, StudentSource
-from common.config.run import DataConfig
 from common.prompts import Prompt, PromptError
 from common.responses import load_responses, offline_share, offline_trajectory, with_responses
 from common.seeds import state_rng

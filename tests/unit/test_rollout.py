@@ -4,7 +4,7 @@ import numpy as np
 
 from actors.rollout import RolloutActor
 from common.config.file import load_config
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.prompts import Prompt
 from common.trajectory import from_batch
 from deploy.preflight import read_prompts

@@ -5,7 +5,7 @@ import pytest
 
 from actors.rollout import RolloutActor
 from common.config.file import load_config
-from common.config.run import StaticUnmasking
+from common.config.unmasking import StaticUnmasking
 from common.prompts import Prompt
 from common.trajectory import from_batch
 from deploy import batch_metrics

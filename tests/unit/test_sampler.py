@@ -13,7 +13,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler, pass_rows
 from actors.sampler.sampling import Decoding, sample_tokens
 from actors.sampler.slots import PATIENCE, SlotState
-from common.config.run import (
+from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config.run import LearnerConfig
+from common.config.learner import LearnerConfig
 from learner.schedule import RunUpdates, count_updates, learning_rate
 from tests.unit.test_config import run_config
 

@@ -19,7 +19,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.chat import ChatTemplate
-from common.config.run import DynamicUnmasking, StaticUnmasking
+from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from common.conversion import convert_folder
 from common.end_tokens import response_text
 from common.prompts import prompt_ids

@@ -9,11 +9,15 @@ import torch
 
 from actors.rollout import RolloutActor
 from actors.teacher.actor import annotate, build_backend
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.fingerprint import fingerprint
+from common.config.model import ModelConfig
 from common.config.objective import ObjectiveConfig
-from common.config.run import DataConfig, DynamicUnmasking, ModelConfig, RunConfig, TeacherConfig
+from common.config.run import RunConfig
+from common.config.teacher import TeacherConfig
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import TeacherHead, student_of, teacher_heads_of
 from common.prompts import Prompt
 from common.student import load_model

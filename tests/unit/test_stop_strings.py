@@ -12,7 +12,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from actors.sampler.stop_strings import StopStrings, before_stop, reach
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.grid import grid_ceil
 from common.student import load_model
 from tests.models import tiny_qwen3, tiny_tokenizer

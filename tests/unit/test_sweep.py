@@ -17,7 +17,7 @@ from actors.evaluation.responses import Response
 from actors.evaluation.worker import ModelSpec
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY
-from common.config.run import DynamicUnmasking, StaticUnmasking
+from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from deploy import cli
 from deploy.commands import eval as eval_command
 from deploy.evaluation import statistics

@@ -24,7 +24,8 @@ from actors.teacher.targets import (
     TopkTargets,
     log_tail_mass,
 )
-from common.config.run import Resources, TeacherConfig
+from common.config.resources import Resources
+from common.config.teacher import TeacherConfig
 from common.student import lm_head_weight, load_model
 from common.trajectory import Trajectory, TrajectoryMeta, from_batch, to_batch
 from tests.models import tiny_qwen3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from common.config.run import DynamicUnmasking
+from common.config.unmasking import DynamicUnmasking
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import load_model, load_tokenizer

@@ -18,7 +18,9 @@ from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngi
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.objective import ForwardKL, ReverseKL, TeacherTarget
-from common.config.run import DynamicUnmasking, RunConfig, TeacherConfig
+from common.config.run import RunConfig
+from common.config.teacher import TeacherConfig
+from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert, counted_tokens
 from common.student import fitted_head, head_of_folder, load_model
 from deploy.model_checks import check_models

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.sampler.unmasking import choose
-from common.config.run import (
+from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
     EntropyBoundUnmasking,

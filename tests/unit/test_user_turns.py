@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from actors.teacher.responder import TransformersEngine
+from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY
-from common.config.run import DataConfig, RunConfig
+from common.config.run import RunConfig
 from common.prompts import load_prompts
 from deploy import user_turns
 from deploy.cli import app

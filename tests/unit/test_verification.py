@@ -10,7 +10,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding, probabilities
 from actors.sampler.verification import acceptance, kept_probability, own_distribution
-from common.config.run import SpeculativeUnmasking, StaticUnmasking
+from common.config.unmasking import SpeculativeUnmasking, StaticUnmasking
 from common.student import load_model
 from common.trajectory import Trajectory
 from tests.models import FAMILIES, tiny_family, tiny_qwen3
