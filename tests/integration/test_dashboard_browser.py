@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +10,14 @@ import time
 import pytest
 
 from deploy.dashboard.process import free_port
+from tests.browser import chromium, needs_chromium
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"),
+    needs_chromium,
 ]
 
 BATCHES = 500  # more than the visit needs: it ends with SIGTERM
@@ -63,11 +62,8 @@ class Visit:
 
 @pytest.fixture
 def browser():
-    with playwright.sync_playwright() as p:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 def start(*arguments: str) -> subprocess.Popen:

@@ -1,7 +1,6 @@
 """The chat in a real browser: text appears as it is unmasked; nothing is asked of other machines."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +12,15 @@ import torch
 
 from common.conversion import convert_folder
 from deploy.dashboard.process import free_port
+from tests.browser import chromium, needs_chromium
 from tests.models import tiny_qwen3
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"),
+    needs_chromium,
 ]
 KEY = "0123456789abcdef"
 
@@ -52,11 +51,8 @@ def url(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as p:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 def test_a_chat(url, browser):
