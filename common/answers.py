@@ -48,6 +48,11 @@ def is_correct(text: str, reference: str, answer_format: AnswerFormat) -> bool:
     return given is not None and any(same_answer(given, r) for r in _references(reference, answer_format))
 
 
+def stated_answer(reference: str, answer_format: AnswerFormat) -> str:
+    """The answer that a reference stands for, the first of several, without the worked solution around it."""
+    return _references(reference, answer_format)[0].strip()
+
+
 def same_answer(given: str, reference: str) -> bool:
     """Whether two answers are the same, see the module."""
     a, b = _bare(given), _bare(reference)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,11 +73,19 @@ class Conversation:
 
     def asked(self, template: str, system: str | None) -> Conversation:
         """With the template around the last user turn, and a system turn where the row brings none."""
+        asked = self._with_last_question(lambda text: template.replace(QUESTION, text))
+        if system and asked.turns[0].role != "system":
+            return replace(asked, turns=(Turn("system", system), *asked.turns))
+        return asked
+
+    def with_hint(self, hint: str) -> Conversation:
+        """With a paragraph more at the end of the last user turn."""
+        return self._with_last_question(lambda text: f"{text}\n\n{hint}")
+
+    def _with_last_question(self, changed: Callable[[str], str]) -> Conversation:
         last = max(i for i, turn in enumerate(self.turns) if turn.role == "user")
         turns = list(self.turns)
-        turns[last] = replace(turns[last], text=template.replace(QUESTION, turns[last].text))
-        if system and turns[0].role != "system":
-            turns.insert(0, Turn("system", system))
+        turns[last] = replace(turns[last], text=changed(turns[last].text))
         return replace(self, turns=tuple(turns))
 
     def with_words(self, words: str) -> Conversation:

@@ -6,8 +6,8 @@ A prompt's ordinal is its position in that order over all epochs; everything lat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,22 @@ def load_problems(data: DataConfig, tokenizer: Any, count: int) -> PromptSet:
     """
     once = {"epochs": 1, "limit": count, "max_prompt_tokens": 10**9, "drop_duplicates": False}
     return _load(data.model_copy(update=once), tokenizer, None, with_answers=True)
+
+
+def hinted_ids(data: DataConfig, tokenizer: Any, hint_of: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """For each question that has an answer, int32 ids of its prompt with the hint `hint_of(answer)` behind it.
+
+    Raises:
+        PromptError: as load_prompts.
+    """
+    left_out = Counter[str]()
+    rows = [
+        replace(row, conversation=row.conversation.with_hint(hint_of(row.answer)))
+        for row in read_rows(open_rows(data.prompts, data.split, data.subset), data, left_out)
+        if row.answer is not None
+    ]
+    ids = tokenised(rows, ChatTemplate(tokenizer, enable_thinking=data.enable_thinking), left_out)
+    return {row.question: found for row, found in zip(rows, ids, strict=True) if found is not None}
 
 
 def prompt_ids(tokenizer: Any, question: str, *, enable_thinking: bool = False) -> np.ndarray:

@@ -12,6 +12,14 @@ interrupted command goes on where it stood. One row per response:
 | finish_reason | `eos`: ended by itself; `length`: cut off at --max-new-tokens |
 | sample | 0, 1, ... for each prompt |
 | tokenizer_fingerprint | the ids are valid for a tokenizer with this one |
+
+With `keep` "best" one response of each prompt is kept (deploy/best_responses.py), and its row says why:
+
+| field | meaning |
+| --- | --- |
+| correct | whether its final answer is the prompt's, in `evaluation.answer_format`; null where the prompt has none |
+| hinted | it is the second try, with the answer as a hint in the prompt; its `sample` is --samples |
+| overlap | share of its tokens among the student's 16 best; null where there was no choice |
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +43,11 @@ from common.prompts import Prompt
 from common.trajectory import finish_reason
 from common.vocabulary import token_count, tokenizer_fingerprint
 from deploy import preflight
+from deploy.best_responses import Candidates, hinted_prompts
 from deploy.cluster import connect
 from deploy.data_fingerprint import of_prompts
 from deploy.part_files import PartFiles
-from deploy.responders import check_engine, check_room, generated
+from deploy.responders import check_engine, check_room, generated, overlaps
 
 _CHUNK = 64  # prompts of one call, and of one part
 
@@ -52,10 +61,12 @@ def respond(
     temperature: float,
     top_p: float,
     note: Callable[[str], None],
+    keep: Literal["all", "best"] = "all",
 ) -> dict[str, float]:
-    """Write the file; returns counts: responses, tokens, share_ended.
+    """Write the file; returns counts: responses, tokens, share_ended, and where the best are kept share_correct.
 
-    Every distinct prompt of the run (after data.limit, one epoch) gets `samples` responses.
+    Every distinct prompt of the run (after data.limit, one epoch) gets `samples` responses, of which all are kept or
+    the best one.
 
     Raises:
         ConfigError: the file exists, or it cannot be made as configured.
@@ -79,8 +90,10 @@ def respond(
         note(line)
     preflight.check_domains(config, found, [])
     prompts = sorted(found.prompts, key=lambda p: config.teacher_of(p.domain))  # those of one teacher together
+    hinted = hinted_prompts(config, tokenizer, prompts) if keep == "best" else {}
+    longest = max(len(p.ids) for p in [*prompts, *hinted.values()])
     for own in config.by_teacher:
-        check_room(own, max(len(p.ids) for p in prompts), max_new_tokens, limit)
+        check_room(own, longest, max_new_tokens, limit)
     sampling = Sampling(max_new_tokens, temperature, top_p, ends)
     parts.open(
         {
@@ -89,36 +102,94 @@ def respond(
             "prompts": of_prompts(prompts),
             "teacher": " ".join(config.teacher_paths.values()),
             "seed": config.seed,
+            "keep": keep,
         }
     )
     of_teacher = [list(own) for _, own in groupby(prompts, key=lambda p: config.teacher_of(p.domain))]
     chunks = dict(enumerate(own[i : i + _CHUNK] for own in of_teacher for i in range(0, len(own), _CHUNK)))
-    missing: dict[int, dict[int, list[ResponseRequest]]] = {}  # by teacher
-    for i, chunk in chunks.items():
-        if not parts.has(i):
-            missing.setdefault(config.teacher_of(chunk[0].domain), {})[i] = _requests(chunk, samples)
-    if missing:
-        fingerprint = tokenizer_fingerprint(tokenizer)
-        connect(config.ray)
-        try:
-            for teacher, asked in missing.items():
-                own, actors = config.by_teacher[teacher], min(config.by_teacher[teacher].teacher.actors, len(asked))
-                for index, responses in generated(own, asked.items(), actors, sampling, token_count(tokenizer)):
-                    parts.write(index, _table(config, tokenizer, ends, fingerprint, chunks[index], samples, responses))
-                    note(f"{sum(map(parts.has, chunks))} of {len(chunks)} parts")
-        finally:
-            ray.shutdown()
-    table = pa.concat_tables([parts.read(i) for i in chunks])
+    writer = _Writer(config, tokenizer, ends, parts, note)
+    try:
+        writer.generate({i: (chunk, range(samples)) for i, chunk in chunks.items()}, sampling)
+        tables = {i: parts.read(i) for i in chunks}
+        if keep == "best":
+            tables = _best(writer, chunks, tables, hinted, samples, sampling)
+    finally:
+        writer.close()
+    table = pa.concat_tables([tables[i] for i in chunks])
     parts.finish(table)
-    return {
+    counts = {
         "responses": len(table),
         "tokens": pc.sum(pc.list_value_length(table["response_ids"])).as_py(),
         "share_ended": pc.mean(pc.equal(table["finish_reason"], "eos")).as_py(),
     }
+    if keep == "best":
+        counts["share_correct"] = pc.mean(pc.fill_null(table["correct"], False)).as_py()
+    return counts
 
 
-def _requests(prompts: list[Prompt], samples: int) -> list[ResponseRequest]:
-    return [ResponseRequest(p.ordinal, s, p.ids) for p in prompts for s in range(samples)]
+def _best(
+    writer: _Writer,
+    chunks: dict[int, list[Prompt]],
+    tables: dict[int, pa.Table],
+    hinted: dict[int, Prompt],
+    samples: int,
+    sampling: Sampling,
+) -> dict[int, pa.Table]:
+    """One row a prompt, with the fields that say why it was kept; second tries are parts behind the `chunks`."""
+    config, parts = writer.config, writer.parts
+    found = {i: Candidates(config, chunk, tables[i], samples) for i, chunk in chunks.items()}
+    again = {i: [hinted[p.ordinal] for p in own.unsolved if p.ordinal in hinted] for i, own in found.items()}
+    again = {i: asked for i, asked in again.items() if asked}
+    writer.generate({len(chunks) + i: (asked, range(samples, samples + 1)) for i, asked in again.items()}, sampling)
+    for i, asked in again.items():
+        found[i].try_again(asked, parts.read(len(chunks) + i))
+    compared = {i: pairs for i, own in found.items() if (pairs := own.compared())}
+    nearness: dict[int, dict[int, float]] = {}
+    if compared:
+        writer.connect()
+        work = ((i, list(pairs.values())) for i, pairs in compared.items())
+        for i, shares in overlaps(config, work, token_count(writer.tokenizer)):
+            nearness[i] = dict(zip(compared[i], map(float, shares), strict=True))
+    return {i: own.kept(nearness.get(i, {})) for i, own in found.items()}
+
+
+class _Writer:
+    """Generates chunks of prompts and writes each as a part; Ray is started when the first one is missing."""
+
+    def __init__(
+        self, config: RunConfig, tokenizer: Any, ends: list[int], parts: PartFiles, note: Callable[[str], None]
+    ) -> None:
+        self.config, self.tokenizer, self.ends, self.parts, self.note = config, tokenizer, ends, parts, note
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self.connected = False
+
+    def generate(self, chunks: dict[int, tuple[list[Prompt], range]], sampling: Sampling) -> None:
+        """The parts that are missing of `chunks`: prompts, all of one teacher, and numbers of samples by part."""
+        config = self.config
+        missing: dict[int, dict[int, list[ResponseRequest]]] = {}  # by teacher
+        for i, (prompts, samples) in chunks.items():
+            if not self.parts.has(i):
+                missing.setdefault(config.teacher_of(prompts[0].domain), {})[i] = _requests(prompts, samples)
+        for teacher, asked in missing.items():
+            self.connect()
+            own, actors = config.by_teacher[teacher], min(config.by_teacher[teacher].teacher.actors, len(asked))
+            for index, responses in generated(own, asked.items(), actors, sampling, token_count(self.tokenizer)):
+                table = _table(config, self.tokenizer, self.ends, self.fingerprint, *chunks[index], responses)
+                self.parts.write(index, table)
+                self.note(f"{sum(map(self.parts.has, chunks))} of {len(chunks)} parts")
+
+    def connect(self) -> None:
+        if not self.connected:
+            connect(self.config.ray)
+            self.connected = True
+
+    def close(self) -> None:
+        if self.connected:
+            ray.shutdown()
+
+
+def _requests(prompts: list[Prompt], samples: range) -> list[ResponseRequest]:
+    return [ResponseRequest(p.ordinal, s, p.ids) for p in prompts for s in samples]
 
 
 def _table(
@@ -127,11 +198,11 @@ def _table(
     ends: list[int],
     fingerprint: str,
     prompts: list[Prompt],
-    samples: int,
+    samples: range,
     responses: list[np.ndarray],
 ) -> pa.Table:
     data = config.data
-    of = [(p, s) for p in prompts for s in range(samples)]
+    of = [(p, s) for p in prompts for s in samples]
     return pa.table(
         {
             data.question_field: [p.question for p, _ in of],

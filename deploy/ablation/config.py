@@ -18,7 +18,9 @@ class RespondConfig(Section):
     """The offline responses that off-policy arms train on: what `opdlm respond` is told."""
 
     temperature: Temperature = Field(1.0, description="of the teacher's sampling softmax; 0: greedy")
+    top_p: float = Field(1.0, ge=1e-6, le=1, description="sample from the smallest set of this mass")
     samples: int = Field(1, ge=1, le=10**4, description="responses per prompt")
+    keep: Literal["all", "best"] = Field("all", description="all of them, or one: a right one, near to the student")
 
 
 class Claim(Section):
@@ -50,16 +52,17 @@ class LineStyle(Section):
         return color
 
 
-_BESIDE_FIELDS = ("style", "seeds")
+_BESIDE_FIELDS = ("style", "seeds", "respond")
 
 
 class ArmConfig(Section):
     """An arm's own fields, as `field: value` over base and overrides, and beside them how it is drawn, and its seeds
-    where it does not have all."""
+    and offline responses where they are not those of all."""
 
-    fields: dict[str, Any] = Field({}, description="field: value; may stand in the arm itself, beside style and seeds")
+    fields: dict[str, Any] = Field({}, description="field: value; may stand in the arm itself, beside the others")
     style: LineStyle = LineStyle()
     seeds: tuple[int, ...] | None = Field(None, min_length=1, description="of the ablation's seeds; default: all")
+    respond: RespondConfig | None = Field(None, description="offline responses of its own; default: those of all arms")
 
     @model_validator(mode="before")
     @classmethod

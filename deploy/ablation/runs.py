@@ -23,7 +23,7 @@ from common.config.fingerprint import differences, input_paths
 from common.config.renamed import old_names
 from common.config.run import RunConfig
 from common.config.yaml_loader import written
-from deploy.ablation.config import AblationConfig
+from deploy.ablation.config import AblationConfig, RespondConfig
 from deploy.child_environment import child_environment
 from deploy.errors import WorkerError
 from deploy.files import replace_text
@@ -32,11 +32,22 @@ from deploy.preflight import finished_summary
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of the ablation: an arm with a seed."""
+    """One run of the ablation: an arm with a seed, and how its offline responses are made."""
 
     name: str
     seed: int
     config: RunConfig
+    respond: RespondConfig = RespondConfig()
+
+    @property
+    def needs_responses(self) -> bool:
+        return self.config.objective.needs_responses
+
+    @property
+    def responses(self) -> Path:
+        """The file of its offline responses."""
+        assert self.config.data.responses
+        return Path(self.config.data.responses)
 
     @property
     def done(self) -> bool:
@@ -81,19 +92,21 @@ def arms_of(ablation: AblationConfig) -> list[Arm]:
                 "name": f"{_slug(name)}-seed{seed}",
                 "output_dir": str(ablation.output_dir / ablation.name),
                 "seed": seed,
-                "data.responses": str(responses_file(ablation)),
+                "data.responses": str(_responses_file(ablation, name)),
                 **ablation.overrides,
                 **own.fields,
             }
-            runs.append(Arm(name, seed, load_config(ablation.base, fields)))
+            runs.append(Arm(name, seed, load_config(ablation.base, fields), own.respond or ablation.respond))
     folders = [arm.config.run_dir for arm in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"arms: two names give the same folder among {sorted(ablation.arms)}; rename one")
     return runs
 
 
-def responses_file(ablation: AblationConfig) -> Path:
-    return ablation.output_dir / ablation.name / "responses.parquet"
+def _responses_file(ablation: AblationConfig, arm: str) -> Path:
+    """The offline responses of an arm: those of all arms, or its own."""
+    own = f"responses-{_slug(arm)}" if ablation.arms[arm].respond else "responses"
+    return ablation.output_dir / ablation.name / f"{own}.parquet"
 
 
 def check_runs(ablation: AblationConfig, runs: list[Arm]) -> None:
@@ -110,17 +123,32 @@ def check_runs(ablation: AblationConfig, runs: list[Arm]) -> None:
             f"{str(arm.config.run_dir)!r}, or rename the arm"
             + (f"; the same holds for {len(different) - 1} more" if len(different) > 1 else "")
         )
-    record, file = _responses_record(ablation), responses_file(ablation)
+    for arm in _first_of_each_file(runs):
+        _check_responses(arm, runs)
+
+
+def _check_responses(arm: Arm, runs: list[Arm]) -> None:
+    """Refuse a file of responses that was made with another config than an arm's, whose it is."""
+    record, file = _responses_record(arm), arm.responses
     if not (file.is_file() and record.is_file()):
         return
-    old, new = json.loads(record.read_text()), _responses_made_with(ablation, runs[0].config)
+    old, new = _respond_fields(RespondConfig()) | json.loads(record.read_text()), _responses_made_with(arm)
     changed = [f"{field} was {old.get(field)!r} and is {new[field]!r}" for field in new if old.get(field) != new[field]]
     if changed:
-        trained = [str(arm.config.run_dir) for arm in runs if _needs_responses(arm) and arm.config.run_dir.is_dir()]
+        trained = [
+            str(other.config.run_dir)
+            for other in runs
+            if other.needs_responses and other.responses == file and other.config.run_dir.is_dir()
+        ]
         raise ConfigError(
             f"respond: {str(file)!r} was made with another config: {'; '.join(changed)}. Remove it"
             + (f", and with it what was trained on it: {', '.join(trained)}" if trained else "")
         )
+
+
+def _first_of_each_file(runs: list[Arm]) -> list[Arm]:
+    """For each file of responses the first of the runs that need it."""
+    return list({arm.responses: arm for arm in reversed(runs) if arm.needs_responses}.values())[::-1]
 
 
 def run_all(
@@ -131,8 +159,8 @@ def run_all(
     Raises:
         WorkerError: a run ended with an error; names it and its log. Runs in progress are waited for, others cancelled.
     """
-    if any(_needs_responses(arm) and not arm.done for arm in runs):
-        _respond(ablation, runs[0].config, note)
+    for arm in _first_of_each_file([arm for arm in runs if not arm.done]):
+        _respond(arm, note)
     missing = [arm for arm in runs if not arm.done]
     for _ in range(len(runs) - len(missing)):
         done()
@@ -150,36 +178,37 @@ def run_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _needs_responses(arm: Arm) -> bool:
-    return arm.config.objective.needs_responses
+def _responses_record(arm: Arm) -> Path:
+    return arm.responses.with_suffix("") / "made_with.json"
 
 
-def _responses_record(ablation: AblationConfig) -> Path:
-    return responses_file(ablation).parent / "responses" / "made_with.json"
-
-
-def _responses_made_with(ablation: AblationConfig, config: RunConfig) -> dict[str, Any]:
+def _responses_made_with(arm: Arm) -> dict[str, Any]:
     """What the teacher's responses depend on, by field."""
-    data = config.data.model_dump(mode="json", exclude={"responses"})
+    config = arm.config
+    best = {"model.path": config.model.path, "evaluation.answer_format": config.evaluation.answer_format}
     return {
-        "respond.temperature": ablation.respond.temperature,
-        "respond.samples": ablation.respond.samples,
+        **_respond_fields(arm.respond),
+        **(best if arm.respond.keep == "best" else {}),
         "curriculum.max_tokens": config.curriculum.max_tokens,
         **config.teacher_paths,
         "seed": config.seed,
-        **{f"data.{name}": value for name, value in data.items()},
+        **{f"data.{name}": value for name, value in config.data.model_dump(mode="json", exclude={"responses"}).items()},
     }
 
 
-def _respond(ablation: AblationConfig, config: RunConfig, note: Callable[[str], None]) -> None:
-    file = responses_file(ablation)
+def _respond_fields(respond: RespondConfig) -> dict[str, Any]:
+    return {f"respond.{name}": value for name, value in respond}
+
+
+def _respond(arm: Arm, note: Callable[[str], None]) -> None:
+    file, record = arm.responses, _responses_record(arm)
     if file.exists():
         return
-    note("the teacher's responses")
-    base = _write_config(config, file.parent / "responses")
-    replace_text(_responses_record(ablation), json.dumps(_responses_made_with(ablation, config), indent=2) + "\n")
-    options = ["--temperature", str(ablation.respond.temperature), "--samples", str(ablation.respond.samples)]
-    _command(["respond", str(base), "--output", str(file), *options], file.parent / "responses" / "output.log")
+    note(f"the teacher's responses, {file.name}")
+    base = _write_config(arm.config, record.parent)
+    replace_text(record, json.dumps(_responses_made_with(arm), indent=2) + "\n")
+    options = [part for name, value in arm.respond for part in (f"--{name.replace('_', '-')}", str(value))]
+    _command(["respond", str(base), "--output", str(file), *options], record.parent / "output.log")
 
 
 def _train(arm: Arm) -> None:

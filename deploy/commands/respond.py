@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,13 @@ def respond(
     top_p: Annotated[
         float, typer.Option(min=1e-6, max=1, help="sample from the smallest set of this mass", callback=finite)
     ] = 1.0,
+    keep: Annotated[
+        Literal["all", "best"],
+        typer.Option(
+            help="best: of a prompt's responses one, a right one before a wrong one, then the nearest to the student; "
+            "where none is right, the teacher is asked once more with the answer as a hint (BRTS)"
+        ),
+    ] = "all",
 ) -> None:
     """Generate the teacher's responses to the run's prompts, for off-policy training.
 
@@ -38,6 +45,7 @@ def respond(
     [bold]Examples[/bold]
 
         opdlm respond tiny --output runs/responses.parquet --temperature 0
+        opdlm respond tiny --output runs/best.parquet --samples 2 --keep best --temperature 0.7 --top-p 0.95
         opdlm train tiny --objective.method sft --data.responses runs/responses.parquet
         opdlm train tiny --objective.method off_policy_distillation --data.responses runs/responses.parquet
     """
@@ -51,9 +59,11 @@ def respond(
         max_new_tokens=max_new_tokens or settings.curriculum.max_tokens,
         temperature=temperature,
         top_p=top_p,
+        keep=keep,
         note=lambda text: console.print(text, style="dim"),
     )
     say(
         f"wrote {output}: {metrics['responses']:,} responses of {metrics['tokens']:,} tokens, "
         f"{metrics['share_ended']:.1%} ended by themselves"
+        + (f", {metrics['share_correct']:.1%} right" if keep == "best" else "")
     )

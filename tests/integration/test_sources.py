@@ -52,6 +52,28 @@ def responses(tmp_path_factory):
     return file
 
 
+def test_the_best_responses(tmp_path, responses):
+    """Chosen from those that are there, with second tries, and read by the student."""
+    parts = tmp_path / "best.parquet.parts"
+    parts.mkdir()
+    parquet.write_table(parquet.read_table(responses), parts / "part-000000.parquet")
+    options = {"samples": 2, "max_new_tokens": 40, "temperature": 0.5, "top_p": 1.0, "keep": "best"}
+    file = tmp_path / "best.parquet"
+    counts = respond(load_config("tiny", SMALL), file, **options, note=print)
+    kept = parquet.read_table(file).to_pylist()
+    of_question = {r["question"]: [] for r in parquet.read_table(responses).to_pylist()}
+    for row in parquet.read_table(responses).to_pylist():
+        of_question[row["question"]].append(row)
+    assert counts["responses"] == len({r["question"] for r in kept}) == 48
+    for row in kept:
+        others = of_question[row["question"]]
+        solved = any(r["response"].endswith(f": {row['answer']}") for r in others)
+        assert row["hinted"] or row["correct"] == solved
+        assert row["hinted"] or row["response_ids"] in [r["response_ids"] for r in others]
+    assert counts["share_correct"] == sum(r["correct"] for r in kept) / 48 > 0.8
+    assert any(r["overlap"] is not None and 0 < r["overlap"] <= 1 for r in kept)
+
+
 @pytest.mark.parametrize(
     ("overrides", "offline"),
     [

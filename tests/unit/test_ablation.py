@@ -16,11 +16,11 @@ from deploy.ablation.config import AblationConfig, Claim
 from deploy.ablation.report import Result, holm, plot_curves, verdicts, write_report
 from deploy.ablation.runs import (
     _respond,
+    _responses_made_with,
     _write_config,
     arms_of,
     check_runs,
     load_ablation,
-    responses_file,
     run_all,
 )
 from deploy.errors import WorkerError
@@ -117,7 +117,7 @@ def test_finished_runs_are_not_made_again(tmp_path):
     calls = []
     run_all(settings, runs, calls.append, lambda: calls.append("done"))
     assert calls == ["done"] * len(runs)
-    assert not responses_file(settings).exists()
+    assert not runs[1].responses.exists()
 
 
 def test_an_edited_arm_is_refused_by_name_with_the_fields_that_differ(tmp_path):
@@ -171,8 +171,8 @@ def test_a_report_only_says_which_runs_it_leaves_out(tmp_path):
 def test_responses_of_another_config_are_refused(tmp_path, monkeypatch):
     settings = ablation(tmp_path)
     runs = arms_of(settings)
-    monkeypatch.setattr("deploy.ablation.runs._command", lambda *_: responses_file(settings).write_bytes(b"made"))
-    _respond(settings, runs[0].config, lambda text: None)
+    monkeypatch.setattr("deploy.ablation.runs._command", lambda *_: runs[1].responses.write_bytes(b"made"))
+    _respond(runs[1], lambda text: None)
     finish(runs[1], 0.9, 0.8)
     check_runs(settings, runs)
     edited = ablation(tmp_path, respond={"temperature": 0.5}, overrides={"data.limit": 100})
@@ -181,8 +181,46 @@ def test_responses_of_another_config_are_refused(tmp_path, monkeypatch):
     assert "respond.temperature was 1.0 and is 0.5; seed was 0 and is 1; data.limit was None and is 100" in str(
         refused.value
     )
+    again = ablation(tmp_path, respond={"samples": 2})
     with pytest.raises(ConfigError, match=rf"respond: .*Remove it, and with it what was trained on it: {tmp_path}"):
-        check_runs(ablation(tmp_path, respond={"samples": 2}), runs)
+        check_runs(again, arms_of(again))
+
+
+def test_an_arm_may_have_responses_of_its_own(tmp_path, monkeypatch):
+    brts = {"objective.method": "sft", "respond": {"samples": 2, "keep": "best", "top_p": 0.95}}
+    settings = ablation(tmp_path, seeds=[0], arms={"SFT": {"objective.method": "sft"}, "BRTS": brts}, claims=[])
+    runs = arms_of(settings)
+    assert [arm.responses.name for arm in runs] == ["responses.parquet", "responses-BRTS.parquet"]
+    commands = []
+
+    def command(arguments, log):
+        commands.append(arguments)
+        if arguments[0] == "respond":
+            (tmp_path / "runs" / "small").joinpath(arguments[3].rpartition("/")[2]).write_bytes(b"made")
+
+    monkeypatch.setattr("deploy.ablation.runs._command", command)
+    run_all(settings, runs, lambda text: None, lambda: None)
+    made = [c for c in commands if c[0] == "respond"]
+    assert [c[3] for c in made] == [str(arm.responses) for arm in runs]
+    options = ["--temperature", "1.0", "--top-p", "0.95", "--samples", "2", "--keep", "best"]
+    assert made[1][4:] == options and made[0][4:] == ["--temperature", "1.0", "--top-p", "1.0", "--samples", "1",
+                                                      "--keep", "all"]  # fmt: skip
+    check_runs(settings, runs)
+    changed = ablation(tmp_path, seeds=[0], arms={"BRTS": {**brts, "respond": {"keep": "best"}}}, claims=[])
+    with pytest.raises(ConfigError, match=r"respond\.top_p was 0\.95 and is 1\.0; respond\.samples was 2 and is 1"):
+        check_runs(changed, arms_of(changed))
+
+
+def test_responses_that_an_earlier_release_recorded_are_taken(tmp_path):
+    """Its record knows neither top_p nor keep."""
+    settings = ablation(tmp_path, seeds=[0])
+    arm = arms_of(settings)[1]
+    old = _responses_made_with(arm)
+    record = arm.responses.with_suffix("") / "made_with.json"
+    record.parent.mkdir(parents=True)
+    arm.responses.write_bytes(b"made")
+    record.write_text(json.dumps({k: v for k, v in old.items() if k not in ("respond.top_p", "respond.keep")}))
+    check_runs(settings, arms_of(settings))
 
 
 def results(better: list[float], worse: list[float]) -> list[Result]:

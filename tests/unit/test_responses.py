@@ -173,7 +173,7 @@ def test_written_responses_keep_their_label_when_they_are_read(tmp_path, model_a
     made = [np.array(ids, np.int32) for ids in ([7, 8, eos], [7, 8, 9], [eos])]
     prompts = [Prompt(i, f"q{i}", np.arange(5, 10, dtype=np.int32)) for i in range(3)]
     table = respond_module._table(
-        load_config("tiny"), tokenizer, [eos], tokenizer_fingerprint(tokenizer), prompts, 1, made
+        load_config("tiny"), tokenizer, [eos], tokenizer_fingerprint(tokenizer), prompts, range(1), made
     )
     assert table["finish_reason"].to_pylist() == ["eos", "length", "eos"]
     parquet.write_table(table, tmp_path / "r.parquet")
