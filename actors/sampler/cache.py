@@ -20,7 +20,8 @@ NO_WINDOW = 2**30  # the window of a layer that attends to all positions before 
 
 
 class SlotCache:
-    """Static key-value memory: per layer, keys and values [slots, kv_heads, length, head_dim].
+    """Static key-value memory: per layer, keys and values [slots, kv_heads, length, head_dim]; all of it is `memory`
+    [2, layers, slots, kv_heads, length, head_dim], so that one operation copies for all layers.
 
     `attach` gives each attention module its two tensors as `slot_keys` and `slot_values`. So a module need not know
     which layer it is in, and one compiled layer serves all.
@@ -29,9 +30,9 @@ class SlotCache:
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
         config, like = model.config, model.get_output_embeddings().weight
         head_dim = head_width(config)
-        shape = (slots, config.num_key_value_heads, length, head_dim)
-        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
-        self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.model.layers]
+        shape = (2, len(model.model.layers), slots, config.num_key_value_heads, length, head_dim)
+        self.memory = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.keys, self.values = (list(memory) for memory in self.memory)
         self.length = length
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -40,8 +41,7 @@ class SlotCache:
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
         """Give the slots `target` int64 [n] the first `length` entries of the slots `source` int64 [n]."""
-        for memory in (*self.keys, *self.values):
-            memory[target, :, :length] = memory[source, :, :length]
+        self.memory[:, :, target, :, :length] = self.memory[:, :, source, :, :length]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from actors.sampler.attention import MOST_QUERIES
 from actors.sampler.cache import CacheRows, SlotCache
 from actors.sampler.fused_decoder import FusedDecoder
 from actors.sampler.graphs import PassGraphs
+from actors.sampler.prefixes import PrefixCache
 from actors.sampler.projections import pack_projections
 from actors.sampler.request import Request
 from actors.sampler.sampling import Candidates, Decoding, sample_tokens
@@ -124,6 +125,10 @@ class Sampler:
     looked for on the host after each block of a request that has some, and need the `tokenizer`. `forwards` counts the
     passes. `token_rows` counts the tokens computed for sequences that have ended: prompts in prefills, and B tokens for
     each denoising forward and each commit. `slot_seconds` adds up how long each slot had a running sequence.
+
+    With `prefix_tokens`, keys and values of so many tokens are kept for later prompts that begin with them, prompts and
+    responses alike (actors/sampler/prefixes.py); `known_tokens` counts those that prefills found there. They are
+    forgotten when `weights_version` changes. Sequences that run meanwhile need `renew`.
     """
 
     def __init__(
@@ -139,11 +144,13 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batched_tokens: int = 16384,
         longest: int = 0,
+        prefix_tokens: int = 0,
         cuda_graphs: bool = True,
         compiled: bool = True,
     ) -> None:
         self.model = model
         self.longest = longest
+        self.prefix_tokens = prefix_tokens
         self.block_size = block_size
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
@@ -155,7 +162,7 @@ class Sampler:
         self.device = model.get_output_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
         self.weights_version = 0
-        self.forwards = self.token_rows = 0
+        self.forwards = self.token_rows = self.known_tokens = 0
         self.slot_seconds = 0.0
         self.ahead = int(self.on_cuda)  # passes in progress while the host reads an earlier one
         self.few_shapes = self.on_cuda  # passes and prefills are padded, so that few graphs serve all
@@ -163,6 +170,7 @@ class Sampler:
         self.causal = attention_context(model.config) == "causal"  # clean tokens see nothing behind them
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
         self._cache: SlotCache | None = None
+        self._prefixes: PrefixCache | None = None
         self._state: SlotState | None = None
         self._graphs: PassGraphs | None = None
         self._decodings: dict[int, Decoding] = {}  # by slot, without their thresholds; equal ones are one object
@@ -197,7 +205,7 @@ class Sampler:
         """Decode in blocks of this size from the next call on."""
         if block_size != self.block_size:
             self.block_size = block_size
-            self._cache = self._state = None
+            self._cache = self._state = self._prefixes = None
 
     def warm_up(self, decoding: Decoding) -> None:
         """Compile what `generate` with these settings needs, before there are prompts: on CUDA that takes most of the
@@ -260,13 +268,23 @@ class Sampler:
                 return
             if self._state:
                 queue.requests.extendleft(reversed(self._state.active.values()))
-            self._state = self._cache = self._graphs = None
+            self._state = self._cache = self._graphs = self._prefixes = None
             too_large.halve(most=self._together or None)
 
     def attach(self) -> None:
         """Between two passes: another sampler of this model has run since."""
         if self._cache:
             self._cache.attach(self.model)
+
+    @torch.inference_mode()
+    def renew(self) -> None:
+        """Between two passes, after new weights: what running sequences have written stays, and is cached anew, so that
+        they go on as if the new weights had been given that much."""
+        if not self._state or not self._cache:
+            return
+        slots = np.flatnonzero(self._state.running).tolist()
+        self.attach()
+        self._cache_tokens(self._state, slots, [0] * len(slots), self._state.committed_tokens(slots))
 
     @torch.inference_mode()
     def cancel(self, ordinals: Collection[int]) -> None:
@@ -336,7 +354,9 @@ class Sampler:
                 slots = state.read()
                 if self.stops:
                     slots = slots + state.stop(self.stops)
-                ended += state.take(slots, self.eos_token_id, self.weights_version, self.stops)
+                taken = state.take(slots, self.eos_token_id, self.weights_version, self.stops)
+                self._keep(state, cache, slots, taken)
+                ended += taken
             for trajectory in ended:
                 self.token_rows += self.block_size * (trajectory.denoise_forwards + trajectory.commit_forwards)
             yield ended
@@ -355,6 +375,8 @@ class Sampler:
             capacity = grid_ceil(length, 128)
             self._cache = SlotCache(self.model, self.slots, capacity)
             self._state = SlotState(self.slots, capacity, self.block_size, self.device)
+            if self.prefix_tokens and not self._prefixes:
+                self._prefixes = PrefixCache(self._cache, self.block_size, self.prefix_tokens, self.weights_version)
             self._graphs = PassGraphs() if self._use_graphs else None
         self._cache.attach(self.model)  # another sampler of this model may have run since
         self._state.clear()  # an earlier caller may have left before the end
@@ -389,32 +411,60 @@ class Sampler:
         if not samples:
             return
         first = [group[0] for group in samples.values()]
-        lengths = [int(state.block_host[slot] - state.uncommitted_host[slot]) * self.block_size for slot in first]
-        self.token_rows += sum(lengths)
-        for batch in padded_batches(lengths, self.prefill_budget.value):
-            self._together = len(batch) * max(lengths[index] for index in batch) if len(batch) > 1 else 0
-            self._cache_prompts(state, [first[index] for index in batch], [lengths[index] for index in batch])
-        self._together = 0
+        ends = [int(state.block_host[slot] - state.uncommitted_host[slot]) * self.block_size for slot in first]
+        prompts = [(slot, admitted[slot].prompt_ids[:end]) for slot, end in zip(first, ends, strict=True)]
+        prefixes = self._known_prefixes()
+        starts = prefixes.read(cache, prompts) if prefixes else [0] * len(first)
+        self.known_tokens += sum(starts)
+        self._cache_tokens(state, first, starts, ends)
+        if prefixes:
+            prefixes.write(cache, prompts)
         copies = [(group[0], slot) for group in samples.values() for slot in group[1:]]
         if copies:
             source, target = state.upload(np.array(copies).T)
-            cache.copy(source, target, max(lengths))
+            cache.copy(source, target, max(ends))
 
-    def _cache_prompts(self, state: SlotState, slots: list[int], lengths: list[int]) -> None:
-        """One forward over the first `lengths` tokens of the prompts in `slots`."""
-        count, width = len(slots), max(lengths)
+    def _known_prefixes(self) -> PrefixCache | None:
+        """Those of the present weights."""
+        if self._prefixes and self._prefixes.version != self.weights_version:
+            self._prefixes.forget(self.weights_version)
+        return self._prefixes
+
+    def _keep(self, state: SlotState, cache: SlotCache, slots: list[int], taken: list[Trajectory]) -> None:
+        """Keep what is cached of sequences that have just ended: all blocks but the last one, which no pass commits."""
+        prefixes = self._known_prefixes()
+        if not prefixes or not slots:
+            return
+        ends = (state.block_host[slots] * self.block_size).tolist()
+        whole = (np.concatenate([t.prompt_ids, t.response_ids, t.tail_ids]) for t in taken)
+        prefixes.write(cache, [(slot, ids[:end]) for slot, ids, end in zip(slots, whole, ends, strict=True)])
+
+    def _cache_tokens(self, state: SlotState, slots: list[int], starts: list[int], ends: list[int]) -> None:
+        """Cache the tokens from `starts` to `ends` of these slots, in as many forwards as memory asks for."""
+        left = [i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < end]
+        lengths = [ends[i] - starts[i] for i in left]
+        self.token_rows += sum(lengths)
+        for batch in padded_batches(lengths, self.prefill_budget.value):
+            self._together = len(batch) * max(lengths[index] for index in batch) if len(batch) > 1 else 0
+            which = [left[index] for index in batch]
+            self._cache_together(state, [slots[i] for i in which], [starts[i] for i in which], [ends[i] for i in which])
+        self._together = 0
+
+    def _cache_together(self, state: SlotState, slots: list[int], starts: list[int], ends: list[int]) -> None:
+        """One forward over the tokens from `starts` to `ends` of the sequences in `slots`."""
+        count, width = len(slots), max(end - start for start, end in zip(starts, ends, strict=True))
         graphs = None
         if self.few_shapes and count * width <= MOST_GRAPHED_TOKENS:
             graphs = self._graphs
             count, width = max(_power_of_two(count), 2), min(_power_of_two(width), state.ids.shape[1])
-        prompts = state.prompts_on_device(slots, lengths, count)
+        prompts = state.prompts_on_device(slots, starts, ends, count)
 
         def device_pass() -> Tensor:
-            rows, ends = prompts
-            positions = torch.arange(width, device=self.device).expand(count, width)
-            positions = torch.where(positions < ends[:, None], positions, -1)
+            rows, first, last = prompts
+            positions = first[:, None] + torch.arange(width, device=self.device)
+            positions = torch.where(positions < last[:, None], positions, -1)
             cache_rows = CacheRows(rows, positions, self.block_size, causal=self._causal_from(0, count))
-            return self._forward(state.ids[rows, :width], positions, cache_rows)
+            return self._forward(state.ids[rows[:, None], positions.clamp(min=0)], positions, cache_rows)
 
         if graphs:
             graphs.run(("prompts", count, width), device_pass)

@@ -99,7 +99,7 @@ class SlotState:
         self._rows_host = deque(torch.zeros(slots, dtype=torch.int64, pin_memory=pinned) for _ in range(3))
         self._rows_copied = np.zeros(0, np.int64)
         self._rows = zeros(slots)
-        self._prompts = zeros(2, 2 * slots)
+        self._prompts = zeros(3, 2 * slots)
         self.ids = zeros(slots, length)
         self.reveal_round = zeros(slots, length, dtype=torch.int16)
         self.confidence = zeros(slots, length, dtype=torch.float32)
@@ -217,6 +217,12 @@ class SlotState:
             return max(commits, known[0]), max(tokens, known[1])
         return commits, tokens
 
+    def committed_tokens(self, slots: list[int]) -> list[int]:
+        """How many tokens of these slots are committed; waits for passes in progress."""
+        rows = torch.tensor(slots, device=self.device)
+        committed: list[int] = ((self.block[rows] - self.uncommitted[rows].long()) * self.block_size).tolist()
+        return committed
+
     def revealed_confidence(self, rows: Tensor) -> Tensor:
         """float32 [R, B]: the confidence of what earlier rounds have revealed in the present block of the slots `rows`
         int64 [R], NaN elsewhere."""
@@ -282,11 +288,11 @@ class SlotState:
             self._rows_copied = rows
         return self._rows[: len(rows)]
 
-    def prompts_on_device(self, slots: list[int], lengths: list[int], count: int) -> Tensor:
-        """int64 [2, count], always at the same address: slots whose prompts are to be cached, and how far; then rows of
-        length 0."""
-        given = np.zeros((2, count), np.int64)
-        given[:, : len(slots)] = slots, lengths
+    def prompts_on_device(self, slots: list[int], starts: list[int], ends: list[int], count: int) -> Tensor:
+        """int64 [3, count], always at the same address: slots whose tokens are to be cached, from where and how far;
+        then empty rows."""
+        given = np.zeros((3, count), np.int64)
+        given[:, : len(slots)] = slots, starts, ends
         return self._prompts[:, :count].copy_(self.upload(given))
 
     def launched(self, rows: np.ndarray, flags: Tensor) -> None:

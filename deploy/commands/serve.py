@@ -64,6 +64,14 @@ def serve(
         int, typer.Option(min=1, help="response limit of a request that names none, tokens")
     ] = DEFAULT_MAX_TOKENS,
     queue: Annotated[int, typer.Option(min=0, help="sequences that may wait for a slot; more are refused")] = 256,
+    prefix_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="tokens kept for prompts that begin alike, such as a chat's history; default: a quarter of what the "
+            "slots hold; 0: none",
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=1, help="seconds that a request may take, its wait included", callback=finite)
     ] = 600.0,
@@ -140,6 +148,7 @@ def serve(
         longest=longest,
         queue_limit=queue,
         metrics=ServingMetrics(),
+        prefix_tokens=prefix_cache,
     )
     if rule == RuleName.speculative:
         raise ConfigError("--rule: 'speculative' is not served yet; choose another rule")

@@ -2,7 +2,7 @@
 
 Jobs join and leave between passes. Requests of one block size share passes, whatever their other settings. Each block
 size has a sampler of its own on the same weights; they take turns, pass by pass. The model's own block size has all
-slots, others have a few, and are forgotten when nobody uses them.
+slots, others have a few, and are forgotten when nobody uses them. Each keeps prefixes that its requests share.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from deploy.serving.metrics import ServingMetrics
 
 OTHER_SLOTS = 4  # of a block size that is not the model's own
 MOST_LANES = 4  # block sizes at the same time
+PREFIX_SHARE = 0.25  # tokens of kept prefixes, as a share of those that the slots have memory for
 _LONGEST_RETRY = 60  # seconds
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class _Lane:
         self._longest = longest
         self._joining: list[Request] = []
         self._passes = self._run()
+        self._known_before = 0
 
     @property
     def free(self) -> int:
@@ -62,6 +64,11 @@ class _Lane:
 
     def next_pass(self) -> list[Trajectory]:
         return next(self._passes)
+
+    def newly_known(self) -> int:
+        """Prompt tokens that were found among kept prefixes since the last call."""
+        before, self._known_before = self._known_before, self.sampler.known_tokens
+        return self._known_before - before
 
     def fail(self) -> list[Job]:
         """Forget all jobs, and return them; the next pass begins anew."""
@@ -83,6 +90,8 @@ class Engine:
     """Life cycle: constructed on a loaded student, `start`ed in an event loop, fed with `submit` and `cancel` from that
     loop, and `close`d. `failure` is the error that ended its thread, if one did; `on_failure` is called then.
 
+    `prefix_tokens` are kept of prompts and responses for later prompts that begin with them.
+
     A job whose sequence has a non-finite logit, or finds no memory, fails with its neighbours of the same block size;
     the engine goes on.
     """
@@ -96,11 +105,13 @@ class Engine:
         longest: int,
         queue_limit: int,
         metrics: ServingMetrics,
+        prefix_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.slots = slots
         self.longest = longest
+        self.prefix_tokens = int(PREFIX_SHARE * slots * longest) if prefix_tokens is None else prefix_tokens
         self.queue_limit = queue_limit
         self.metrics = metrics
         self.block_size = int(model.config.block_size)
@@ -161,6 +172,7 @@ class Engine:
     def _lane(self, block_size: int, slots: int) -> _Lane:
         sampler = sampler_of(self.model, self.tokenizer, block_size=block_size, slots=slots)
         sampler.longest = self.longest
+        sampler.prefix_tokens = self.prefix_tokens * slots // self.slots
         return _Lane(sampler, self.longest)
 
     def _run(self) -> None:
@@ -224,6 +236,7 @@ class Engine:
             self._fail(lane.fail(), str(error))
             return
         self.metrics.passes.inc()
+        self.metrics.known_tokens.inc(lane.newly_known())
         now = time.monotonic()
         news: list[Job] = []
         wanted = {o for o, job in lane.jobs.items() if job.streams or job.first_block is None}

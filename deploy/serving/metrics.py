@@ -25,6 +25,10 @@ class ServingMetrics:
 
         self.requests = counter("requests", "HTTP requests answered", "path", "status")
         self.prompt_tokens = counter("prompt_tokens", "tokens of the prompts of finished sequences")
+        self.known_tokens = counter(
+            "prefix_tokens",
+            "tokens of prompts that were cached already, with an earlier sequence of the same beginning",
+        )
         self.tokens = counter("tokens", "tokens of finished responses")
         self.steps = counter("steps", "denoising steps of finished sequences")
         self.sequences = counter("sequences", "finished sequences", "finish_reason")

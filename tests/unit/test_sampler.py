@@ -137,10 +137,10 @@ def test_prompts_that_memory_does_not_hold_together_are_cached_in_smaller_forwar
     decoding = Decoding(StaticUnmasking(), 1.0)
     base = {t.ordinal: t.response_ids.tolist() for t in sampler(model, slots=8).generate(requests(), decoding)}
 
-    def tokens(state, slots, lengths):
-        return len(slots) * max(lengths)
+    def tokens(state, slots, starts, ends):
+        return len(slots) * max(ends)
 
-    of = limited(sampler(model, slots=8), "_cache_prompts", tokens, most=16)
+    of = limited(sampler(model, slots=8), "_cache_together", tokens, most=16)
     assert {t.ordinal: t.response_ids.tolist() for t in of.generate(requests(), decoding)} == base
     assert (of.slots, of.prefill_budget.value) == (8, 12)
     assert all("max_batched_tokens is" in note for note in of.take_notes())

@@ -26,7 +26,7 @@ from common.prompts import prompt_ids
 from deploy.dashboard.process import free_port
 from deploy.serving import http
 from deploy.serving.app import Server, create_app
-from deploy.serving.asked import prompter_of
+from deploy.serving.asked import ChatAsk, prompter_of, read
 from deploy.serving.engine import Engine
 from deploy.serving.errors import ApiError
 from deploy.serving.http import PromptHttp
@@ -232,6 +232,24 @@ def test_models_health_and_metrics(client, served):
     assert metric(served, "opdlm_serve_tokens_total") == before + usage.completion_tokens
     assert metric(served, "opdlm_serve_running") == 0
     assert httpx.get(f"{served.url}/nowhere").json()["error"]["message"].startswith("GET /nowhere: Not Found")
+
+
+def test_the_history_of_a_chat_is_cached_once(served, client, by_sampler):
+    """The second question's prompt begins with the first one's, and with its answer."""
+
+    def prompt_tokens() -> tuple[float, float]:
+        return metric(served, "opdlm_serve_prompt_tokens_total"), metric(served, "opdlm_serve_prefix_tokens_total")
+
+    messages = [{"role": "user", "content": "Ann has 9 pens and loses two of them on Monday. How many are left?"}]
+    asked, known = prompt_tokens()
+    first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=40)
+    assert prompt_tokens() == (asked + first.usage.prompt_tokens, known)
+    messages += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "And then?"}]
+    second = client.chat.completions.create(model="tiny", messages=messages)
+    history = first.usage.prompt_tokens // 16 * 16
+    assert prompt_tokens()[1] == known + history
+    ids = served.server.prompter.chat_ids(read(json.dumps({"messages": messages}).encode(), ChatAsk))
+    assert second.choices[0].message.content == by_sampler(Decoding(DynamicUnmasking(), 0.0), ids=ids)[1]
 
 
 def metric(served, name: str) -> float:
