@@ -287,16 +287,11 @@ class RolloutActor:
     def answer_held_out(self, prompts: list[Prompt], max_new_tokens: int, teacher_paths: list[str]) -> list[np.ndarray]:
         """The frozen ARLM's greedy responses, int32, to this actor's share of the held-out prompts; of several ARLMs
         that for the prompt's domain."""
-        responses: dict[int, np.ndarray] = {}
-        targets = []
-        for path, rows in self._rows_by_teacher(prompts, teacher_paths).items():
-            original, tokenizer = self._original(path)
-            own = [prompts[row] for row in rows]
-            answers = greedy_responses(original, tokenizer, own, max_new_tokens)
-            responses |= zip(rows, answers, strict=True)
-            targets.append((rows, self._held_out_targets(original, own, answers, path)))
-        self.held_out = [p.ordinal for p in prompts], targets
-        return [responses[row] for row in range(len(prompts))]
+
+        def answer(original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[int]) -> list[np.ndarray]:
+            return greedy_responses(original, tokenizer, [prompts[row] for row in rows], max_new_tokens)
+
+        return self._read_held_out(prompts, teacher_paths, answer)
 
     def held_out_kl(
         self, prompts: list[Prompt], responses: list[np.ndarray], teacher_paths: list[str], block_size: int
@@ -305,13 +300,8 @@ class RolloutActor:
 
         What the frozen ARLM predicts there is kept from call to call; an actor that does not have it reads it first.
         """
-        share = [p.ordinal for p in prompts]
-        if self.held_out[0] != share:
-            targets = []
-            for path, rows in self._rows_by_teacher(prompts, teacher_paths).items():
-                own, answers = [prompts[row] for row in rows], [responses[row] for row in rows]
-                targets.append((rows, self._held_out_targets(self._original(path)[0], own, answers, path)))
-            self.held_out = share, targets
+        if self.held_out[0] != [p.ordinal for p in prompts]:
+            self._read_held_out(prompts, teacher_paths, lambda _, __, rows: [responses[row] for row in rows])
         whole = HeldOutSums.zeros(len(prompts), block_size)
         # one forward of other shapes is not worth compiling for, nor the compiled passes' place in torch's cache
         with torch.compiler.set_stance("force_eager"):
@@ -332,18 +322,31 @@ class RolloutActor:
             rows.setdefault(paths[self.config.teacher_of(prompt.domain)], []).append(row)
         return rows
 
+    def _read_held_out(
+        self,
+        prompts: list[Prompt],
+        paths: list[str],
+        answer: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[int]], list[np.ndarray]],
+    ) -> list[np.ndarray]:
+        """Keep what each ARLM predicts at its responses, which `answer` gives for the rows that are its own; returns
+        the responses, int32, row by row."""
+        responses: dict[int, np.ndarray] = {}
+        targets = []
+        for path, rows in self._rows_by_teacher(prompts, paths).items():
+            original, tokenizer = self._original(path)
+            responses |= zip(rows, answer(original, tokenizer, rows), strict=True)
+            of_teacher = HeldOutTargets(
+                original,
+                [(prompts[row].ids, responses[row]) for row in rows],
+                rows=self.sampler.model.config.vocab_size,
+                tokens=counted_tokens(student_of(self.config), path),
+            )
+            targets.append((rows, of_teacher))
+        self.held_out = [p.ordinal for p in prompts], targets
+        return [responses[row] for row in range(len(prompts))]
+
     def _original(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_autoregressive(path, str(self.sampler.device), self.config.teacher.dtype, self.end_tokens)
-
-    def _held_out_targets(
-        self, original: PreTrainedModel, prompts: list[Prompt], responses: list[np.ndarray], path: str
-    ) -> HeldOutTargets:
-        return HeldOutTargets(
-            original,
-            [(prompt.ids, response) for prompt, response in zip(prompts, responses, strict=True)],
-            rows=self.sampler.model.config.vocab_size,
-            tokens=counted_tokens(student_of(self.config), path),
-        )
 
 
 def as_remote(config: RunConfig) -> Any:

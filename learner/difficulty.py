@@ -41,9 +41,10 @@ def label_logprobs(
 def kept(
     trajectories: list[Trajectory], log_p: np.ndarray, objective: ObjectiveConfig, block_size: int, run_seed: int
 ) -> list[Trajectory]:
-    """The trajectories with what stays masked, from the log-probabilities of the whole update, float [N]."""
-    ends = np.cumsum([int(trained_positions(t).sum()) for t in trajectories])
-    parts = np.split(log_p, ends[:-1])
+    """The trajectories with what stays masked, from the log-probabilities of the whole update, float [N]; an update may
+    have none of this loss."""
+    ends = np.cumsum([trained_positions(t).sum() for t in trajectories], dtype=np.int64)
+    parts = np.split(log_p, ends)[:-1]  # behind the last one is nothing
     return [
         kept_by_difficulty(t, part, objective, block_size, run_seed)
         for t, part in zip(trajectories, parts, strict=True)

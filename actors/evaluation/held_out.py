@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.evaluation.autoregressive import autoregressive_responses
 from actors.evaluation.noised_blocks import (
+    HEAD_ROWS,
     TOKEN_BUDGET,
     BlockState,
     NoisedRow,
@@ -43,7 +44,7 @@ from common.padded_batches import padded_batches
 from common.prompts import Prompt
 from common.student import fitted_head, lm_head_weight
 
-HEAD_ROWS = 256  # positions at which both distributions exist at the same time
+_ROWS = HEAD_ROWS // 4  # two distributions at once, and what the divergence makes of them
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,14 @@ class HeldOutTargets:
         return sums
 
     def _measured(self, student: PreTrainedModel, rows: list[NoisedRow[BlockState]], head: Tensor) -> np.ndarray:
-        """KL and entropy, float64 [2, K], nats, at the scored positions; logits of HEAD_ROWS of them exist at a
+        """KL and entropy, float64 [2, K], nats, at the scored positions; logits of _ROWS of them exist at a
         time."""
         hidden = scored_hidden_states(student, rows)
         teacher = torch.cat(
             [self.hidden[row.index][row.position[row.at] - len(self.pairs[row.index][0])] for row in rows]
         )
         parts = []
-        for of_student, of_teacher in zip(hidden.split(HEAD_ROWS), teacher.split(HEAD_ROWS), strict=True):
+        for of_student, of_teacher in zip(hidden.split(_ROWS), teacher.split(_ROWS), strict=True):
             log_t = head_logits(of_teacher.to(head.device), head, self.tokens).log_softmax(-1)
             log_s = head_logits(of_student, lm_head_weight(student)).log_softmax(-1)
             entropy = -(log_s.exp() * log_s).sum(-1)

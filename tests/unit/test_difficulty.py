@@ -130,3 +130,16 @@ def test_the_method_has_a_name_and_is_refused_with_another_weight():
     with pytest.raises(ValidationError, match="method 'lift' means weight inverse_t, but it is 'one'"):
         ObjectiveConfig(method="lift", weight="one")
     ObjectiveConfig(state={"kind": "lift"}, source={"kind": "offline"})  # needs no rounds
+
+
+def test_an_update_may_have_none_of_this_loss(model_rows):
+    """As an extra loss while its weight is 0: it failed."""
+    _, tokenizer, rows = model_rows
+    chosen = objective(0.5)
+    meta = TrajectoryMeta(BLOCK, tokenizer.mask_token_id, "test")
+    build = BatchBuilder.of(run_config(objective=chosen), meta, attention="sdpa", device=CPU)
+    log_p = label_logprobs([], build, 0, 2, lambda batch: pytest.fail("nothing is read"))
+    assert kept([], log_p.numpy(), chosen, BLOCK, 0) == []
+    selected(rows[:1], tokenizer, chosen)
+    n = int((rows[0].loss_weight > 0).sum())
+    assert len(kept(rows[:1], np.zeros(n), chosen, BLOCK, 0)) == 1
