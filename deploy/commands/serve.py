@@ -127,12 +127,14 @@ def serve(
     from deploy.serving.app import Server
     from deploy.serving.asked import prompter_of
     from deploy.serving.engine import Engine
+    from deploy.serving.folder import StudentFolder
     from deploy.serving.metrics import ServingMetrics
     from deploy.serving.original import Original
     from deploy.serving.process import serve as run
 
     with model_errors("MODEL", model):
         student, tokenizer = load_student(model, dtype)
+    folder = StudentFolder(model, dtype, student, tokenizer)
     check_thinking("--thinking", thinking, tokenizer)
     block_size = student.config.block_size = block_size or int(student.config.block_size)
     positions = int(student.config.max_position_embeddings)
@@ -161,7 +163,7 @@ def serve(
         with model_errors("--compare", compare):
             original = Original(compare, *load_autoregressive(compare, str(student.device), dtype))
     say(f"{name or model} is at {address(host, port)} (API: /v1, metrics: /metrics; Ctrl-C ends this)")
-    run(Server(engine, prompter, name or model, host, key, original, timeout), port, drain)
+    run(Server(engine, prompter, name or model, host, key, original, folder, timeout), port, drain)
 
 
 def _key(given: str | None, file: str | None) -> str | None:

@@ -26,6 +26,7 @@ from common.seeds import stream_key
 from deploy.serving.asked import ChatAsk, CompletionAsk, Prompter, read
 from deploy.serving.engine import Engine
 from deploy.serving.errors import ApiError
+from deploy.serving.folder import StudentFolder
 from deploy.serving.http import EventStream, body_of, unless_gone
 from deploy.serving.jobs import Job
 from deploy.serving.original import Original
@@ -52,6 +53,7 @@ class Server:
     host: str
     api_key: str | None = None
     original: Original | None = None
+    folder: StudentFolder | None = None
     seconds: float = 600.0
     most_bytes: int = 4 << 20
     created: int = field(default_factory=lambda: int(time.time()))
@@ -157,6 +159,19 @@ def create_app(server: Server) -> FastAPI:
         limit = prompter.limit(ids, ask.limit, settings.block_size)
         return EventStream(server.original.pieces(ids, limit, settings.decoding.temperature), {})
 
+    @app.post("/admin/reload")
+    async def reload(request: Request) -> Response:
+        """New weights from the student's folder. A JSON body is asked for, since other sites' pages cannot send one."""
+        guarded(request)
+        if server.api_key is None and not is_loopback(server.host):
+            raise ApiError(403, "a server that others can reach reloads nothing without an API key; give it one")
+        if server.folder is None:
+            raise HTTPException(404, "there is no folder to read again")
+        if (given := (await body_of(request, server.most_bytes)).strip()) not in (b"", b"{}"):
+            raise ApiError(400, f"the body is {given[:80]!r}; a reload takes no fields, so send {{}}")
+        version = await asyncio.to_thread(server.folder.reload, engine)
+        return JSONResponse({"weights_version": version})
+
     async def answer(request: Request, ask: Ask, ids: Callable[[], list[np.ndarray]], logprobs: bool) -> Any:
         _check_model(server, ask.model)
         settings = server.prompter.settings(ask)
@@ -257,6 +272,7 @@ def _model(server: Server) -> dict[str, Any]:
         "owned_by": "opdlm",
         "max_model_len": prompter.longest,
         "block_size": prompter.block_size,
+        "weights_version": server.engine.weights_version,
         "compare": server.original and server.original.name,
         "decoding": {**decoding.unmasking.model_dump(), "temperature": decoding.temperature},
     }

@@ -14,8 +14,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.evaluation.generation import sampler_of
@@ -23,6 +25,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.trajectory import Trajectory
+from common.weights.transport import load_weights
 from deploy.serving.errors import ApiError
 from deploy.serving.jobs import Job
 from deploy.serving.metrics import ServingMetrics
@@ -88,7 +91,8 @@ class _Lane:
 
 class Engine:
     """Life cycle: constructed on a loaded student, `start`ed in an event loop, fed with `submit` and `cancel` from that
-    loop, and `close`d. `failure` is the error that ended its thread, if one did; `on_failure` is called then.
+    loop, and `close`d; `swap` at any time in between, from any thread. `failure` is the error that ended its thread, if
+    one did; `on_failure` is called then.
 
     `prefix_tokens` are kept of prompts and responses for later prompts that begin with them.
 
@@ -118,6 +122,8 @@ class Engine:
         self.end_tokens = model.generation_config.eos_token_id
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
+        self.weights_version = 0
+        self._new: tuple[list[tuple[str, Tensor]], Future[int]] | None = None  # weights that are to be swapped in
         self._condition = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._gone: set[int] = set()
@@ -126,7 +132,12 @@ class Engine:
         self._seconds = 1.0  # that a job takes, a moving average
         self._lanes = {self.block_size: self._lane(self.block_size, slots)}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.watch(lambda: self._unfinished - self.waiting, lambda: self.waiting)
+        metrics.watch(
+            lambda: self._unfinished - self.waiting,
+            lambda: self.waiting,
+            lambda: self.slots,
+            lambda: self.weights_version,
+        )
 
     @property
     def waiting(self) -> int:
@@ -149,8 +160,7 @@ class Engine:
             ApiError: 429, the queue is full; 503, the engine has failed.
         """
         with self._condition:
-            if self.failure or self._closed:
-                raise ApiError(503, f"the engine has ended ({self.failure}); restart the server", code="engine_ended")
+            self._check_runs()
             if self._unfinished + len(jobs) > self.slots + self.queue_limit:
                 turns = (len(self._waiting) + len(jobs)) / self.slots
                 raise ApiError(
@@ -169,15 +179,35 @@ class Engine:
             self._gone |= {job.ordinal for job in jobs if not job.ended}
             self._condition.notify()
 
+    def swap(self, weights: list[tuple[str, Tensor]]) -> int:
+        """Copy all parameters into the model before its next pass, and wait for that; one call at a time. Running
+        requests keep what is written of them, and go on with the new weights. Returns the version of these.
+
+        Raises:
+            ApiError: 503, the engine has ended.
+        """
+        done = Future[int]()
+        with self._condition:
+            self._check_runs()
+            self._new = weights, done
+            self._condition.notify()
+        return done.result()
+
+    def _check_runs(self) -> None:
+        if self.failure or self._closed:
+            raise ApiError(503, f"the engine has ended ({self.failure}); restart the server", code="engine_ended")
+
     def _lane(self, block_size: int, slots: int) -> _Lane:
         sampler = sampler_of(self.model, self.tokenizer, block_size=block_size, slots=slots)
         sampler.longest = self.longest
+        sampler.weights_version = self.weights_version
         sampler.prefix_tokens = self.prefix_tokens * slots // self.slots
         return _Lane(sampler, self.longest)
 
     def _run(self) -> None:
         try:
             while self._wait():
+                self._take_weights()
                 self._let_in()
                 for block_size, lane in list(self._lanes.items()):
                     if lane.jobs:
@@ -192,14 +222,39 @@ class Engine:
                 self._waiting.clear()
             self._fail(left, f"the engine has ended ({error}); restart the server")
             self._loop.call_soon_threadsafe(self.on_failure)
+        with self._condition:
+            self._closed = True
+            if self._new:
+                self._new[1].set_exception(ApiError(503, "the engine has ended; restart the server"))
 
     def _wait(self) -> bool:
         """Until there is something to do; False when closed."""
         with self._condition:
-            while not (self._closed or self._waiting or any(lane.jobs for lane in self._lanes.values())):
+            while not (self._closed or self._new or self._waiting or any(lane.jobs for lane in self._lanes.values())):
                 self._gone.clear()
                 self._condition.wait()
             return not self._closed
+
+    def _take_weights(self) -> None:
+        """Swap in new weights, where there are some; passes that were launched before end with the old ones."""
+        with self._condition:
+            new = self._new
+        if new is None:
+            return
+        weights, done = new
+        load_weights(self.model, weights)
+        self.weights_version += 1
+        for lane in self._lanes.values():
+            lane.sampler.weights_version = self.weights_version
+            try:
+                lane.sampler.renew()
+            except torch.OutOfMemoryError as error:
+                self._fail(lane.fail(), str(error))
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # the copies are done, and their source may go
+        with self._condition:
+            self._new = None
+        done.set_result(self.weights_version)
 
     def _let_in(self) -> None:
         """Take out what was cancelled, and give free slots to those that wait, the first first."""

@@ -36,12 +36,20 @@ class ServingMetrics:
         self.passes = counter("passes", "forwards over all running sequences")
         self.first_block = histogram("first_block_seconds", "from a sequence's arrival to its first finished block")
         self.seconds = histogram("sequence_seconds", "from a sequence's arrival to its end")
-        self._running = Gauge("opdlm_serve_running", "sequences in slots", registry=self.registry)
-        self._waiting = Gauge("opdlm_serve_waiting", "sequences in the queue", registry=self.registry)
+        self._gauges = [
+            Gauge(f"opdlm_serve_{name}", meaning, registry=self.registry)
+            for name, meaning in (
+                ("running", "sequences in slots"),
+                ("waiting", "sequences in the queue"),
+                ("slots", "sequences that can be decoded together"),
+                ("weights_version", "how many times the weights were read again"),
+            )
+        ]
 
-    def watch(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
-        self._running.set_function(running)
-        self._waiting.set_function(waiting)
+    def watch(self, *values: Callable[[], int]) -> None:
+        """What the gauges show, in their order: running, waiting, slots, weights_version."""
+        for gauge, value in zip(self._gauges, values, strict=True):
+            gauge.set_function(value)
 
     def ended(self, trajectory: Trajectory, seconds: float) -> None:
         self.prompt_tokens.inc(len(trajectory.prompt_ids))

@@ -42,6 +42,14 @@ def url(tmp_path_factory):
             except httpx.TransportError:
                 time.sleep(0.2)
         yield address
+        headers = {"Authorization": f"Bearer {KEY}"}
+        server.send_signal(signal.SIGHUP)
+        for _ in range(100):
+            (model,) = httpx.get(f"{address}/v1/models", headers=headers).json()["data"]
+            if model["weights_version"] == 1:
+                break
+            time.sleep(0.1)
+        assert model["weights_version"] == 1, "SIGHUP reads the weights again"
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 128 + signal.SIGTERM or server.returncode in (0, -signal.SIGTERM)
     finally:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import shutil
 import socket
 import threading
 import time
@@ -29,6 +30,7 @@ from deploy.serving.app import Server, create_app
 from deploy.serving.asked import ChatAsk, prompter_of, read
 from deploy.serving.engine import Engine
 from deploy.serving.errors import ApiError
+from deploy.serving.folder import StudentFolder
 from deploy.serving.http import PromptHttp
 from deploy.serving.jobs import Job
 from deploy.serving.metrics import ServingMetrics
@@ -49,14 +51,15 @@ def student(tmp_path_factory):
 class Served:
     """A server in a thread of this process."""
 
-    def __init__(self, student: str, **options) -> None:
+    def __init__(self, student: str, host: str = "127.0.0.1", **options) -> None:
         model, self.tokenizer = load_student(student, "float32", "cpu")
+        folder = StudentFolder(student, "float32", model, self.tokenizer)
         self.engine = Engine(
             model, self.tokenizer, slots=SLOTS, longest=512, queue_limit=QUEUE, metrics=ServingMetrics()
         )
         decoding = Decoding(DynamicUnmasking(), 0.0)
         prompter = prompter_of(self.tokenizer, {}, block_size=4, longest=512, most_tokens=24, decoding=decoding)
-        self.server = Server(self.engine, prompter, "tiny", "127.0.0.1", **options)
+        self.server = Server(self.engine, prompter, "tiny", host, folder=folder, **options)
         self.port = free_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.port}"
         self.web = uvicorn.Server(
@@ -440,6 +443,85 @@ def test_an_api_key_is_needed_and_the_end_lets_requests_finish(student):
             httpx.get(f"{served.url}/health")
     finally:
         served.end()
+
+
+def converted(folder, seed: int, out, block_size: int = 4, **shape) -> str:
+    arlm = tiny_qwen3(folder / f"arlm{seed}", seed, max_length=1024, **shape)
+    convert_folder(arlm, out, block_size, "<|mask|>", torch.float32)
+    return str(out)
+
+
+@pytest.fixture
+def reloading(tmp_path):
+    """A server whose folder may be changed."""
+    running = Served(converted(tmp_path, 0, tmp_path / "served"))
+    yield running
+    running.end()
+
+
+def test_weights_are_swapped_while_requests_run(reloading, tmp_path):
+    client = openai.OpenAI(base_url=f"{reloading.url}/v1", api_key="unused", max_retries=0)
+    options = {"model": "tiny", "messages": MESSAGES, "extra_body": {"rule": "static"}}
+    old = client.chat.completions.create(**options).choices[0].message.content
+    other = converted(tmp_path, 1, tmp_path / "other")
+    streams = [client.chat.completions.create(**options, max_tokens=400, stream=True, seed=i) for i in range(6)]
+    for stream in streams[:4]:  # two wait for a slot
+        next(stream)
+    shutil.rmtree(tmp_path / "served")
+    shutil.copytree(other, tmp_path / "served")
+    assert httpx.post(f"{reloading.url}/admin/reload", json={}, timeout=60).json() == {"weights_version": 1}
+    assert metric(reloading, "opdlm_serve_running") + metric(reloading, "opdlm_serve_waiting") > 0
+    for stream in streams:
+        _, chunks = streamed(stream)
+        assert chunks[-1].choices[0].finish_reason is not None
+    reloading.idle()
+    assert metric(reloading, "opdlm_serve_cancelled_total") == 0
+    assert metric(reloading, "opdlm_serve_weights_version") == 1
+    new = client.chat.completions.create(**options).choices[0].message.content
+    model, tokenizer = load_student(other, "float32", "cpu")
+    asked = [Request(0, 0, prompt_ids(tokenizer, QUESTION), 24)]
+    (t,) = sampler_of(model, tokenizer, block_size=4, slots=1).generate(asked, Decoding(StaticUnmasking(), 0.0))
+    assert new == response_text(tokenizer, t.response_ids, model.generation_config.eos_token_id)
+    assert new != old
+
+
+def test_another_model_is_not_swapped_in(reloading, tmp_path):
+    text = reloading.post().json()["choices"][0]["message"]["content"]
+
+    def answer(**options) -> tuple[int, str]:
+        reply = httpx.post(f"{reloading.url}/admin/reload", timeout=60, **options)
+        return reply.status_code, reply.json()["error"]["message"]
+
+    shutil.rmtree(tmp_path / "served")
+    status, said = answer(json={})
+    assert status == 409 and "does not exist" in said and said.endswith("the old weights are served on")
+    converted(tmp_path, 2, tmp_path / "served", block_size=8, layers=3)
+    status, said = answer(json={})
+    assert status == 409
+    assert "differs from the model that is served in block_size" in said
+    assert "num_hidden_layers" in said and "start a new server; the old weights" in said
+    assert answer(content=b"{}")[0] == 415  # as another site's page would send it
+    assert answer(json={"model": "x"}) == (400, 'the body is b\'{"model":"x"}\'; a reload takes no fields, so send {}')
+    assert reloading.post().json()["choices"][0]["message"]["content"] == text
+
+
+def test_only_who_has_the_key_reloads(student):
+    for host, key, without in (("127.0.0.1", "0123456789abcdef", 401), ("0.0.0.0", None, 403)):
+        served = Served(student, host, api_key=key)
+        try:
+            assert httpx.post(f"{served.url}/admin/reload", json={}).status_code == without
+            headers = {"Authorization": f"Bearer {key}"}
+            status = httpx.post(f"{served.url}/admin/reload", json={}, headers=headers, timeout=60).status_code
+            assert status == (200 if key else 403)
+        finally:
+            served.end()
+
+
+def test_weights_that_come_when_the_engine_has_ended_are_refused(student):
+    served = Served(student)
+    served.end()
+    with pytest.raises(ApiError, match="the engine has ended"):
+        served.server.folder.reload(served.engine)
 
 
 def test_a_broken_model_fails_its_requests_and_the_engine_goes_on(student):
