@@ -32,7 +32,7 @@ from common.prompts import Prompt, longest_response, part_of
 from common.ray_actor import as_ray_actor, own_address
 from common.responses import offline_trajectory
 from common.seeds import state_rng
-from common.states import select_states
+from common.states import NoiseTokens, select_states
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, to_batch
 from common.vocabulary import token_count, tokenizer_fingerprint
 from common.weights.broadcast import BroadcastTransport, connect, stay_on
@@ -70,6 +70,7 @@ class RolloutActor:
             mask_token_id=student.config.mask_token_id,
             tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
         )
+        self.noise = NoiseTokens(token_count(self.tokenizer), student.config.mask_token_id)
         self.sampler = Sampler(
             model,
             block_size=config.block_size,
@@ -213,7 +214,7 @@ class RolloutActor:
         for trajectory in chain(offline, self.sampler.generate(first, decoding, more, longest)):
             rng = state_rng(self.config.seed, trajectory.ordinal, trajectory.sample)
             objective = parts[part_of(trajectory.sample, rollout.samples_per_prompt)]
-            select_states(trajectory, objective, block_size, self.end_tokens, rng)
+            select_states(trajectory, objective, block_size, self.end_tokens, rng, self.noise)
             of_teacher = pending.setdefault(self.config.teacher_of(trajectory.domain), [])
             of_teacher.append(trajectory)
             self.tokens += len(trajectory.response_ids)

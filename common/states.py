@@ -6,7 +6,7 @@ in block (P + j) // B. At round k of a block, the positions that were revealed i
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,19 @@ _VISITED: dict[str, StateSelection] = {
 }
 
 
+@dataclass(frozen=True)
+class NoiseTokens:
+    """What uniform noise is drawn from: the ids below `count` that are not the mask token."""
+
+    count: int
+    mask_token_id: int
+
+    def drawn(self, size: int, rng: np.random.Generator) -> np.ndarray:
+        """int64 [size], uniform."""
+        ids = rng.integers(self.count - (self.mask_token_id < self.count), size=size)
+        return ids + (ids >= self.mask_token_id)
+
+
 def response_blocks(trajectory: Trajectory, block_size: int) -> np.ndarray:
     """int64 [response + tail]: the block of every response and tail position, on the absolute grid."""
     length = len(trajectory.response_ids) + len(trajectory.tail_ids)
@@ -55,18 +68,29 @@ def select_states(
     block_size: int,
     eos_token_id: EndTokens,
     rng: np.random.Generator,
+    noise: NoiseTokens | None = None,
 ) -> None:
     """Choose the trained states of one trajectory and write them into it.
 
-    Sets `state_count`, `masked_offsets`, `masked_state`, `loss_weight` and `target_offsets`. Blocks without a
-    masked trainable position are left out of a state, since nothing in them is trained.
+    Sets `state_count`, `masked_offsets`, `masked_state`, `shown_ids`, `loss_weight` and `target_offsets`. Blocks
+    without a masked trainable position are left out of a state, since nothing in them is trained. `noise` is needed
+    where states show other tokens than masks.
     """
     block = response_blocks(trajectory, block_size)
     trainable = trainable_offsets(trajectory, eos_token_id, objective.exclude_eos)
-    masks = _masks(trajectory, objective, block, trainable, block_size, rng)
+    state = state_of(trajectory, objective)
+    if isinstance(state, MixtureState):
+        state = _one_of(state, rng)
+    masks = _masks(trajectory, state, block, trainable, block_size, rng)
     copies = [(_trained_blocks(masked, trained, block), ratio, trained) for masked, ratio, trained in masks]
     copies = [copy for copy in copies if copy[0].any()]
 
+    shown: list[np.ndarray] = []
+    if (drawn := _drawn_by(state)) and drawn.mixes:
+        assert noise
+        shown = [_shown(masked, trajectory, drawn, noise, rng) for masked, _, _ in copies]
+        if drawn.all_positions:
+            copies = [(np.isin(block, block[masked]), ratio, trained) for masked, ratio, trained in copies]
     offsets = [np.flatnonzero(masked) for masked, _, _ in copies]
     weights = [
         np.where(trained[o], 1.0 / ratio[o] if objective.weight == "inverse_t" else 1.0, 0.0)
@@ -75,6 +99,7 @@ def select_states(
     trajectory.state_count = len(copies)
     trajectory.masked_offsets = _concat(offsets, np.int32)
     trajectory.masked_state = _concat([np.full(len(o), s) for s, o in enumerate(offsets)], np.int32)
+    trajectory.shown_ids = _concat([ids[o] for ids, o in zip(shown, offsets, strict=False)], np.int32)
     trajectory.loss_weight = _concat(weights, np.float32)
     trajectory.target_offsets = np.unique(trajectory.masked_offsets[trajectory.loss_weight > 0])
 
@@ -134,18 +159,29 @@ def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelecti
     return objective.state
 
 
+def _drawn_by(state: StateSelection) -> RandomState | None:
+    """How the masks of a selection are drawn where they are random."""
+    return state if isinstance(state, RandomState) else getattr(state, "masks", None)
+
+
+def _shown(
+    masked: np.ndarray, trajectory: Trajectory, state: RandomState, noise: NoiseTokens, rng: np.random.Generator
+) -> np.ndarray:
+    """int64 [response + tail]: what a noised copy shows: masks, uniformly drawn tokens, and clean ones elsewhere."""
+    uniform = rng.random(len(masked)) < state.uniform_share
+    noised = np.where(uniform, noise.drawn(len(masked), rng), noise.mask_token_id)
+    return np.where(masked, noised, np.concatenate([trajectory.response_ids, trajectory.tail_ids]))
+
+
 def _masks(
     trajectory: Trajectory,
-    objective: ObjectiveConfig,
+    state: StateSelection,
     block: np.ndarray,
     trainable: np.ndarray,
     block_size: int,
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """For each noised copy: masked, bool, mask ratio, float, and trained where masked, bool; all [response + tail]."""
-    state = state_of(trajectory, objective)
-    if isinstance(state, MixtureState):
-        state = _one_of(state, rng)
     if isinstance(state, RandomState):
         masks = [_random_mask(state, block, block_size, rng)]
     elif isinstance(state, SuffixState):

@@ -21,6 +21,7 @@ may be missing. A reader refuses a schema that differs from its own, and says wh
 | denoise_forwards, commit_forwards | int32 | forwards in which this sequence took part |
 | state_count | int32 | noised copies |
 | masked_offsets, masked_state | list<int32> | masked positions of all copies: offset and the copy it belongs to |
+| shown_ids | list<int32> | what the copy shows there, with mixed noise; empty: the mask token everywhere |
 | loss_weight | list<float32> | w per masked position; 0 where it is context only |
 | target_offsets | list<int32> | sorted offsets that have a target |
 | topk_ids | list<int32> | target `topk`: n*K token ids |
@@ -40,7 +41,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OFFLINE = -1  # weights_version of an offline response
 REPLAYED = -2  # weights_version of a rollout of an earlier run
 NO_ROUND = -1  # reveal_round of an offline response
@@ -53,6 +54,7 @@ _LISTS: dict[str, pa.DataType] = {
     "confidence": pa.float32(),
     "masked_offsets": pa.int32(),
     "masked_state": pa.int32(),
+    "shown_ids": pa.int32(),
     "loss_weight": pa.float32(),
     "target_offsets": pa.int32(),
     "topk_ids": pa.int32(),
@@ -112,6 +114,7 @@ class Trajectory:
     state_count: int = 0
     masked_offsets: np.ndarray = _empty(np.int32)
     masked_state: np.ndarray = _empty(np.int32)
+    shown_ids: np.ndarray = _empty(np.int32)
     loss_weight: np.ndarray = _empty(np.float32)
     target_offsets: np.ndarray = _empty(np.int32)
     topk_ids: np.ndarray = _empty(np.int32)
@@ -125,6 +128,11 @@ class Trajectory:
     def x0(self) -> np.ndarray:
         """int32 [prompt + response + tail]."""
         return np.concatenate([self.prompt_ids, self.response_ids, self.tail_ids])
+
+    def shown_at(self, masked: np.ndarray, mask_token_id: int) -> np.ndarray | int:
+        """What the copies show at some of the masked positions, which bool [masked positions] chooses: ids, or the
+        mask token at all."""
+        return self.shown_ids[masked] if len(self.shown_ids) else mask_token_id
 
     @property
     def is_offline(self) -> bool:

@@ -138,7 +138,7 @@ class _Rows:
 
     def check_tokens(self, vocabulary: int) -> None:
         """Ids within the vocabulary; the sequence ends on the block grid; the tail lies in its last block."""
-        for name in ("prompt_ids", "response_ids", "tail_ids"):
+        for name in ("prompt_ids", "response_ids", "tail_ids", "shown_ids"):
             self._in_range(name, 0, vocabulary)
         block, mask = self.meta.block_size, self.meta.mask_token_id
         length = self.prompt + self.written
@@ -189,6 +189,8 @@ class _Rows:
         self._each("masked_state", states, known, lambda v: f"holds {v}, not below state_count")
         later = np.diff(states.values.astype(np.int64) * 2**32 + offsets.values) > 0
         self._each("masked_offsets", offsets, _within_rows(offsets, later), lambda v: f"holds {v} out of order")
+        shown = self.lists["shown_ids"].lengths
+        self._same_length("shown_ids", np.where(shown > 0, offsets.lengths, 0))
         first_of_state = _starts(offsets)
         first_of_state[1:] |= np.diff(states.values) != 0
         count, told = np.bincount(row[first_of_state], minlength=len(self.written)), self.scalars["state_count"]

@@ -134,7 +134,7 @@ def document(
         where = where[where < len(x0)]
         slot = np.searchsorted(where, masked)
         noised = x0[where]
-        noised[slot] = mask_token_id
+        noised[slot] = trajectory.shown_at(of_state, mask_token_id)
         trained = masked[weight > 0]
         copy = np.full(len(where), state + 1)
         parts.append(

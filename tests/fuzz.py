@@ -181,6 +181,8 @@ def impossible(t: Trajectory, meta: TrajectoryMeta) -> str:
             set(r) != ({-1} if t.is_offline else set(range(max(r) + 1))) or len(r) > meta.block_size
             for r in blocks.values()
         ),
+        "shown": len(t.shown_ids) not in (0, len(t.masked_offsets))
+        or any(not 0 <= i < VOCABULARY for i in t.shown_ids),
         "masked lengths": not len(t.masked_offsets) == len(t.masked_state) == len(t.loss_weight),
         "masked order": order != sorted(set(order)),
         "states": {s for s, _ in order} != set(range(min(t.state_count, 1000))),
@@ -262,7 +264,7 @@ def _change_meta(rng: random.Random, meta: TrajectoryMeta) -> TrajectoryMeta:
     elif name == "hidden_dtype":
         choices = ["float16", "", "int8"]  # another dtype is another schema, which to_batch cannot write
     elif name == "schema_version":
-        choices = [0, 1, 3, -1]
+        choices = [0, 1, 2, 4, -1]
     return replace(meta, **{name: rng.choice(choices)})
 
 

@@ -44,7 +44,8 @@ def packed_states(request: TargetRequest, block_size: int, mask_token_id: int) -
     column, length = np.empty(len(asked), np.int64), len(clean)
     for number in np.unique(state_of):
         noised = x0.copy()
-        noised[masked[state == number]] = mask_token_id
+        here = state == number
+        noised[masked[here]] = mask_token_id if request.shown is None else request.shown[here]
         own = state_of == number
         blocks = np.unique(asked[own] // block_size)
         where = (blocks[:, None] * block_size + np.arange(block_size)).ravel()
@@ -75,6 +76,7 @@ class MaskedStateBackend(TransformersBackend):
             prompt + trajectory.target_offsets,
             masked=prompt + trajectory.masked_offsets,
             state=trajectory.masked_state,
+            shown=trajectory.shown_ids if len(trajectory.shown_ids) else None,
         )
 
     def _prepared(self, request: TargetRequest) -> PackedStates:

@@ -31,13 +31,14 @@ class TargetRequest:
 
     `ids` int32 [length], `positions` int [n]: the distribution at i >= 1 is that of ids[i] given ids[:i]. One that
     reads masked states gets all their `masked` positions int [m] with the number of the `state` int [m] of each; None:
-    `positions` are masked, in one state.
+    `positions` are masked, in one state. `shown` int [m] is what the states show there; None: the mask token.
     """
 
     ids: np.ndarray
     positions: np.ndarray
     masked: np.ndarray | None = field(default=None, kw_only=True)
     state: np.ndarray | None = field(default=None, kw_only=True)
+    shown: np.ndarray | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,20 @@ class RandomState(Section):
         description="later positions of a block are masked more often: of its i-th, in proportion to "
         "exp(position_bias (1 - t) i / B); 0: all alike (Efficient-DLM, whose best is 2.3)",
     )
+    uniform_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that a masked position shows a uniformly drawn token and not the mask token (BARD)",
+    )
+    all_positions: bool = Field(
+        False, description="also train the positions that are not masked, of blocks that have a masked one (BARD)"
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether states show other tokens than masks where they are trained."""
+        return self.uniform_share > 0 or self.all_positions
 
     @model_validator(mode="after")
     def _ordered(self) -> RandomState:
@@ -92,6 +106,15 @@ class LiftState(Section):
         description="which masked tokens stay masked: the most probable, the least probable, or any; by_ratio: the "
         "first where t is above 2/3, the second where it is below 1/3, else any",
     )
+
+    @model_validator(mode="after")
+    def _only_masks(self) -> LiftState:
+        if self.masks.mixes:
+            raise ValueError(
+                "masks.uniform_share and masks.all_positions do not go with kind 'lift', which chooses among masked "
+                "tokens; turn them off"
+            )
+        return self
 
 
 class SuffixState(Section):
@@ -138,6 +161,14 @@ def needs_rounds(state: StateSelection) -> bool:
     if isinstance(state, MixtureState):
         return state.trajectory_share > 0
     return not isinstance(state, RandomState | ComplementaryState | LiftState | SuffixState)
+
+
+def trains_twice(state: StateSelection) -> bool:
+    """Whether a position may be trained in several states of a trajectory."""
+    if isinstance(state, MixtureState):
+        twice = state.complementary_share > 0 and state.masks.all_positions
+        return twice or (state.trajectory_share > 0 and state.visited == "all_rounds")
+    return isinstance(state, AllRoundsState) or (isinstance(state, ComplementaryState) and state.masks.all_positions)
 
 
 class StudentSource(Section):

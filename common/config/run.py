@@ -19,7 +19,7 @@ from common.config.data import DataConfig
 from common.config.evaluation import EvaluationConfig
 from common.config.learner import LearnerConfig
 from common.config.model import AttentionConfig, ModelConfig
-from common.config.objective import ObjectiveConfig
+from common.config.objective import ObjectiveConfig, trains_twice
 from common.config.paths import OutputFolder
 from common.config.pipeline import PipelineConfig
 from common.config.publish import PublishConfig
@@ -269,15 +269,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _states_have_one_target(self) -> RunConfig:
-        """A teacher that reads states: each position is masked in one state, which is known when the teacher reads."""
+        """A teacher that reads states: each position is trained in one state, which is known when the teacher reads."""
         reading = [f"teacher.{place}" for place, t in self.teacher.pools.items() if t.reads == "state"]
         if not reading or self.target_kind == "none":
             return self
         for i, part in enumerate(self.objective.parts):
             field, state = f"objective.extra.{i - 1}.state" if i else "objective.state", part.state
-            several = state.kind == "all_rounds" or (state.kind == "mixture" and state.visited == "all_rounds")
+            several = trains_twice(state)
             if part.target.kind == "teacher" and (several or state.kind == "lift"):
-                why = "masks a position in several states" if several else "chooses the state after the teacher's pass"
+                why = "trains a position in several states" if several else "chooses the state after the teacher's pass"
                 raise ValueError(
                     f"{field}.kind {state.kind!r} {why}, and {reading[0]}reads 'state' gives a position one target; "
                     "use per_block, global, random or complementary"

@@ -8,7 +8,7 @@ from common.config.unmasking import DynamicUnmasking
 from common.prompts import Prompt
 from common.responses import offline_trajectory
 from common.seeds import state_rng
-from common.states import select_states
+from common.states import NoiseTokens, select_states
 from common.student import load_model, load_tokenizer
 from common.trajectory import TrajectoryMeta
 from deploy.ablation.runs import Arm, arms_of, load_ablation
@@ -56,6 +56,7 @@ def test_an_update_of_every_arm_is_finite(runs, models, name):
     config = next(arm.config for arm in runs if arm.name == name)
     config = config.model_copy(update={"block_size": 4})
     parts, end = config.objective.parts, tokenizer.eos_token_id
+    noise = NoiseTokens(len(tokenizer), tokenizer.mask_token_id)
     rows = []
     for number, part in enumerate(parts):
         own = trajectories(student, tokenizer, DynamicUnmasking(threshold=0.05), count=4, seed=number)
@@ -64,7 +65,7 @@ def test_an_update_of_every_arm_is_finite(runs, models, name):
             own = [offline_trajectory(p, 0, 14, 4, tokenizer.mask_token_id, end) for p in prompts]
         for t in own:
             t.sample = number
-            select_states(t, part, 4, end, state_rng(0, t.ordinal, number))
+            select_states(t, part, 4, end, state_rng(0, t.ordinal, number), noise)
         rows += own
     if config.target_kind == "hidden":
         set_targets(teacher, rows)

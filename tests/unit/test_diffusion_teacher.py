@@ -52,10 +52,11 @@ def direct(model, trajectory, block_size: int, mask_token_id: int) -> dict[int, 
     prompt, found = len(trajectory.prompt_ids), {}
     for state in range(trajectory.state_count):
         masked = prompt + trajectory.masked_offsets[trajectory.masked_state == state]
+        shown = trajectory.shown_at(trajectory.masked_state == state, mask_token_id)
         for block in np.unique(masked // block_size):
             x = trajectory.x0[: (block + 1) * block_size].astype(np.int64)
             here = masked[masked // block_size == block]
-            x[here] = mask_token_id
+            x[here] = np.broadcast_to(shown, masked.shape)[masked // block_size == block]
             of = torch.arange(len(x)) // block_size
             with torch.no_grad():
                 hidden = model.model(
@@ -67,10 +68,14 @@ def direct(model, trajectory, block_size: int, mask_token_id: int) -> dict[int, 
     return found
 
 
-@pytest.mark.parametrize("state", ["per_block", "global", "random", "complementary"])
+MIXED = '{"kind": "random", "uniform_share": 0.5, "all_positions": true}'
+
+
+@pytest.mark.parametrize("state", ["per_block", "global", "random", "complementary", MIXED])
 @pytest.mark.parametrize("target", ["hidden", "topk"])
 def test_targets_are_those_of_a_direct_forward_at_the_same_states(folders, state, target):
-    config = settings(folders, "--objective.state.kind", state, "--teacher.target", target)
+    field = "--objective.state" if state == MIXED else "--objective.state.kind"
+    config = settings(folders, field, state, "--teacher.target", target)
     rows = trajectories(config)
     backend = build_backend(config.teacher, config.teacher_path)
     annotate(backend, rows)
@@ -109,7 +114,11 @@ def test_a_state_with_more_masks_gives_other_targets(folders):
     ("overrides", "message"),
     [
         (["--teacher.backend", "vllm"], r"teacher: reads 'state' needs block-causal attention"),
-        (["--objective.state.kind", "all_rounds"], r"objective.state.kind 'all_rounds' masks a position in several"),
+        (["--objective.state.kind", "all_rounds"], r"objective.state.kind 'all_rounds' trains a position in several"),
+        (
+            ["--objective.state", '{"kind": "complementary", "masks": {"all_positions": true}}'],
+            r"objective.state.kind 'complementary' trains a position in several",
+        ),
         (["--evaluation.held_out_prompts", "4"], r"evaluation.held_out_prompts \(4\) has the teacher write"),
         (["--evaluation.problems", "deploy/data/word_problems_heldout.jsonl"], r"evaluation.teacher \(True\)"),
     ],

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from common.config.objective import ObjectiveConfig
 from common.prompts import Prompt
 from common.responses import offline_trajectory
-from common.states import select_states
+from common.states import NoiseTokens, select_states
 from common.trajectory import Trajectory
-from tests.trajectories import EOS, trajectory
+from tests.trajectories import EOS, random_trajectory, trajectory
 
 BLOCK = 4
 
@@ -224,3 +224,50 @@ def test_the_drafter_method_is_the_originals_responses_at_suffix_states():
     assert (objective.source.kind, objective.state.kind, objective.target.kind) == ("offline", "suffix", "teacher")
     with pytest.raises(ValidationError, match=r"means state\.kind suffix, but it is 'random'"):
         ObjectiveConfig(method="drafter", state={"kind": "random"})
+
+
+def noised(t, seed=0, **masks):
+    objective = ObjectiveConfig(state={"kind": "random", **masks})
+    select_states(t, objective, BLOCK, EOS, np.random.default_rng(seed), NoiseTokens(60, 50))
+    return t
+
+
+@given(trajectory(), st.integers(0, 99))
+def test_mixed_noise_shows_masks_and_uniform_tokens_at_the_same_positions(t, seed):
+    before = selected(t, seed, state={"kind": "random"}).masked_offsets.tolist()
+    assert not len(t.shown_ids)
+    noised(t, seed, uniform_share=1.0)
+    assert t.masked_offsets.tolist() == before and len(t.shown_ids) == len(before)
+    assert set(t.shown_ids.tolist()) <= set(range(60)) - {50}
+    noised(t, seed, uniform_share=1e-9)
+    assert t.shown_ids.tolist() == [50] * len(before)
+
+
+@given(trajectory(), st.integers(0, 99))
+def test_all_positions_of_a_noised_block_are_trained_and_the_others_are_shown_as_they_are(t, seed):
+    masked = set(selected(t, seed, state={"kind": "random", "max_ratio": 0.5}).masked_offsets.tolist())
+    noised(t, seed, max_ratio=0.5, all_positions=True)
+    blocks = {int(blocks_of(t)[o]) for o in masked}
+    assert t.masked_offsets.tolist() == [o for o, b in enumerate(blocks_of(t)) if int(b) in blocks]
+    clean = np.concatenate([t.response_ids, t.tail_ids])
+    for offset, shown, weight in zip(t.masked_offsets, t.shown_ids, t.loss_weight, strict=True):
+        assert shown == (50 if int(offset) in masked else clean[offset])
+        assert (weight > 0) == (offset < len(t.response_ids))
+
+
+def test_uniform_tokens_are_uniform_over_all_but_the_mask_token():
+    counts = np.bincount(NoiseTokens(6, 3).drawn(60_000, np.random.default_rng(0)), minlength=6)
+    assert counts[3] == 0 and (np.abs(np.delete(counts, 3) / 12_000 - 1) < 0.05).all()
+    assert set(NoiseTokens(3, 7).drawn(1000, np.random.default_rng(0)).tolist()) == {0, 1, 2}
+
+
+def test_the_share_of_uniform_tokens_is_the_one_asked_for():
+    rng = np.random.default_rng(0)
+    t = random_trajectory(rng, BLOCK, 4000)
+    noised(t, uniform_share=0.25, min_ratio=1.0, max_ratio=1.0)
+    assert (t.shown_ids != 50).mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_lift_refuses_mixed_noise():
+    with pytest.raises(ValidationError, match=r"do not go with kind 'lift', which chooses among masked tokens"):
+        ObjectiveConfig(state={"kind": "lift", "masks": {"uniform_share": 0.1}})

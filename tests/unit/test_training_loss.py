@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from common.config.unmasking import DynamicUnmasking
 from common.seeds import state_rng
-from common.states import select_states
+from common.states import NoiseTokens, select_states
 from common.student import load_model, load_tokenizer
 from common.trajectory import TrajectoryMeta
 from learner.batches import BatchBuilder
@@ -100,10 +100,11 @@ def direct_loss(student, teacher, rows, mask_token_id, config):
             weight = dict(
                 zip((prompt + t.masked_offsets[chosen]).tolist(), t.loss_weight[chosen].tolist(), strict=True)
             )
+            shown = dict(zip(weight, t.shown_ids[chosen].tolist(), strict=True)) if len(t.shown_ids) else {}
             for b in {i // BLOCK for i in weight}:
                 x = x0[: (b + 1) * BLOCK].copy()
                 inside = [i for i in weight if i // BLOCK == b]
-                x[inside] = mask_token_id
+                x[inside] = [shown.get(i, mask_token_id) for i in inside]
                 blocks = torch.arange(len(x)) // BLOCK
                 mask = (blocks[None, :] <= blocks[:, None])[None, None]
                 hidden = student.model(torch.from_numpy(x)[None], attention_mask=mask).last_hidden_state[0]
@@ -192,8 +193,9 @@ def check(student_teacher_rows, objective, target="hidden"):
         teacher={"target": target, "top_k": K},
         learner={"logits_chunk_rows": 5},
     )
+    noise = NoiseTokens(len(tokenizer), tokenizer.mask_token_id)
     for t in rows:
-        select_states(t, config.objective, BLOCK, tokenizer.eos_token_id, state_rng(0, t.ordinal, 0))
+        select_states(t, config.objective, BLOCK, tokenizer.eos_token_id, state_rng(0, t.ordinal, 0), noise)
     assert [bool(len(t.target_offsets)) for t in rows] == [True, True, False, True, True, True]
     set_topk(teacher, rows) if target == "topk" else set_targets(teacher, rows)
     student.zero_grad()
@@ -217,6 +219,8 @@ def test_normalisation(student_teacher_rows, normalization, weight):
 OPTIONS = [
     {"state": {"kind": "all_rounds"}},
     {"state": {"kind": "complementary"}, "weight": "inverse_t"},
+    {"state": {"kind": "random", "uniform_share": 0.5}},
+    {"state": {"kind": "random", "uniform_share": 0.3, "all_positions": True}, "weight": "inverse_t"},
     {"divergence": {"kind": "reverse_kl"}},
     {"divergence": {"kind": "jensen_shannon", "alpha": 0.3}},
     {"target": {"kind": "teacher", "temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.01}},

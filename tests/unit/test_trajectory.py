@@ -98,7 +98,7 @@ def test_info_counts():
     ("change", "message"),
     [
         (lambda s: s.remove_metadata(), "lacks"),
-        (lambda s: s.with_metadata({**s.metadata, b"schema_version": b"1"}), "schema_version is 1, this code reads 2"),
+        (lambda s: s.with_metadata({**s.metadata, b"schema_version": b"1"}), "schema_version is 1, this code reads 3"),
         (lambda s: s.with_metadata({**s.metadata, b"schema_version": b"99"}), "schema_version is 99"),
         (
             lambda s: pa.schema([f.with_name(f.name.replace("tail_mass", "rest")) for f in s], s.metadata),

@@ -95,6 +95,7 @@ CASES = [
     (put("masked_offsets", 0, 9), "'masked_offsets' holds 9, outside response and tail"),
     (put("masked_offsets", 1, 0), "'masked_offsets' holds 0 out of order"),
     (cut("masked_state"), "'masked_state' has"),
+    (assign("shown_ids", np.array([3], np.int32)), "'shown_ids' has 1 values, expected"),
     (put("masked_state", 0, -1), "'masked_state' holds -1, not below"),
     (put("loss_weight", 1, np.inf), "'loss_weight' holds inf; a weight is finite"),
     (put("loss_weight", 1, -1), "'loss_weight' holds -1.0; a weight"),
