@@ -28,6 +28,7 @@ from common.config.run import RunConfig
 from common.config.unmasking import Unmasking
 from common.conversion import counted_tokens, load_converted, student_of
 from common.device import device_for
+from common.lora import MergedWeights, add_adapters, load_adapters
 from common.prompts import Prompt, longest_response, part_of
 from common.ray_actor import as_ray_actor, own_address
 from common.responses import offline_trajectory
@@ -37,7 +38,7 @@ from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info,
 from common.vocabulary import token_count, tokenizer_fingerprint
 from common.weights.broadcast import BroadcastTransport, connect, stay_on
 from common.weights.object_store import ObjectStoreTransport
-from common.weights.transport import WeightsHandle
+from common.weights.transport import WeightsHandle, load_weights
 
 
 class RolloutActor:
@@ -65,6 +66,12 @@ class RolloutActor:
         # decoding attends over a cache with a dense mask, whatever the learner's attention is
         model = load_converted(config.model.path, student, getattr(torch, config.rollout.dtype), "sdpa").to(device)
         model.requires_grad_(False)
+        load = load_weights
+        if config.adapter.gated:
+            add_adapters(model, config.adapter)  # of version 0, whose update is 0
+            load = load_adapters
+        elif config.adapter.rank:
+            load = MergedWeights(model, config.adapter).load
         self.meta = TrajectoryMeta(
             block_size=config.block_size,
             mask_token_id=student.config.mask_token_id,
@@ -87,7 +94,7 @@ class RolloutActor:
         self.sampler.slot_budget.name = "rollout.slots"
         self.sampler.prefill_budget.name = "rollout.max_batched_tokens"
         self.shared = ObjectStoreTransport(device, config.weights_timeout_s)
-        self.inbox = WeightsInbox(self.shared, config.weights_timeout_s)
+        self.inbox = WeightsInbox(self.shared, config.weights_timeout_s, load)
         # of a share, by its ordinals: for each teacher its rows and what it predicts there
         self.held_out: tuple[list[int], list[tuple[list[int], HeldOutTargets]]] = ([], [])
         self.busy_seconds = 0.0

@@ -7,7 +7,7 @@ addresses of the first model's parameters.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import Empty, Queue
 
 import torch
@@ -32,10 +32,16 @@ class WeightsInbox:
     """
 
     def __init__(
-        self, transport: WeightsTransport, timeout_s: float, stopwatch: Callable[[], float] = time.perf_counter
+        self,
+        transport: WeightsTransport,
+        timeout_s: float,
+        load: Callable[[nn.Module, Iterable[tuple[str, Tensor]]], None] = load_weights,
+        stopwatch: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`load` copies what was fetched into a model's own memory."""
         self.transport = transport
         self.timeout_s = timeout_s
+        self._load = load
         self._stopwatch = stopwatch
         self.pause_seconds = 0.0
         self._fetched: Queue[tuple[int, list[tuple[str, Tensor]] | Exception]] = Queue(maxsize=1)
@@ -65,7 +71,7 @@ class WeightsInbox:
             raise tensors
         if fetched != version:
             raise ValueError(f"weights version {fetched} was fetched, expected {version}")
-        load_weights(model, tensors)
+        self._load(model, tensors)
         if any(parameter.is_cuda for parameter in model.parameters()):
             torch.cuda.current_stream().synchronize()  # the next fetch overwrites these tensors
         self.pause_seconds += self._stopwatch() - start

@@ -8,26 +8,32 @@ that a checkpoint says how to decode it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from common.adapter_files import read_adapter
 from common.chat import asked_with
+from common.config.adapter import AdapterConfig
 from common.config.model import AttentionContext
 from common.config.run import RunConfig
 from common.end_tokens import check_chat_template, end_token_ids, known_end_tokens
 from common.gguf_files import model_folder
+from common.lora import write_adapter
 from common.mask_token import AUTO, NEW, set_mask_token
 from common.model_files import ModelError, check_complete, check_plain, stored_tensors
 from common.student import (
+    RECORDED,
     SUPPORTED_FAMILIES,
+    Gathered,
+    add_rows,
     check_family,
     fitted_head,
     head_of_folder,
@@ -39,13 +45,9 @@ from common.student import (
 )
 from common.vocabulary import check_tokenizer, token_count
 
-# what makes a student of a model's config
-_RECORDED = ("mask_token_id", "block_size", "attention_context", "end_token_ids", "opdlm")
 # of a generation config: what has no meaning without do_sample, and what a checkpoint keeps in any case
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-Gathered = Callable[[nn.Parameter], AbstractContextManager[Any]]  # makes a partitioned parameter whole
 
 
 @dataclass(frozen=True)
@@ -146,26 +148,10 @@ def load_converted(
     """The ARLM at `path` with as many rows as its conversion asks for (see `add_rows`), and its attention context."""
     model = load_model(path, dtype, attention)
     model.config.attention_context = conversion.config.attention_context
+    model.config.mask_token_id = conversion.config.mask_token_id
     if conversion.config.vocab_size > model.config.vocab_size:
         add_rows(model, conversion.config.vocab_size, gathered)
     return model
-
-
-def add_rows(model: PreTrainedModel, rows: int, gathered: Gathered = nullcontext) -> None:
-    """Let embedding and LM head grow to `rows`; each new row is the mean of the old ones, on every rank the same.
-
-    They are whole afterwards. (transformers' own resize draws random rows, and fills them on one rank only.)
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embedding.weight
-    for part in (embedding,) if tied else (embedding, head):
-        with gathered(part.weight):
-            old = part.weight.detach().clone()
-        mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
-        part.weight = nn.Parameter(torch.cat([old, mean.expand(rows - len(old), -1)]), part.weight.requires_grad)
-    if tied:
-        head.weight = embedding.weight
-    embedding.num_embeddings = head.out_features = model.config.vocab_size = rows
 
 
 @dataclass(frozen=True)
@@ -232,15 +218,41 @@ def convert_folder(
     )
     conversion = checked(path, conversion)
     model = load_converted(path, conversion, dtype, "sdpa")
+    with _whole_or_nothing(out) as partial:
+        save_student(model, conversion, partial)
+    return conversion
+
+
+def merge_folder(path: str, out: Path, dtype: torch.dtype) -> None:
+    """Write the student in an adapter's folder as a complete Hugging Face folder with merged weights, or nothing.
+
+    Raises:
+        ModelError: the folder holds no adapter, or one with a gate, which is no plain model.
+    """
+    adapter = read_adapter(path)
+    if adapter is None:
+        raise ModelError("holds no adapter that a run has written; give a checkpoint of a run with adapter.rank")
+    if adapter.config.gated:
+        raise ModelError(
+            "is an adapter with the gate 'mask', which acts at mask positions only: no plain weights compute that; use "
+            "the folder as it is, or train with adapter.gate 'none'"
+        )
+    model = load_model(path, dtype, "sdpa")
+    with _whole_or_nothing(out) as partial:
+        save_student(model, Conversion(model.config, load_tokenizer(path)), partial)
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` when all is written."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_student(model, conversion, partial)
+        yield partial
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return conversion
 
 
 def save_student(
@@ -249,17 +261,25 @@ def save_student(
     out: Path,
     block_size: int | None = None,
     state_dict: dict[str, Tensor] | None = None,
+    adapter: AdapterConfig | None = None,
+    base: str = "",
 ) -> None:
     """Config, tokenizer and safetensors in `out`; `block_size` replaces the conversion's own, and `state_dict` the
-    model's where it is sharded."""
-    for name in _RECORDED:
+    model's where it is sharded. With an `adapter` of the model at `base`, `state_dict` is the adapter's, and the
+    model's own weights are left out."""
+    for name in RECORDED:
         if hasattr(conversion.config, name):
             setattr(model.config, name, getattr(conversion.config, name))
     model.config.block_size = block_size or conversion.config.block_size
     drop_generation_parameters(model.config)
     model.generation_config, _ = mended(model.generation_config)
     model.generation_config.eos_token_id = list(conversion.end_tokens)
-    model.save_pretrained(out, state_dict=state_dict)
+    if adapter and adapter.rank:
+        write_adapter(out, adapter, str(Path(base).resolve()) if Path(base).exists() else base, state_dict or {})
+        model.config.save_pretrained(out)
+        model.generation_config.save_pretrained(out)
+    else:
+        model.save_pretrained(out, state_dict=state_dict)
     conversion.tokenizer.save_pretrained(out)
 
 

@@ -108,7 +108,10 @@ def _without_weights(folder: Path, files: list[Path]) -> str:
         return f"has {files[0].name} but no {_SINGLE}; rename it, or save the model with save_pretrained"
     others = [file.name for pattern in _OTHER_FORMATS for file in sorted(folder.glob(pattern))]
     if (folder / "adapter_config.json").is_file():
-        return "is an adapter without its model; merge them with merge_and_unload and save_pretrained"
+        return (
+            "is an adapter without its model; merge them: with opdlm merge, or with PEFT's merge_and_unload and "
+            "save_pretrained"
+        )
     if others:
         return f"holds no .safetensors file but {others[0]}; load it with transformers and save it with save_pretrained"
     return "holds no .safetensors file; save the model with save_pretrained"

@@ -5,8 +5,8 @@ What makes a student of an ARLM is in common/conversion.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from common.adapter_files import ADAPTER_CONFIG, AdapterFolder, read_adapter
 from common.config.model import AttentionContext
 from common.gguf_files import model_folder
+from common.lora import MergedWeights, adapter_tensors, add_adapters, gate_of, load_adapters
 from common.model_files import ModelError, head_of, stored_tensors
+
+# what a student's config holds beyond its ARLM's
+RECORDED = ("mask_token_id", "block_size", "attention_context", "end_token_ids", "opdlm")
+Gathered = Callable[[nn.Parameter], AbstractContextManager[Any]]  # makes a partitioned parameter whole
 
 # families whose attention takes prebuilt masks, one for each kind of layer
 SUPPORTED_FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "gemma3_text", "qwen3_moe")
@@ -63,7 +70,54 @@ def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel
     """
     config = load_config(path)
     check_family(config)
-    return pretrained(path, config=config, dtype=dtype, attn_implementation=attention).eval()
+    adapter = read_adapter(path)
+    if adapter is None:
+        return pretrained(path, config=config, dtype=dtype, attn_implementation=attention).eval()
+    return _adapted(adapter, config, dtype, attention)
+
+
+def _adapted(adapter: AdapterFolder, config: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The base model with its adapter: as gated layers, or merged where there is no gate.
+
+    Raises:
+        ModelError: the base model is not where the adapter says.
+    """
+    if Path(adapter.base).is_absolute() and not Path(adapter.base).exists():
+        raise ModelError(
+            f"is an adapter of {adapter.base!r}, which is not there; bring it back, or correct base_model_name_or_path "
+            f"in {ADAPTER_CONFIG}"
+        )
+    model = load_model(adapter.base, dtype, attention)
+    if config.vocab_size > model.config.vocab_size:
+        add_rows(model, config.vocab_size)
+    for name in RECORDED:
+        if hasattr(config, name):
+            setattr(model.config, name, getattr(config, name))
+    model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+    tensors = adapter_tensors(adapter.folder).items()
+    if adapter.config.gated:
+        add_adapters(model, adapter.config)
+        load_adapters(model, tensors)
+    else:
+        MergedWeights(model, adapter.config).load(model, tensors)
+    return model
+
+
+def add_rows(model: PreTrainedModel, rows: int, gathered: Gathered = nullcontext) -> None:
+    """Let embedding and LM head grow to `rows`; each new row is the mean of the old ones, on every rank the same.
+
+    They are whole afterwards. (transformers' own resize draws random rows, and fills them on one rank only.)
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    for part in (embedding,) if tied else (embedding, head):
+        with gathered(part.weight):
+            old = part.weight.detach().clone()
+        mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
+        part.weight = nn.Parameter(torch.cat([old, mean.expand(rows - len(old), -1)]), part.weight.requires_grad)
+    if tied:
+        head.weight = embedding.weight
+    embedding.num_embeddings = head.out_features = model.config.vocab_size = rows
 
 
 def pretrained(path: str, **options: Any) -> PreTrainedModel:
@@ -197,6 +251,7 @@ def hidden_states(
     ids: Tensor,
     positions: Tensor,
     mask: Any,
+    masked: Tensor | None = None,
     **attention: Any,
 ) -> Tensor:
     """Final hidden states [R, N, d] (after the last norm) under a prebuilt mask.
@@ -204,10 +259,14 @@ def hidden_states(
     Args:
         ids, positions: int64 [R, N].
         mask: bool [R, 1, N, keys] or a BlockMask for every layer, or one by kind of layer.
+        masked: bool [R, N], where gated adapters act (`noised_masks`); None: nowhere.
         attention: what the model's attention implementation takes beyond the mask.
     """
     if ids.is_cuda and model.config._attn_implementation == "flex_attention" and head_width(model.config) <= 64:
         attention = {"kernel_options": _NARROW_HEADS} | attention
+    gate = gate_of(model)
+    if gate:
+        gate.masked = None if masked is None else masked[..., None]
     output = model.model(
         input_ids=ids,
         position_ids=positions,
@@ -215,7 +274,15 @@ def hidden_states(
         use_cache=False,
         **attention,
     )
+    if gate and not torch.is_grad_enabled():  # else a recomputed forward reads it too
+        gate.masked = None
     return output.last_hidden_state
+
+
+def noised_masks(model: PreTrainedModel, ids: Tensor, copy: Tensor) -> Tensor | None:
+    """bool [R, N]: the mask tokens of noised copies, where gated adapters act; None for a model without such. `copy` as
+    in common/masks.py."""
+    return (ids == model.config.mask_token_id) & (copy > 0) if gate_of(model) else None
 
 
 def head_width(config: Any) -> int:

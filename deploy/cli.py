@@ -26,6 +26,7 @@ from deploy.commands import (
     jobs,
     lm_eval,
     make_tiny_arlm,
+    merge,
     prompts,
     replay,
     respond,
@@ -48,8 +49,8 @@ app = typer.Typer(
 )
 # in the order of the help
 for command in (
-    train, eval, score, generate, serve, lm_eval, convert, fields, prompts, respond, replay, ablate, dashboard, jobs,
-    make_tiny_arlm,
+    train, eval, score, generate, serve, lm_eval, convert, merge, fields, prompts, respond, replay, ablate, dashboard,
+    jobs, make_tiny_arlm,
 ):  # fmt: skip
     command.register(app)
 

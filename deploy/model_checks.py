@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.adapter_files import read_adapter
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.gguf_files import model_folder
@@ -60,8 +61,11 @@ def check_model_folder(field: str, path: str) -> None:
 
 
 def check_student_folder(field: str, path: str) -> None:
-    """Refuse a model that is no converted student: it would not know its mask token and block size."""
-    check_model_folder(field, path)
+    """Refuse a model that is no converted student: it would not know its mask token and block size. The folder may hold
+    an adapter, whose base is checked too."""
+    with model_errors(field, path):
+        adapter = read_adapter(path)
+    check_model_folder(field if adapter is None else f"{field}: base of {path!r}", adapter.base if adapter else path)
     if Path(path).is_dir() and model_json(field, path).get("mask_token_id") is None:
         raise ConfigError(
             f"{field}: {path!r} is an autoregressive model, not a student; convert it first: opdlm convert {path} OUT"

@@ -75,6 +75,10 @@ class TrainingBatch:
     def positions(self) -> Tensor:
         return self.layout[1]
 
+    @property
+    def copy(self) -> Tensor:
+        return self.layout[3]
+
 
 def update_shares(trajectories: list[Trajectory], parts: int, samples: int, rows: int) -> list[list[list[Trajectory]]]:
     """The trajectories of each update, for each loss: `rows` of the main loss, and the extra losses' for the same

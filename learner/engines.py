@@ -14,10 +14,11 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.config.run import RunConfig
+from common.lora import adapter_parameters
 from common.student import attention_windows, lm_head_weight
 from learner.batches import TrainingBatch
 from learner.compiled_layers import compile_layers
@@ -26,7 +27,7 @@ from learner.liger import use_liger_kernels
 from learner.objective import LossSums
 from learner.shards import discard_gradients, restore, shard
 from learner.training_module import TrainingModule
-from learner.whole_weights import WholeWeights
+from learner.whole_weights import WholeWeights, emptied
 
 
 class Engine(ABC):
@@ -46,10 +47,11 @@ class Engine(ABC):
     graphs: bool = False
     alone: bool = False
 
-    def __init__(self, config: RunConfig, module: TrainingModule, settings: dict[str, Any]) -> None:
+    def __init__(self, config: RunConfig, module: nn.Module, settings: dict[str, Any]) -> None:
         self.ranks = config.learner.ranks
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, model_parameters=list(module.parameters()), config=settings
+            model=module, model_parameters=trained, config=settings
         )
 
     @abstractmethod
@@ -117,13 +119,23 @@ class GatheredEngine(Engine):
 
 
 class WholeEngine(Engine):
-    """Weights are whole on every rank (learner/whole_weights.py); only gradients and steps are collective."""
+    """Weights are whole on every rank (learner/whole_weights.py); only gradients and steps are collective.
+
+    Of a student with adapters DeepSpeed has A and B alone, and the base is loaded whole on every rank.
+    """
 
     alone = True
 
     def __init__(self, config: RunConfig, student: PreTrainedModel, settings: dict[str, Any], on_gpu: bool) -> None:
-        super().__init__(config, TrainingModule(student, config), settings)
-        self.weights = WholeWeights(student, self.optimizer)
+        adapters = adapter_parameters(student)
+        parts = nn.ParameterList(p.detach().clone() for p in adapters.values()) if adapters else None
+        super().__init__(config, parts or TrainingModule(student, config), settings)
+        if parts is None:
+            names = {id(parameter): name for name, parameter in student.named_parameters()}
+            self.weights = WholeWeights(emptied(student), names, self.optimizer)
+        else:
+            names = dict(zip(map(id, parts), adapters, strict=True))
+            self.weights = WholeWeights(student.to(self.deepspeed.device), names, self.optimizer)
         self.student = self.weights.student
         _prepare(self.student, config, on_gpu)
         self.graphs = on_gpu and config.learner.compile and not config.learner.gradient_checkpointing

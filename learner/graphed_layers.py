@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.masks import packed_mask, per_layer_kind
-from common.student import hidden_states
+from common.student import hidden_states, noised_masks
 from learner.batches import TrainingBatch
 
 
@@ -50,7 +50,7 @@ class GraphedLayers:
         mask = per_layer_kind(
             self.windows, lambda window: packed_mask(doc, copy, block, positions, self.attention, window)
         )
-        return hidden_states(self.student, ids, positions, mask)
+        return hidden_states(self.student, ids, positions, mask, noised_masks(self.student, ids, copy))
 
 
 class _Graph:

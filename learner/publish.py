@@ -15,7 +15,8 @@ from common.weights.transport import Bucket
 
 
 def gathered_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[Bucket]:
-    """Yield buckets of (name, whole tensor): every parameter once, tied ones too, in the same order on all ranks.
+    """Yield buckets of (name, whole tensor): every parameter that is trained, once, tied ones too, in the same order on
+    all ranks.
 
     A bucket is valid until the next one is asked for, so it must be copied before. Gathering is collective: all ranks
     must go through the whole iterator.
@@ -28,10 +29,13 @@ def gathered_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[Bucket]:
 
 
 def parameter_buckets(model: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Named parameters in buckets of at most `bucket_bytes`, counted whole; a larger parameter has its own bucket."""
+    """Named parameters that are trained, in buckets of at most `bucket_bytes`, counted whole; a larger parameter has
+    its own bucket."""
     bucket: list[tuple[str, nn.Parameter]] = []
     filled = 0
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the base of an adapter
+            continue
         # numel() of a partitioned parameter is 0
         nbytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
         if bucket and filled + nbytes > bucket_bytes:

@@ -27,6 +27,7 @@ from common.busy import BusySpans, computes
 from common.config.run import RunConfig
 from common.conversion import load_converted, save_student, student_of, teacher_heads_of
 from common.device import device_for
+from common.lora import add_adapters
 from common.memory_budget import MemoryBudget
 from common.ray_actor import as_ray_actor, own_address
 from common.student import attention_windows, default_attention, parameter_count
@@ -166,7 +167,9 @@ class LearnerRank:
         whole = keeps_whole(learner, parameter_count(self.conversion.config))
         settings = deepspeed_config(learner, on_gpu, whole)
         base = frozen_base(self.config, self.device)  # before models are loaded in parts
-        self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
+        adapter = self.config.adapter
+        if not (whole and adapter.rank):  # of a whole model with an adapter DeepSpeed has only the adapter
+            self._partitioned_loading = HfDeepSpeedConfig(settings)  # must stay alive while the model loads
         self.tokenizer = self.conversion.tokenizer
         self.reader = RecordReader(self.config, self.conversion)
         student = load_converted(
@@ -176,6 +179,8 @@ class LearnerRank:
             attention,
             lambda parameter: deepspeed.zero.GatheredParameters([parameter]),
         )
+        if adapter.rank:
+            add_adapters(student, adapter, self.config.seed)
         student.train()
         self.engine = (WholeEngine if whole else GatheredEngine)(self.config, student, settings, on_gpu)
         self.student = self.engine.student
@@ -329,7 +334,7 @@ class LearnerRank:
         facts |= {"ranks": self.config.learner.ranks, "config": self.config.model_dump(mode="json")}
         try:
             kept = write_fault(folder, self._recorded([t for part in trajectories for t in part], meta), facts)
-            save_student(self.student, self.conversion, kept / MODEL, meta.block_size, state)
+            self._write_student(kept / MODEL, meta.block_size, state)
         except (OSError, SafetensorError) as error:
             return f"; it could not be kept in {str(folder)!r} ({error})"
         return f"; its trajectories and weights are in {str(kept)!r}, which opdlm replay repeats"
@@ -536,14 +541,19 @@ class LearnerRank:
 
         def write() -> None:
             if self.rank == 0:
-                save_student(self.student, self.conversion, out, block_size, state)
+                self._write_student(out, block_size, state)
             if resume:
                 write_shard(resume, self.rank, self.config.learner.ranks, states)
 
         self.writing = self.writer.submit(write)
 
+    def _write_student(self, out: Path, block_size: int | None, state: dict[str, Tensor]) -> None:
+        base = self.config.model.path
+        save_student(self.student, self.conversion, out, block_size, state, self.config.adapter, base)
+
     def _copied_student(self) -> dict[str, Tensor]:
-        """Rank 0's copy of the whole student in host memory, once the one before is written; collective."""
+        """Rank 0's copy of what is trained of the student, whole, in host memory, once the one before is written;
+        collective."""
         wait([self.writing])
         state: dict[str, Tensor] = {}
         for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from common.config.objective import ForwardKL
 from common.config.run import RunConfig
-from common.student import hidden_states, lm_head_weight
+from common.student import hidden_states, lm_head_weight, noised_masks
 from learner.alignment import LayerAlignment
 from learner.batches import TrainingBatch
 from learner.objective import (
@@ -35,7 +35,7 @@ class TrainingModule(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.read = read or (lambda batch: hidden_states(student, batch.ids, batch.positions, batch.mask))
+        self.read = read or self._read
         self.chunk = config.learner.logits_chunk_rows
         self.alignment: LayerAlignment | None = None  # set by whoever has the frozen ARLM
         self.freezes = config.learner.freeze_embeddings
@@ -59,6 +59,10 @@ class TrainingModule(nn.Module):
             loss = loss + term
             sums.loss += term.detach().double()
         return loss
+
+    def _read(self, batch: TrainingBatch) -> Tensor:
+        masked = noised_masks(self.student, batch.ids, batch.copy)
+        return hidden_states(self.student, batch.ids, batch.positions, batch.mask, masked)
 
     def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
         """The terms that need more than the logits at the masked positions."""

@@ -9,6 +9,7 @@ shards of master weights and Adam states stay what is stepped, partitioned over 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,25 +27,22 @@ class WholeWeights:
     behind it; with one rank that buffer is the shard itself.
 
     Attributes:
-        student: of the model's own class; its parameters are views into the flat buffer, their `grad` into another.
+        student: what is trained of its parameters are views into the flat buffer, their `grad` into another.
     """
 
-    def __init__(self, partitioned: PreTrainedModel, optimizer: Any) -> None:
+    def __init__(self, student: PreTrainedModel, names: Mapping[int, str], optimizer: Any) -> None:
         """Args:
-        partitioned: the student in a DeepSpeed ZeRO-3 engine.
+        student: gets the parameters in place of its own.
+        names: by the id of each parameter in a DeepSpeed ZeRO-3 engine, the student's name for it.
         optimizer: of that engine.
         """
         self.optimizer = optimizer
         self.ranks = torch.distributed.get_world_size()
-        names = {id(parameter): name for name, parameter in partitioned.named_parameters()}
+        self.student = student
         shards = list(optimizer.fp16_partitioned_groups_flat)
         self._parameters: list[Tensor] = []  # of one sub-group after the other, with padding, [ranks, part]
         self._gradients: list[Tensor] = []
         self._groups: list[slice] = []  # for each sub-group of the optimizer: its slice of the two lists
-        with torch.device("meta"):
-            self.student = type(partitioned)(partitioned.config)
-        for name, buffer in partitioned.named_buffers():
-            _set(self.student, name, buffer)
         self._gradients_flat = [torch.zeros_like(shard).repeat(self.ranks) for shard in shards]
         for group, shard, gradients in zip(optimizer.fp16_groups, shards, self._gradients_flat, strict=True):
             whole = shard if self.ranks == 1 else torch.empty_like(gradients)
@@ -59,8 +57,6 @@ class WholeWeights:
                 self._gradients.append(gradients[padded].view(self.ranks, -1))
             self._groups.append(slice(first, len(self._parameters)))
         self.student.tie_weights()
-        self.student.generation_config = partitioned.generation_config
-        self.student.train(partitioned.training)
         self.gather()
 
     def clear_gradients(self) -> None:
@@ -94,6 +90,16 @@ class WholeWeights:
             comm.allgather_fn(gathered.view(-1), shard)
             parts = gathered.split([parameter.shape[1] for parameter in parameters], dim=1)
             torch._foreach_copy_(parameters, list(parts))
+
+
+def emptied(partitioned: PreTrainedModel) -> PreTrainedModel:
+    """A student like `partitioned`, without memory for its parameters."""
+    with torch.device("meta"):
+        student = type(partitioned)(partitioned.config)
+    for name, buffer in partitioned.named_buffers():
+        _set(student, name, buffer)
+    student.generation_config = partitioned.generation_config
+    return student.train(partitioned.training)
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.masks import block_numbers, dense_mask, per_layer_kind
-from common.student import attention_context, attention_windows, hidden_states, lm_head_weight
+from common.student import attention_context, attention_windows, hidden_states, lm_head_weight, noised_masks
 
 HEAD_ROWS = 1024  # positions whose logits exist at the same time
 TOKEN_BUDGET = 8192  # tokens of one forward, clean and noised
@@ -120,6 +120,6 @@ def scored_hidden_states(model: PreTrainedModel, rows: Sequence[NoisedRow[State]
     block = block_numbers(positions, copy, rows[0].block_size, attention_context(model.config))
     windows = attention_windows(model.config)
     mask = per_layer_kind(windows, lambda window: dense_mask(doc, copy, block, positions, window))
-    hidden = hidden_states(model, ids, positions, mask)
+    hidden = hidden_states(model, ids, positions, mask, noised_masks(model, ids, copy))
     row_of = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(r.at) for r in rows])).to(device)
     return hidden[row_of, torch.from_numpy(np.concatenate([r.at for r in rows])).to(device)]

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from actors.sampler.attention import slot_attention
 from actors.sampler.cache import CacheRows, attention_inputs
 from actors.sampler.projections import PACKS, PackedLinear
+from common.lora import gate_of
 from common.student import attention_windows, layer_kinds
 
 
@@ -56,6 +57,7 @@ class FusedDecoder:
         """`misfit` must be None for the model."""
         config = model.config
         self.model: Any = model.model
+        self.gate = gate_of(model)
         self.family = FAMILIES[config.model_type]
         self.norm_rule = NormRule(config.rms_norm_eps, self.family.centred_norms)
         self.tanh_gelu = TANH_GELU[_activation(config)]
@@ -76,8 +78,13 @@ class FusedDecoder:
                     return f"the projections of its {part} are not plain linear layers"
         return None
 
-    def __call__(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor) -> Tensor:
-        """Final hidden states [W, d] at `wanted` int64 [W], indices into the flattened ids [N, Q]."""
+    def __call__(
+        self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor, masked: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states [W, d] at `wanted` int64 [W], indices into the flattened ids [N, Q]; gated adapters act
+        where bool `masked` [N, Q] says."""
+        if self.gate:
+            self.gate.masked = None if masked is None else masked[..., None]
         layers, rule = list(self.model.layers), self.norm_rule
         next_norms = [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
         rope_kinds = tuple(sorted(set(self.kinds))) if self.family.rope_by_kind else ()
@@ -89,6 +96,8 @@ class FusedDecoder:
             heads = attention(module, packed, head_norms, rule, rope, rows, self.windows[kind])
             if layer is layers[-1]:
                 x, heads = x.flatten(0, 1)[wanted], heads.flatten(0, 1)[wanted]
+                if self.gate and self.gate.masked is not None:
+                    self.gate.masked = self.gate.masked.flatten(0, 1)[wanted]
             if self.family.post_norms:
                 after_attention, before_mlp = layer.post_attention_layernorm, layer.pre_feedforward_layernorm
                 after_mlp = layer.post_feedforward_layernorm
@@ -97,6 +106,8 @@ class FusedDecoder:
             x, inner = add_norm(x, module.o_proj(heads.flatten(-2)), before_mlp, rule, after_attention)
             gated = gate(layer.mlp.gate_proj.product.of(inner), self.tanh_gelu)
             x, inner = add_norm(x, layer.mlp.down_proj(gated), next_norm, rule, after_mlp)
+        if self.gate:
+            self.gate.masked = None
         return inner
 
 

@@ -51,6 +51,7 @@ from actors.sampler.verification import (
 )
 from common.config.unmasking import SpeculativeUnmasking, Unmasking
 from common.grid import grid_ceil
+from common.lora import gate_of
 from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches
 from common.seeds import stream_key, uniform
@@ -383,15 +384,25 @@ class Sampler:
         self._decodings.clear()
         return self._state, self._cache
 
-    def _forward(self, ids: Tensor, positions: Tensor, rows: CacheRows) -> Tensor:
-        """Hidden states [N, Q, d] of ids [N, Q] at `positions` [N, Q], over the cache."""
-        return hidden_states(self.model, ids, positions, self._no_mask, cache_rows=rows)
+    def _forward(self, ids: Tensor, positions: Tensor, rows: CacheRows, masked: Tensor | None = None) -> Tensor:
+        """Hidden states [N, Q, d] of ids [N, Q] at `positions` [N, Q], over the cache; gated adapters act where bool
+        `masked` [N, Q] says."""
+        return hidden_states(self.model, ids, positions, self._no_mask, masked, cache_rows=rows)
 
-    def _decode(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor) -> Tensor:
-        """Hidden states [len(wanted), d] at `wanted` int64, places in the flattened ids [N, Q]."""
+    def _decode(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor, masked: Tensor | None) -> Tensor:
+        """Hidden states [len(wanted), d] at `wanted` int64, places in the flattened ids [N, Q]; `masked` as in
+        `_forward`."""
         if self._fused and self.block_size <= MOST_QUERIES:
-            return self._fused(ids, positions, rows, wanted)
-        return self._forward(ids, positions, rows).flatten(0, 1)[wanted]
+            return self._fused(ids, positions, rows, wanted, masked)
+        return self._forward(ids, positions, rows, masked).flatten(0, 1)[wanted]
+
+    def _masked(self, state: SlotState, slots: Tensor, rows: int) -> Tensor | None:
+        """bool [rows, B], the mask positions of a pass over `slots`; behind them are rows of clean tokens. None where
+        no adapter asks for them."""
+        if gate_of(self.model) is None:
+            return None
+        masked = state.masked[slots]
+        return torch.cat([masked, masked.new_zeros(rows - len(slots), self.block_size)])
 
     def _same(self, decoding: Decoding) -> Decoding:
         """The object that stands for all equal settings: comparing those of all slots takes time in every pass."""
@@ -514,7 +525,8 @@ class Sampler:
         wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
         if isinstance(decodings[0].unmasking, SpeculativeUnmasking):
             return self._speculate(state, decodings, slots, work, cache_rows, wanted)
-        hidden = self._decode(work.ids, work.positions, cache_rows, wanted)
+        masked = self._masked(state, slots, len(work.rows))
+        hidden = self._decode(work.ids, work.positions, cache_rows, wanted, masked)
         logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
         if len(decodings) == 1:
             (decoding,) = decodings
@@ -545,7 +557,8 @@ class Sampler:
         size, count = self.block_size, len(slots)
         head = self.model.get_output_embeddings().weight
         committed = torch.arange(count * size, len(work.rows) * size, device=self.device)
-        hidden = self._decode(work.ids, work.positions, cache_rows, torch.cat([wanted, committed]))
+        masked = self._masked(state, slots, len(work.rows))
+        hidden = self._decode(work.ids, work.positions, cache_rows, torch.cat([wanted, committed]), masked)
         logits = full_precision_logits(hidden, head)
         drafts = sample_tokens(
             logits[: len(wanted)], work.noise, drafting(decoding), self.mask_token_id, self.token_count

@@ -17,7 +17,7 @@ from actors.teacher.targets import TargetRequest, Targets
 from actors.teacher.transformers_backend import TransformersBackend
 from common.config.teacher import TeacherConfig
 from common.masks import dense_mask, per_layer_kind
-from common.student import attention_windows, hidden_states
+from common.student import attention_windows, hidden_states, noised_masks
 from common.trajectory import Trajectory
 
 _PADDING = -1  # a document of its own
@@ -95,5 +95,5 @@ class MaskedStateBackend(TransformersBackend):
         ids, place, copy = padded("ids"), padded("place"), padded("copy", _PADDING)
         doc, block = torch.where(copy == _PADDING, _PADDING, 0), place // self.block_size
         mask = per_layer_kind(self.windows, lambda window: dense_mask(doc, copy, block, place, window))
-        states = hidden_states(self.model, ids, place, mask)
+        states = hidden_states(self.model, ids, place, mask, noised_masks(self.model, ids, copy))
         return [self._targets_of(states[row, torch.from_numpy(r.positions)]) for row, r in enumerate(batch)]

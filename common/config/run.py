@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from common.config.adapter import AdapterConfig
 from common.config.cluster import RayConfig
 from common.config.dashboard import DashboardConfig
 from common.config.data import DataConfig
@@ -77,6 +78,7 @@ class RunConfig(Section):
     teacher: TeachersConfig = TeachersConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
+    adapter: AdapterConfig = AdapterConfig()
     learner: LearnerConfig = LearnerConfig()
     publish: PublishConfig = Field(PublishConfig(), json_schema_extra=OPERATION)
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -192,6 +194,23 @@ class RunConfig(Section):
                     f"block_size ({self.block_size}) does not divide curriculum.{field} ({tokens}); "
                     f"set curriculum.{field} to {' or '.join(multiples)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_is_trained(self) -> RunConfig:
+        if not self.adapter.rank and (given := self.adapter.model_fields_set - {"rank"}):
+            default = AdapterConfig()
+            changed = sorted(name for name in given if getattr(self.adapter, name) != getattr(default, name))
+            if changed:
+                raise ValueError(
+                    f"adapter.{changed[0]} ({getattr(self.adapter, changed[0])!r}) is of an adapter, but adapter.rank "
+                    "is 0, so there is none; set adapter.rank to e.g. 32"
+                )
+        if self.adapter.gated and self.objective.terms.autoregressive:
+            raise ValueError(
+                f"objective.terms.autoregressive ({self.objective.terms.autoregressive:g}) trains how clean tokens are "
+                "read, which adapter.gate 'mask' leaves as it is; set the term to 0, or the gate to 'none'"
+            )
         return self
 
     @model_validator(mode="after")

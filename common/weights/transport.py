@@ -11,7 +11,7 @@ IPC handles, because they work within one machine only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,11 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Non
     Raises:
         ValueError: a parameter is missing, unknown, or of another shape; the model is then partly updated.
     """
-    parameters = dict(model.named_parameters())
+    copy_into(dict(model.named_parameters()), tensors)
+
+
+def copy_into(parameters: Mapping[str, nn.Parameter], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy a tensor into each of these parameters, by name; errors as in `load_weights`."""
     seen = set()
     with torch.no_grad():
         for name, tensor in tensors:

@@ -7,8 +7,11 @@ from actors.sampler import attention, fused_decoder
 from actors.sampler.cache import CacheRows, SlotCache
 from actors.sampler.fused_decoder import FusedDecoder
 from actors.sampler.projections import pack_projections
+from common.config.adapter import PROJECTIONS
+from common.lora import adapter_parameters, load_adapters
 from common.student import hidden_states, load_model
-from tests.models import FAMILIES, tiny_family
+from tests.adapters import with_adapters
+from tests.models import FAMILIES, tiny_family, tiny_qwen3
 
 BLOCK, SLOTS, LENGTH = 4, 3, 32
 CASES = {
@@ -78,6 +81,37 @@ def test_it_equals_transformers_forward_at_the_wanted_positions(case, kernels, t
         torch.testing.assert_close(got, forward_and_cache(model, plain), atol=1e-5, rtol=1e-5)
         for parameter in model.parameters():
             parameter.mul_(1.1)
+
+
+@pytest.mark.parametrize("targets", [PROJECTIONS, ("k_proj", "down_proj", "up_proj"), ("o_proj",)])
+def test_gated_adapters_act_at_the_masked_positions(targets, tmp_path):
+    model = with_adapters(load_model(tiny_qwen3(tmp_path), torch.float32, "sdpa"), targets=targets)
+    model.requires_grad_(False)
+    unpacked = [p.clone() for p in adapter_parameters(model).values()]
+    model.set_attn_implementation(attention.register())
+    wanted, masked = torch.tensor([0, 3, 5, 11, 14]), torch.zeros(4, BLOCK, dtype=torch.bool)
+    masked[0, 2:] = masked[1] = True
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+    def plain(*args, masked=masked):
+        ids, positions, rows = args
+        return hidden_states(model, ids, positions, mask, masked, cache_rows=rows).flatten(0, 1)[wanted]
+
+    expected = forward_and_cache(model, plain)
+    without = forward_and_cache(model, lambda *args: plain(*args, masked=None))
+    pack_projections(model)
+    torch.testing.assert_close(forward_and_cache(model, plain), expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(adapter_parameters(model).values(), unpacked, strict=True))
+    assert FusedDecoder.misfit(model) is None
+    fused = FusedDecoder(model, compiled=False)
+    got = forward_and_cache(model, lambda *args: fused(*args, wanted, masked))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (got[0][:3] - without[0][:3]).abs().max() > 0.01
+    assert torch.equal(got[0][3:], forward_and_cache(model, lambda *args: fused(*args, wanted))[0][3:])  # slot 2
+    # a new version is copied into the packed memory
+    load_adapters(model, [(name, torch.zeros_like(p)) for name, p in adapter_parameters(model).items()])
+    got = forward_and_cache(model, lambda *args: fused(*args, wanted, masked))
+    torch.testing.assert_close(got, without, atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_fused_is_named(tmp_path):
