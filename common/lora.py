@@ -25,8 +25,8 @@ from torch.nn.functional import linear
 from common.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from common.config.adapter import PROJECTIONS, AdapterConfig
 from common.model_files import ModelError
+from common.parameters import copy_into
 from common.seeds import stream_key
-from common.weights.transport import copy_into
 
 _A, _B = "lora_A", "lora_B"
 _PREFIX = "base_model.model."  # of the names in PEFT's files

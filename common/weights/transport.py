@@ -11,12 +11,13 @@ IPC handles, because they work within one machine only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from common.parameters import copy_into
 
 Bucket = Sequence[tuple[str, Tensor]]  # named tensors that are gathered, copied and sent together
 
@@ -112,19 +113,3 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Non
         ValueError: a parameter is missing, unknown, or of another shape; the model is then partly updated.
     """
     copy_into(dict(model.named_parameters()), tensors)
-
-
-def copy_into(parameters: Mapping[str, nn.Parameter], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy a tensor into each of these parameters, by name; errors as in `load_weights`."""
-    seen = set()
-    with torch.no_grad():
-        for name, tensor in tensors:
-            if name not in parameters:
-                raise ValueError(f"published weights hold {name!r}, which the model lacks")
-            if parameters[name].shape != tensor.shape:
-                raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}")
-            parameters[name].copy_(tensor, non_blocking=True)
-            seen.add(name)
-    missing = sorted(set(parameters) - seen)
-    if missing:
-        raise ValueError(f"published weights lack {missing[:5]}{' ...' if len(missing) > 5 else ''}")
