@@ -24,7 +24,7 @@ from common.config.file import REPOSITORY
 
 FLOORS = (("common",), ("actors", "learner"), ("deploy",))
 ROOMS = {
-    "common": (("common.config",), ("common.datasets",), ("common", "common.weights")),
+    "common": (("common.config", "common.parameters"), ("common.datasets",), ("common", "common.weights")),
     "actors": (
         ("actors.sampler.cache",),
         ("actors.sampler.kernels",),
