@@ -1,0 +1,104 @@
+"""Exported folders: a student as other programs load it, with the code that they need for that.
+
+    hf      transformers, with trust_remote_code: `generate` decodes by block diffusion (block_diffusion.py)
+
+A checkpoint keeps the `model_type` of its family, so that it is read like any model of the family. An exported folder
+has one of its own, so that what does not know it refuses it, in place of decoding it autoregressively. `opdlm` reads
+both: `base_model_type` in the config names the family (common/student.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from common.conversion import end_tokens_of
+from common.model_files import read_json, stored_tensors
+from common.student import attention_context, check_family, load_config, load_tokenizer
+from common.vocabulary import token_count
+from deploy.export import block_diffusion
+from deploy.versions import installed_versions
+
+CODE = Path(block_diffusion.__file__)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student's folder, as far as an export needs it."""
+
+    folder: Path
+    values: dict[str, Any]  # of config.json
+    config: Any  # transformers'
+    tokenizer: PreTrainedTokenizerBase
+    end_tokens: tuple[int, ...]
+    base: str  # name of the model that it was made of
+
+    @property
+    def origin(self) -> str:
+        return f"student of {self.base}, made by opdlm {installed_versions()['opdlm']}"
+
+    def described(self) -> dict[str, Any]:
+        """The fields of an exported config.json that say how to decode it."""
+        return {
+            "base_model_type": self.config.model_type,
+            "mask_token_id": self.config.mask_token_id,
+            "block_size": self.config.block_size,
+            "attention_context": attention_context(self.config),
+            "end_token_ids": list(self.end_tokens),
+            "token_count": token_count(self.tokenizer),
+            "origin": self.origin,
+        }
+
+
+def read_student(folder: Path, base: str) -> Student:
+    """The student in a local folder that `check_student_folder` accepts.
+
+    Raises:
+        ModelError: its config or tokenizer cannot be read, or its family is not supported.
+    """
+    config = load_config(str(folder))
+    check_family(config)
+    tokenizer = load_tokenizer(str(folder))
+    ends = end_tokens_of(str(folder), config, tokenizer)
+    return Student(folder, read_json(folder / "config.json"), config, tokenizer, ends, base)
+
+
+Writer = Callable[[Student, Path], None]  # what a format has beside the tokenizer and the generation config
+
+
+def write_exported(student: Student, out: Path, write: Writer) -> None:
+    """Write the whole folder, or nothing."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(student, partial)
+        shutil.copy(CODE, partial / CODE.name)
+        student.tokenizer.save_pretrained(partial)
+        ends = list(student.end_tokens)
+        padding = student.tokenizer.pad_token_id
+        GenerationConfig(eos_token_id=ends, pad_token_id=ends[0] if padding is None else padding).save_pretrained(
+            partial
+        )
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_config(values: dict[str, Any], out: Path) -> None:
+    (out / "config.json").write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def copy_weights(folder: Path, out: Path) -> None:
+    """The files that hold the tensors, and their index."""
+    names = {tensor.file.name for tensor in stored_tensors(folder).values()}
+    for name in sorted(names) + [file.name for file in folder.glob("model.safetensors.index.json")]:
+        shutil.copyfile(folder / name, out / name)

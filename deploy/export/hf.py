@@ -1,0 +1,72 @@
+"""The format `hf`: a folder that transformers loads with trust_remote_code, and whose `generate` is block diffusion.
+
+The folder has two files of code. `block_diffusion.py` decodes, and is the same for every family. `modeling_opdlm.py`,
+which is written here, puts it before the family's own class of transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from common.model_files import ModelError
+from common.student import has_experts
+from deploy.export.exported_folder import Student, copy_weights, write_config
+
+_MODELING = '''"""A {family} whose `generate` decodes by block diffusion; {origin}."""
+
+from transformers import {config}, {model}
+
+from .block_diffusion import BlockDiffusion
+
+
+class OpdlmConfig({config}):
+    model_type = "{model_type}"
+
+
+class OpdlmForCausalLM(BlockDiffusion, {model}):
+    config_class = OpdlmConfig
+'''
+
+
+def check_hf(student: Student) -> None:
+    """Refuse what transformers could not load from code of the folder's own.
+
+    Raises:
+        ModelError: the model has experts.
+    """
+    if has_experts(student.config):
+        raise ModelError(
+            f"has model_type {student.config.model_type!r}, whose experts are stored one by one, which transformers "
+            "puts together for its own classes only, not for an exported one; serve it with opdlm serve"
+        )
+
+
+def write_hf(student: Student, out: Path) -> None:
+    """Weights, config and code in `out`."""
+    family = student.config.model_type
+    model_type = f"opdlm_{family}"
+    code = _MODELING.format(
+        family=family,
+        origin=student.origin,
+        config=CONFIG_MAPPING_NAMES[family],
+        model=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
+        model_type=model_type,
+    )
+    (out / "modeling_opdlm.py").write_text(code, encoding="utf-8")
+    copy_weights(student.folder, out)
+    write_config(
+        student.values
+        | student.described()
+        | {
+            "model_type": model_type,
+            "architectures": ["OpdlmForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "modeling_opdlm.OpdlmConfig",
+                "AutoModelForCausalLM": "modeling_opdlm.OpdlmForCausalLM",
+            },
+        },
+        out,
+    )
