@@ -19,9 +19,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from common.adapter_files import ADAPTER_CONFIG, AdapterFolder, read_adapter
 from common.config.model import AttentionContext
@@ -43,10 +45,17 @@ def load_config(path: str) -> Any:
     Raises:
         ModelError: transformers cannot read it, or only by running code from the model's repository.
     """
+    folder = model_folder(path)
     with third_party(
         "has a config.json that cannot be read", "correct it, or install a version of transformers that knows it"
     ):
-        return AutoConfig.from_pretrained(model_folder(path), trust_remote_code=False)
+        values, _ = PreTrainedConfig.get_config_dict(folder)
+        family = values.get("base_model_type")
+        if family not in SUPPORTED_FAMILIES:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # an exported folder (deploy/export): its own code is for who has not this program
+        own = {name: value for name, value in values.items() if name not in ("model_type", "auto_map")}
+        return CONFIG_MAPPING[family].from_dict(own)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from deploy.commands import (
     convert,
     dashboard,
     eval,
+    export,
     fields,
     generate,
     jobs,
@@ -49,8 +50,8 @@ app = typer.Typer(
 )
 # in the order of the help
 for command in (
-    train, eval, score, generate, serve, lm_eval, convert, merge, fields, prompts, respond, replay, ablate, dashboard,
-    jobs, make_tiny_arlm,
+    train, eval, score, generate, serve, lm_eval, convert, merge, export, fields, prompts, respond, replay, ablate,
+    dashboard, jobs, make_tiny_arlm,
 ):  # fmt: skip
     command.register(app)
 

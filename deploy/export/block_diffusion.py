@@ -73,10 +73,7 @@ class Settings:
 
     def sample(self, logits: Tensor, noise: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
         """A token for each row of the logits [n, V], and its probability under the raw softmax, [n] each."""
-        if greedy:
-            tokens = self.choices(logits).argmax(dim=-1)
-        else:
-            tokens = _drawn(self.probabilities(logits), noise)
+        tokens = self.choices(logits).argmax(dim=-1) if greedy else _drawn(self.probabilities(logits), noise)
         confidence = (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)).exp()
         if not confidence.isfinite().all():
             raise FloatingPointError("the model gave a logit that is not finite")

@@ -23,6 +23,7 @@ from common.model_files import read_json, stored_tensors
 from common.student import attention_context, check_family, load_config, load_tokenizer
 from common.vocabulary import token_count
 from deploy.export import block_diffusion
+from deploy.export.run_record import RunRecord, run_record
 from deploy.versions import installed_versions
 
 CODE = Path(block_diffusion.__file__)
@@ -37,11 +38,12 @@ class Student:
     config: Any  # transformers'
     tokenizer: PreTrainedTokenizerBase
     end_tokens: tuple[int, ...]
-    base: str  # name of the model that it was made of
+    run: RunRecord | None  # that made it, where that is known
 
     @property
     def origin(self) -> str:
-        return f"student of {self.base}, made by opdlm {installed_versions()['opdlm']}"
+        of = f" of {self.run.base}" if self.run else ""
+        return f"student{of}, made by opdlm {installed_versions()['opdlm']}"
 
     def described(self) -> dict[str, Any]:
         """The fields of an exported config.json that say how to decode it."""
@@ -56,17 +58,18 @@ class Student:
         }
 
 
-def read_student(folder: Path, base: str) -> Student:
+def read_student(folder: Path) -> Student:
     """The student in a local folder that `check_student_folder` accepts.
 
     Raises:
         ModelError: its config or tokenizer cannot be read, or its family is not supported.
+        ConfigError: the config of its run cannot be read.
     """
     config = load_config(str(folder))
     check_family(config)
     tokenizer = load_tokenizer(str(folder))
     ends = end_tokens_of(str(folder), config, tokenizer)
-    return Student(folder, read_json(folder / "config.json"), config, tokenizer, ends, base)
+    return Student(folder, read_json(folder / "config.json"), config, tokenizer, ends, run_record(folder))
 
 
 Writer = Callable[[Student, Path], None]  # what a format has beside the tokenizer and the generation config

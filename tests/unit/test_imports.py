@@ -9,7 +9,7 @@ In `common`, the config knows nothing of the rest, and the readers of data sets 
 kernels know nothing of the sampler but its cache, the sampler and the teacher do not know each other, and the rollout
 actor uses all. In `deploy`, what watches a run (monitoring, and the page that reads what monitoring writes) is below
 the loop; evaluation and ablations are above it, as they use its checks or run it; then the demo, which reports on
-evaluations; then the server; then the commands; the command line registers these.
+evaluations; then the server, and exported folders; then the commands; the command line registers these.
 """
 
 import ast
@@ -39,7 +39,7 @@ ROOMS = {
         ("deploy.dashboard",),
         ("deploy",),
         ("deploy.ablation", "deploy.evaluation"),
-        ("deploy.serving",),
+        ("deploy.export", "deploy.serving"),
         ("deploy.demo",),
         ("deploy.commands",),
         ("deploy.cli",),

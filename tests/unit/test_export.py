@@ -1,0 +1,168 @@
+"""Exported folders: token for token what our sampler writes, where this project is not installed; and who refuses
+them."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors.evaluation.generation import load_student, sampler_of
+from actors.sampler.request import Request
+from actors.sampler.sampling import Decoding
+from common.config.file import REPOSITORY
+from common.conversion import convert_folder
+from deploy.evaluation.decoding_options import unmasking_of
+from deploy.export.exported_folder import read_student, write_exported
+from deploy.export.hf import write_hf
+from tests.models import tiny_family
+
+LIMIT, SEED, THRESHOLD = 18, 5, 0.2
+ENDS = [258, *range(0, 256, 16)]
+FAMILIES = ["llama", "qwen3", "qwen2-sliding", "mistral-sliding", "gemma3"]
+
+
+def student(folder: Path, family: str, context: Any = "causal") -> Path:
+    convert_folder(
+        tiny_family(folder / "arlm", family, seed=3), folder / "student", 4, "auto", torch.float32, context=context
+    )
+    return folder / "student"
+
+
+def prompt_of(length: int) -> list[int]:
+    return np.random.default_rng(length).integers(0, 256, length).tolist()
+
+
+def expected(folder: Path, asked: list[dict[str, Any]]) -> list[list[int]]:
+    """What our sampler writes."""
+    model, tokenizer = load_student(str(folder), "float32")
+    responses = []
+    for one in asked:
+        sampler = sampler_of(model, tokenizer, block_size=one["block_size"], slots=1, seed=SEED)
+        sampler.eos_token_id = one["eos_token_id"]
+        sampler._end_tokens = torch.tensor(one["eos_token_id"])
+        rule = unmasking_of(one["rule"], THRESHOLD, draft_rounds=one["draft_rounds"])
+        decoding = Decoding(rule, one["temperature"], one["top_k"], one["top_p"])
+        (made,) = sampler.generate([Request(0, 0, np.array(one["prompt"]), LIMIT)], decoding)
+        responses.append(made.response_ids.tolist())
+    return responses
+
+
+def elsewhere(asked: list[dict[str, Any]], cwd: Path) -> list[list[int]]:
+    """What exported folders generate in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", REPOSITORY / "tests/exported_model.py", sysconfig.get_paths()["purelib"]],
+        input=json.dumps(asked), capture_output=True, text=True, cwd=cwd, timeout=240,
+        env={"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "student, made by opdlm" in done.stderr, "it says where it comes from"
+    return list(json.loads(done.stdout))
+
+
+def asked_of(family: str) -> list[dict[str, Any]]:
+    """Prompts on and off the grid, with many end tokens, so that responses stop anywhere in a block."""
+    whole = family in ("llama", "qwen3")
+    return [
+        {
+            "prompt": prompt_of(length), "rule": rule, "block_size": size, "temperature": temperature, "top_k": top_k,
+            "top_p": top_p, "draft_rounds": rounds, "eos_token_id": ENDS, "threshold": THRESHOLD, "seed": SEED,
+            "max_new_tokens": LIMIT,
+        }
+        for length, (rule, rounds), size, (temperature, top_k, top_p) in product(
+            [8, 9] if whole else [9],
+            [("static", 1), ("dynamic", 1), ("speculative", 1), ("speculative", 3)],
+            [1, 4, 8] if whole else [4],
+            [(0.0, 0, 1.0), (0.8, 20, 0.9)],
+        )
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory) -> dict[str, list[list[int]]]:
+    """What the exported folder of every family generates, in one process."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for family in FAMILIES:
+        write_exported(read_student(student(folder / family, family)), folder / family / "out", write_hf)
+    asked = [one | {"folder": str(folder / family / "out")} for family in FAMILIES for one in asked_of(family)]
+    made = iter(elsewhere(asked, folder))
+    return {family: [next(made) for _ in asked_of(family)] for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_folder_writes_what_our_sampler_writes(generated, tmp_path, family):
+    ours = expected(student(tmp_path, family), asked_of(family))
+    assert generated[family] == ours
+    if family in ("llama", "qwen3"):
+        ended = [
+            len(asked["prompt"]) + len(r) for asked, r in zip(asked_of(family), ours, strict=True) if r[-1] in ENDS
+        ]
+        assert any(length % 4 for length in ended) and any(len(r) == LIMIT for r in ours)
+
+
+def test_what_does_not_know_an_exported_folder_refuses_it(opdlm, tmp_path):
+    assert opdlm("export", student(tmp_path, "llama", "block"), tmp_path / "out")[0] == 0
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert (saved["model_type"], saved["architectures"]) == ("opdlm_llama", ["OpdlmForCausalLM"])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoConfig.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_opdlm_reads_what_it_has_exported(opdlm, tmp_path):
+    folder = student(tmp_path, "llama", "block")
+    assert opdlm("export", folder, tmp_path / "out")[0] == 0
+    asked = ["2 + 2?", "--max-new-tokens", 8]
+    assert opdlm("generate", tmp_path / "out", *asked)[:2] == opdlm("generate", folder, *asked)[:2]
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("qwen3-moe", "whose experts are stored one by one")],
+)
+def test_a_family_that_cannot_be_exported_is_refused_with_the_reason(opdlm, tmp_path, family, said):
+    folder = student(tmp_path, family, "block")
+    status, out, err = opdlm("export", folder, tmp_path / "out")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: MODEL: '{folder}' has model_type") and said in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["arlm", "student"]
+
+
+def test_arguments_of_generate_that_mean_nothing_are_refused(opdlm, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    assert opdlm("export", student(tmp_path, "llama", "block"), tmp_path / "out")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    prompt = torch.tensor([prompt_of(5)])
+    for arguments, said in (
+        ({"rule": "best"}, "'best' is none of static, dynamic, speculative"),
+        ({"rule": "speculative"}, "attention_context is 'causal'"),
+        ({"steps_per_block": 3}, "does not divide the block size 4"),
+        ({"temperature": -1.0}, "must not be negative"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.generate(prompt, **arguments)
+    with pytest.raises(TypeError, match="num_beams"):
+        model.generate(prompt, num_beams=2)
+
+
+def test_a_padded_batch_gives_each_row_its_own_response(opdlm, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    assert opdlm("export", student(tmp_path, "qwen3", "block"), tmp_path / "out")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    prompts = [prompt_of(3), prompt_of(9)]
+    rows = torch.tensor([[256] * (9 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (9 - len(p)) + [1] * len(p) for p in prompts])
+    together = model.generate(rows, mask, max_new_tokens=8)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=8)[0, len(prompt) :].tolist()
+        assert row[9:].tolist() == alone + [256] * (len(row) - 9 - len(alone))
