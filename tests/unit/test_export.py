@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.request import Request
@@ -20,6 +20,7 @@ from actors.sampler.sampling import Decoding
 from common.config.file import REPOSITORY
 from common.conversion import convert_folder
 from deploy.evaluation.decoding_options import unmasking_of
+from deploy.export.block_diffusion import BlockDiffusion
 from deploy.export.exported_folder import read_student, write_exported
 from deploy.export.hf import write_hf
 from tests.models import tiny_family
@@ -136,11 +137,19 @@ def test_a_family_that_cannot_be_exported_is_refused_with_the_reason(opdlm, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["arlm", "student"]
 
 
-def test_arguments_of_generate_that_mean_nothing_are_refused(opdlm, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    assert opdlm("export", student(tmp_path, "llama", "block"), tmp_path / "out")[0] == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+class BlockDiffusionLlama(BlockDiffusion, LlamaForCausalLM):
+    """As the code of an exported folder has it."""
+
+
+def exported_llama(folder: Path) -> BlockDiffusionLlama:
+    path = student(folder, "llama", "block")
+    model = BlockDiffusionLlama.from_pretrained(path)
+    model.config.update(read_student(path).described())
+    return model
+
+
+def test_arguments_of_generate_that_mean_nothing_are_refused(tmp_path):
+    model = exported_llama(tmp_path)
     prompt = torch.tensor([prompt_of(5)])
     for arguments, said in (
         ({"rule": "best"}, "'best' is none of static, dynamic, speculative"),
@@ -154,11 +163,8 @@ def test_arguments_of_generate_that_mean_nothing_are_refused(opdlm, tmp_path, mo
         model.generate(prompt, num_beams=2)
 
 
-def test_a_padded_batch_gives_each_row_its_own_response(opdlm, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    assert opdlm("export", student(tmp_path, "qwen3", "block"), tmp_path / "out")[0] == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+def test_a_padded_batch_gives_each_row_its_own_response(tmp_path):
+    model = exported_llama(tmp_path)
     prompts = [prompt_of(3), prompt_of(9)]
     rows = torch.tensor([[256] * (9 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (9 - len(p)) + [1] * len(p) for p in prompts])
