@@ -104,6 +104,8 @@ class Evaluator:
             metrics |= {f"eval/held_out_kl_{offset}": value for offset, value in shown if value is not None}
             metrics["eval/held_out_kl"] = kl["mean"]
             metrics["eval/held_out_entropy"] = kl["entropy"]
+            if kl["accepted"] is not None:
+                metrics["eval/held_out_accepted"] = kl["accepted"]
         return {**metrics, "seconds/evaluation": time.perf_counter() - start}
 
     def held_out_kl(self, block_size: int, background: Background | None = None) -> dict[str, Any]:

@@ -11,6 +11,11 @@ offset of i is its place in its block of the grid, 1 to B. KL_o is the mean over
 held-out KL is the mean of KL_1 ... KL_B: that of a block masked whole. An offset at which no response has a token is
 is left out. The held-out entropy is that of q, averaged in the same way.
 
+The held-out acceptance says what verified decoding (actors/sampler/verification.py) would keep of the student's drafts
+at temperature 0, were the original the verifier. The first token of a block is the verifier's own there, and all behind
+it are drafted at once; a draft is kept where the token that q gives most is that of the response, at its position and
+at all that are drafted before it in its block. The acceptance is the share of drafted tokens that are kept.
+
 The original is read once: its final hidden states at the responses and its LM head are kept, in host memory. This is
 less than its weights and saves loading them for each evaluation. (Stored logits would take V / d times as much.)
 """
@@ -49,32 +54,37 @@ _ROWS = HEAD_ROWS // 4  # two distributions at once, and what the divergence mak
 
 @dataclass(frozen=True)
 class HeldOutSums:
-    """For n prompts, by offset in blocks of B: the sums of KL and of the student's entropy, float64 [n, B], and the
-    response tokens, int64 [n, B]."""
+    """For n prompts, by offset in blocks of B: the sums of KL and of the student's entropy, float64 [n, B], the
+    response tokens and those of them that are accepted, int64 [n, B]; of the first offset none is drafted."""
 
     kl: np.ndarray
     entropy: np.ndarray
     tokens: np.ndarray
+    accepted: np.ndarray
 
     @classmethod
     def zeros(cls, prompts: int, block_size: int) -> HeldOutSums:
         shape = prompts, block_size
-        return cls(np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64))
+        return cls(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
     def put(self, rows: Sequence[int] | slice, part: HeldOutSums) -> None:
         """Those of some of the prompts, in their places."""
-        self.kl[rows], self.entropy[rows], self.tokens[rows] = part.kl, part.entropy, part.tokens
+        for name, column in vars(part).items():
+            getattr(self, name)[rows] = column
 
     def metrics(self) -> dict[str, Any]:
         """For `summary.json`: `mean` and `by_offset` 1 to B in nats (None where there is no token), the mean `entropy`,
-        and of how many prompts and tokens. Prompts are added up in their order, so that it does not matter which
-        process had which."""
-        kl, entropy, tokens = (column.sum(axis=0) for column in (self.kl, self.entropy, self.tokens))
+        the share `accepted`, of all drafts and by offset 2 to B, and of how many prompts and tokens. Prompts are added
+        up in their order, so that it does not matter which process had which."""
+        kl, entropy, tokens, kept = (column.sum(axis=0) for column in vars(self).values())
         measured = tokens > 0
+        drafted = tokens[1:]
         return {
             "mean": float((kl[measured] / tokens[measured]).mean()),
             "entropy": float((entropy[measured] / tokens[measured]).mean()),
             "by_offset": [float(k / n) if n else None for k, n in zip(kl, tokens, strict=True)],
+            "accepted": float(kept.sum() / drafted.sum()) if drafted.any() else None,
+            "accepted_by_offset": [float(k / n) if n else None for k, n in zip(kept[1:], drafted, strict=True)],
             "prompts": len(self.tokens),
             "tokens": int(tokens.sum()),
         }
@@ -154,23 +164,41 @@ class HeldOutTargets:
             chosen = [rows[i] for i in group]
             position = np.concatenate([row.position[row.at] for row in chosen])
             at = np.repeat([row.index for row in chosen], [len(row.at) for row in chosen]), position % block_size
-            kl, entropy = self._measured(student, chosen, head)
+            kl, entropy, agrees = self._measured(student, chosen, head, mask_token_id)
             np.add.at(sums.kl, at, kl)
             np.add.at(sums.entropy, at, entropy)
             np.add.at(sums.tokens, at, 1)
+            np.add.at(sums.accepted, at, _accepted(agrees > 0, *at, position // block_size))
         return sums
 
-    def _measured(self, student: PreTrainedModel, rows: list[NoisedRow[BlockState]], head: Tensor) -> np.ndarray:
-        """KL and entropy, float64 [2, K], nats, at the scored positions; logits of _ROWS of them exist at a
-        time."""
+    def _measured(
+        self, student: PreTrainedModel, rows: list[NoisedRow[BlockState]], head: Tensor, mask_token_id: int
+    ) -> np.ndarray:
+        """KL and entropy, nats, and whether the student's best token is the response's, float64 [3, K], at the scored
+        positions; logits of _ROWS of them exist at a time."""
         hidden = scored_hidden_states(student, rows)
         teacher = torch.cat(
             [self.hidden[row.index][row.position[row.at] - len(self.pairs[row.index][0])] for row in rows]
         )
+        written = torch.from_numpy(np.concatenate([row.tokens for row in rows])).to(hidden.device)
         parts = []
-        for of_student, of_teacher in zip(hidden.split(_ROWS), teacher.split(_ROWS), strict=True):
+        chunks = (x.split(_ROWS) for x in (hidden, teacher, written))
+        for of_student, of_teacher, token in zip(*chunks, strict=True):
             log_t = head_logits(of_teacher.to(head.device), head, self.tokens).log_softmax(-1)
             log_s = head_logits(of_student, lm_head_weight(student)).log_softmax(-1)
             entropy = -(log_s.exp() * log_s).sum(-1)
-            parts.append(torch.stack([kl_divergence(log_t, log_s), entropy]).double().cpu())
+            kl = kl_divergence(log_t, log_s)
+            log_s[:, mask_token_id] = -torch.inf  # no draft is a mask
+            agrees = log_s.argmax(-1) == token
+            parts.append(torch.stack([kl, entropy, agrees.to(kl.dtype)]).double().cpu())
         return torch.cat(parts, dim=1).numpy()
+
+
+def _accepted(agrees: np.ndarray, index: np.ndarray, offset: np.ndarray, block: np.ndarray) -> np.ndarray:
+    """bool [K]: drafts that are kept, of positions at an `offset` in a `block` of sequence `index`; blocks are runs."""
+    drafted = offset > 0
+    begins = np.append(True, (index[1:] != index[:-1]) | (block[1:] != block[:-1]))
+    wrong = drafted & ~agrees
+    until = np.cumsum(wrong)
+    before = np.maximum.accumulate(np.where(begins, until - wrong, 0))
+    return drafted & (until == before)

@@ -61,6 +61,13 @@ CHARTS = (
         format="~g",
     ),
     Chart(
+        "accepted",
+        "learning",
+        "Drafts kept on held-out prompts",
+        _evaluated("eval/held_out_accepted", "accepted"),
+        format=".0%",
+    ),
+    Chart(
         "accuracy",
         "learning",
         "Accuracy on held-out problems",

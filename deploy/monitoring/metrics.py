@@ -130,5 +130,8 @@ METRICS: dict[str, MetricSpec] = {
     "eval/held_out_entropy": MetricSpec(
         "nats/token", "the student's entropy, at the tokens and averaged as eval/held_out_kl", optional=True
     ),
+    "eval/held_out_accepted": MetricSpec(
+        "share", "drafted tokens that verified decoding would keep, were the original the verifier", optional=True
+    ),
     "seconds/evaluation": MetricSpec("s", "wall time of the evaluation, not part of seconds/batch", optional=True),
 }

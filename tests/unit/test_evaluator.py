@@ -78,7 +78,8 @@ class Actor:
     def held_out_kl(self, prompts, responses, teacher, block_size):
         assert [len(response) for response in responses] == [p.ordinal + 1 for p in prompts]
         kl = np.array([self.kl[p.ids.tobytes()][:block_size] for p in prompts])
-        return HeldOutSums(kl, 2 * kl, np.ones_like(kl, dtype=np.int64))
+        tokens = np.ones_like(kl, dtype=np.int64)
+        return HeldOutSums(kl, 2 * kl, tokens, tokens * (np.arange(kl.shape[1]) == 1))
 
 
 class Remote:
@@ -115,11 +116,15 @@ def test_held_out_prompts_give_the_same_whatever_the_number_of_actors(local_call
     assert [metrics[f"eval/held_out_kl_{offset}"] for offset in range(1, 5)] == (table.sum(0) / 7)[:4].tolist()
     assert metrics["eval/held_out_kl"] == (table.sum(0) / 7).mean()
     assert metrics["eval/held_out_entropy"] == (2 * table.sum(0) / 7).mean()
+    assert metrics["eval/held_out_accepted"] == 1 / 7
     assert asked.metrics(2, RolloutsInFlight()).keys() == {
-        "eval/held_out_kl", "eval/held_out_kl_1", "eval/held_out_kl_2", "eval/held_out_entropy", "seconds/evaluation"
+        "eval/held_out_kl", "eval/held_out_kl_1", "eval/held_out_kl_2", "eval/held_out_entropy",
+        "eval/held_out_accepted", "seconds/evaluation",
     }  # fmt: skip
+    assert "eval/held_out_accepted" not in asked.metrics(1, RolloutsInFlight())  # nothing is drafted
     assert asked.before().keys() == {"held_out_kl_init"}
     assert asked.after(4)["held_out_kl"]["by_offset"] == (table.sum(0) / 7)[:4].tolist()
+    assert asked.after(4)["held_out_kl"]["accepted_by_offset"] == [1, 0, 0]
 
 
 def test_responses_are_made_once_by_each_original_and_limit(local_calls, tmp_path):

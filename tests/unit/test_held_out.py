@@ -51,11 +51,17 @@ def direct(student, original, pairs, block_size: int, tokens: int | None = None)
                 sums.kl[index, i - begin] += float((p * (p.log() - q[i, : len(p)])).sum())
                 sums.entropy[index, i - begin] -= float((q[i].exp() * q[i]).sum())
                 sums.tokens[index, i - begin] += 1
+            best = q[:, [v for v in range(q.shape[1]) if v != MASK]].argmax(-1)  # numbers below MASK stay as they are
+            for i in range(max(begin + 1, len(prompt)), min(begin + block_size, len(x))):
+                if int(best[i]) != x[i]:
+                    break
+                sums.accepted[index, i - begin] += 1
     return sums
 
 
 def assert_equal(found: HeldOutSums, expected: HeldOutSums) -> None:
     assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.accepted.tolist() == expected.accepted.tolist()
     np.testing.assert_allclose(found.kl, expected.kl, rtol=1e-9)
     np.testing.assert_allclose(found.entropy, expected.entropy, rtol=1e-9)
 
@@ -81,7 +87,8 @@ def test_batches_and_rows_of_any_size_and_processes_with_any_share_give_the_same
             for name, column in vars(part).items():
                 getattr(parts, name)[i::processes] = column
         found, expected = parts.metrics(), whole.metrics()
-        assert found.pop("by_offset") == pytest.approx(expected.pop("by_offset"), rel=1e-12)
+        for name in ("by_offset", "accepted_by_offset"):
+            assert found.pop(name) == pytest.approx(expected.pop(name), rel=1e-12)
         assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -96,6 +103,8 @@ def test_the_offset_is_the_place_in_the_block_of_the_grid(student, original):
         "mean": pytest.approx(mean),
         "entropy": pytest.approx(sums.entropy.sum() / 3),
         "by_offset": by_offset,
+        "accepted": sums.accepted.sum() / 2,
+        "accepted_by_offset": [None, *sums.accepted[0, 2:].tolist()],
         "prompts": 1,
         "tokens": 3,
     }
@@ -136,3 +145,29 @@ def test_the_originals_responses_are_greedy_and_end_with_the_end_token():
             ids.append(token)
         assert response[-1] == tokenizer.eos_token_id
     assert [len(r) for r in greedy_responses(model, tokenizer, prompts, 5)] == [5, 5]
+
+
+def test_accepted_drafts_reach_to_the_first_that_differs_and_begin_behind_the_first_token(student, original):
+    """Each response is what the student drafts of its blocks, but for some tokens."""
+
+    def sums(prompt: list[int], wrong: list[int]) -> np.ndarray:
+        x = list(prompt)
+        while len(x) < len(prompt) + 8:
+            begin = len(x) // 4 * 4
+            q = block_causal_logits(student, x + [MASK] * (begin + 4 - len(x)), 4)
+            q[:, MASK] = -torch.inf
+            known = len(x)
+            x += q.argmax(-1)[known:].tolist()
+            for i in wrong:
+                if known <= i < len(x):
+                    x[i] = (x[i] + 1) % 256
+        pair = np.array(prompt, np.int32), np.array(x[len(prompt) : len(prompt) + 8], np.int32)
+        targets = HeldOutTargets(original, [pair], rows=288)
+        return targets.sums(student, block_size=4, mask_token_id=MASK).accepted[0]
+
+    assert sums([1, 2, 3, 4], []).tolist() == [0, 2, 2, 2]
+    assert sums([1, 2, 3, 4], [4]).tolist() == [0, 2, 2, 2]  # the verifier's own
+    assert sums([1, 2, 3, 4], [6]).tolist() == [0, 2, 1, 1]
+    assert sums([1, 2, 3, 4], [5, 11]).tolist() == [0, 1, 1, 0]
+    assert sums([1, 2], []).tolist() == [0, 2, 2, 2]
+    assert sums([1, 2], [2]).tolist() == [0, 2, 1, 1]  # behind a prompt that ends inside a block all are drafted
