@@ -1,12 +1,15 @@
-"""A real Prometheus that scrapes a head of tests/heads.py."""
+"""A real Prometheus that scrapes a head of tests/heads.py, and promtool for rules and queries."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 import yaml
 
@@ -59,3 +62,45 @@ class Prometheus:
             return requests.get(f"{self.url}/-/ready", timeout=5).ok
         except requests.ConnectionError:
             return False
+
+
+def check_queries(queries: list[str], folder: Path) -> None:
+    """Each is valid PromQL; `folder` is a temporary one."""
+    rules = [{"record": f"q{n}", "expr": query} for n, query in enumerate(queries)]
+    (folder / "queries.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    _promtool("check", "rules", "queries.yaml", folder=folder)
+
+
+def check_alerts(file: Path, folder: Path) -> set[str]:
+    """Run the unit tests beside a PrometheusRule, on its `spec`, a plain rule file; returns the alerts without one."""
+    spec = yaml.safe_load(file.read_text())["spec"]
+    (folder / file.name).write_text(yaml.safe_dump(spec))
+    tests = file.with_name(f"{file.stem}_test.yaml")
+    shutil.copy(tests, folder)
+    _promtool("check", "rules", file.name, folder=folder)
+    _promtool("test", "rules", tests.name, folder=folder)
+    tested = set(re.findall(r"alertname: (\w+)", tests.read_text()))
+    return {rule["alert"] for group in spec["groups"] for rule in group["rules"]} - tested
+
+
+def expressions(file: Path) -> list[str]:
+    """Those of a PrometheusRule's alerts."""
+    return [rule["expr"] for group in yaml.safe_load(file.read_text())["spec"]["groups"] for rule in group["rules"]]
+
+
+def check_layout(dashboard: dict[str, Any]) -> None:
+    """Panels lie within the page, and on no other."""
+    cells: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        own = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
+        assert max(x for x, _ in own) < 24 and not own & cells, panel["title"]
+        cells |= own
+
+
+def _promtool(*arguments: str, folder: Path) -> None:
+    program = shutil.which("promtool")
+    if not program:
+        pytest.skip("promtool is not installed (Debian's package prometheus)")
+    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

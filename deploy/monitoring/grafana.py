@@ -13,26 +13,23 @@ from typing import Any
 
 from deploy.monitoring.live_metrics import LIVE_METRICS, help_text, prometheus_name
 from deploy.monitoring.metrics import METRICS
+from deploy.monitoring.panels import DATA_SOURCE, Panel, data_source, laid_out, series, stat
 
 FILE = Path(__file__).parents[1] / "kuberay" / "monitoring" / "opdlm-run.json"
 
 _ROLES = ("rollout", "teacher", "learner")
-_UNITS = {"s": "s", "bytes": "bytes", "share": "percentunit", "": "short"}  # Grafana's names
-_WIDTH, _PANEL_WIDTH, _PANEL_HEIGHT, _STAT_HEIGHT = 24, 8, 7, 4
 _NOT_PLOTTED = ("batch", "time")  # the first row says them
-
-Panel = dict[str, Any]
 
 
 def dashboard() -> dict[str, Any]:
     """The dashboard as Grafana's JSON model; it asks for a Prometheus data source and for runs."""
-    panels = [_stat(*metric) for metric in _first_row()]
-    panels += [_series("Since an actor answered", "s", "A flat line near 0 is healthy.", {"{{actor}}": _silence()})]
+    panels = [stat(*metric, legend="{{run}}") for metric in _first_row()]
+    panels += [series("Since an actor answered", "s", "A flat line near 0 is healthy.", {"{{actor}}": _silence()})]
     not_finite = {"{{run}} {{metric}}": _of_run("not_finite", by="run, metric")}
-    panels += [_series("Not finite", "", LIVE_METRICS["not_finite"].meaning, not_finite)]
+    panels += [series("Not finite", "", LIVE_METRICS["not_finite"].meaning, not_finite)]
     budget = {"{{run}}": _of_run("restart_budget")}
-    panels += [_series("Restarts that an hour may have", "", LIVE_METRICS["restart_budget"].meaning, budget)]
-    panels += [_series("Share of the batch's wall time", "share", "How busy each stage is.", _shares())]
+    panels += [series("Restarts that an hour may have", "", LIVE_METRICS["restart_budget"].meaning, budget)]
+    panels += [series("Share of the batch's wall time", "share", "How busy each stage is.", _shares())]
     panels += [_family(name, members) for name, members in families().items()]
     return {
         "uid": "opdlm-run",
@@ -42,8 +39,8 @@ def dashboard() -> dict[str, Any]:
         "editable": True,
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
-        "templating": {"list": [_data_source(), _runs()]},
-        "panels": _laid_out(panels),
+        "templating": {"list": [data_source(), _runs()]},
+        "panels": laid_out(panels),
     }
 
 
@@ -109,7 +106,7 @@ def _shares() -> dict[str, str]:
 def _family(title: str, members: list[str]) -> Panel:
     text = "\n".join(f"{name}: {help_text(name)}" for name in members)
     legends = {f"{{{{run}}}} {_member(name, members)}".rstrip(): _of_run(name) for name in members}
-    return _series(title[0].upper() + title[1:], METRICS[members[0]].unit, text, legends)
+    return series(title[0].upper() + title[1:], METRICS[members[0]].unit, text, legends)
 
 
 def _member(name: str, members: list[str]) -> str:
@@ -118,72 +115,12 @@ def _member(name: str, members: list[str]) -> str:
     return "" if len(members) == 1 else rest if _kind(name) == first else first
 
 
-def _series(title: str, unit: str, description: str, queries: dict[str, str]) -> Panel:
-    defaults = {
-        "unit": _grafana_unit(unit),
-        "custom": {"lineWidth": 2, "fillOpacity": 0, "showPoints": "auto", "spanNulls": True},
-    }
-    return {
-        "type": "timeseries",
-        "title": title,
-        "description": description,
-        "datasource": _DATA_SOURCE,
-        "gridPos": {"w": _PANEL_WIDTH, "h": _PANEL_HEIGHT},
-        "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
-        "targets": _targets(queries),
-    }
-
-
-def _stat(title: str, unit: str, description: str, query: str) -> Panel:
-    return {
-        "type": "stat",
-        "title": title,
-        "description": description,
-        "datasource": _DATA_SOURCE,
-        "gridPos": {"w": _WIDTH // 6, "h": _STAT_HEIGHT},
-        "fieldConfig": {"defaults": {"unit": _grafana_unit(unit)}, "overrides": []},
-        "options": {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "none", "textMode": "value_and_name"},
-        "targets": _targets({"{{run}}": query}),
-    }
-
-
-def _targets(queries: dict[str, str]) -> list[dict[str, str]]:
-    numbered = enumerate(queries.items(), start=1)
-    return [{"refId": f"Q{number}", "expr": expr, "legendFormat": legend} for number, (legend, expr) in numbered]
-
-
-def _grafana_unit(unit: str) -> str:
-    return _UNITS.get(unit, f"suffix: {unit}")
-
-
-def _laid_out(panels: list[Panel]) -> list[Panel]:
-    """Panels with an id and their place: from left to right, rows of one height."""
-    x = y = row = 0
-    for number, panel in enumerate(panels, start=1):
-        place = panel["gridPos"]
-        if x + place["w"] > _WIDTH or (x and place["h"] != row):
-            x, y = 0, y + row
-        row = place["h"]
-        place |= {"x": x, "y": y}
-        x += place["w"]
-        panel["id"] = number
-    return panels
-
-
-_DATA_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-
-
-def _data_source() -> dict[str, Any]:
-    return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
-
-
 def _runs() -> dict[str, Any]:
     return {
         "name": "run",
         "label": "Run",
         "type": "query",
-        "datasource": _DATA_SOURCE,
+        "datasource": DATA_SOURCE,
         "query": {"query": f"label_values({prometheus_name('batches')}, run)", "refId": "run"},
         "refresh": 2,
         "multi": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.commands.serve import serve
+
 REPOSITORY = Path(__file__).parents[2]
 DOCKERFILE = REPOSITORY / "deploy" / "docker" / "Dockerfile"
 IMAGES = ("cpu", "cuda")
@@ -19,8 +22,10 @@ Instruction = tuple[str, str]
 
 
 def stages() -> dict[str, tuple[str, list[Instruction]]]:
-    """Base image and instructions of every named stage."""
+    """Base image and instructions of every named stage; bases by their default."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    for name, default in re.findall(r"^ARG (\w+)=(\w+)$", text.partition("FROM ")[0], flags=re.MULTILINE):
+        text = text.replace(f"FROM ${{{name}}}", f"FROM {default}")
     found: dict[str, tuple[str, list[Instruction]]] = {}
     for line in text.splitlines():
         word, _, rest = line.partition(" ")
@@ -97,6 +102,18 @@ def test_checks_itself_with_a_command_that_works(image: str) -> None:
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_server_is_either_image_with_the_command_before_its_arguments() -> None:
+    base, instructions = stages()["serve"]
+    assert base in IMAGES and "FROM ${SERVE_BASE} AS serve" in DOCKERFILE.read_text()
+    own = dict(instructions)
+    assert own["ENTRYPOINT"] == '["opdlm", "serve"]'
+    port = inspect.signature(serve).parameters["port"].default
+    assert own["EXPOSE"] == str(port)
+    assert f"http://127.0.0.1:{port}/health" in own["HEALTHCHECK"]
+    assert " wget " in " ".join(rest for word, rest in lineage(base) if word == "RUN")
+    assert not {"USER", "RUN", "COPY"} & own.keys(), "all of that is the base's"
 
 
 def test_linter_finds_nothing() -> None:
