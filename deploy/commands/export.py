@@ -13,7 +13,12 @@ from deploy.commands.console import say
 from deploy.named_files import check_writable, writing
 
 Format = Annotated[
-    Literal["hf"], typer.Option("--format", help="hf: for transformers, with code that decodes by block diffusion")
+    Literal["hf", "sdar"],
+    typer.Option(
+        "--format",
+        help="hf: for transformers, with code that decodes by block diffusion; sdar: for SGLang, LMDeploy and "
+        "JetEngine too, a Qwen3 alone",
+    ),
 ]
 
 
@@ -46,11 +51,15 @@ def export(
         raise ConfigError(f"MODEL: {model!r} is no folder on this machine; download it first")
     check_writable("OUT", out)
     from deploy.export.exported_folder import read_student, write_exported
-    from deploy.export.hf import check_hf, write_hf
+    from deploy.export.hf import write_hf
+    from deploy.export.sdar import check_sdar, sdar_notes, write_sdar
 
     with model_errors("MODEL", model):
         student = read_student(Path(model))
-        check_hf(student)
+        if format == "sdar":
+            check_sdar(student)
         with writing("OUT", out):
-            write_exported(student, out, write_hf)
+            write_exported(student, out, write_sdar if format == "sdar" else write_hf)
+    for note in sdar_notes(student) if format == "sdar" else ():
+        say(note)
     say(f"wrote {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True).generate(...)")

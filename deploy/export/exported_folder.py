@@ -1,6 +1,7 @@
 """Exported folders: a student as other programs load it, with the code that they need for that.
 
     hf      transformers, with trust_remote_code: `generate` decodes by block diffusion (block_diffusion.py)
+    sdar    SGLang, LMDeploy and JetEngine, which know this architecture; transformers as well
 
 A checkpoint keeps the `model_type` of its family, so that it is read like any model of the family. An exported folder
 has one of its own, so that what does not know it refuses it, in place of decoding it autoregressively. `opdlm` reads
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from common.adapter_files import read_adapter
 from common.conversion import end_tokens_of
-from common.model_files import read_json, stored_tensors
-from common.student import attention_context, check_family, load_config, load_tokenizer
+from common.model_files import ModelError, read_json
+from common.student import attention_context, check_family, load_config, load_model, load_tokenizer
 from common.vocabulary import token_count
 from deploy.export import block_diffusion
 from deploy.export.run_record import RunRecord, run_record
@@ -62,9 +66,15 @@ def read_student(folder: Path) -> Student:
     """The student in a local folder that `check_student_folder` accepts.
 
     Raises:
-        ModelError: its config or tokenizer cannot be read, or its family is not supported.
+        ModelError: its config or tokenizer cannot be read, its family is not supported, or it is a gated adapter.
         ConfigError: the config of its run cannot be read.
     """
+    adapter = read_adapter(str(folder))
+    if adapter and adapter.config.gated:
+        raise ModelError(
+            "is an adapter with a gate, which other programs do not have; serve it with opdlm serve, or train without "
+            "adapter.gate"
+        )
     config = load_config(str(folder))
     check_family(config)
     tokenizer = load_tokenizer(str(folder))
@@ -100,8 +110,13 @@ def write_config(values: dict[str, Any], out: Path) -> None:
     (out / "config.json").write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")
 
 
-def copy_weights(folder: Path, out: Path) -> None:
-    """The files that hold the tensors, and their index."""
-    names = {tensor.file.name for tensor in stored_tensors(folder).values()}
-    for name in sorted(names) + [file.name for file in folder.glob("model.safetensors.index.json")]:
-        shutil.copyfile(folder / name, out / name)
+def save_weights(student: Student, out: Path, untied: bool = False) -> None:
+    """All parameters, in the dtype of the student's config and under the names that they have in memory; `untied`: with
+    an LM head of its own. An adapter is merged."""
+    model = load_model(str(student.folder), student.config.dtype or torch.float32, "sdpa")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if untied and head.weight is embedding.weight:
+        model.config.tie_word_embeddings = False
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
+    model.generation_config = GenerationConfig()  # its own is written with the rest
+    model.save_pretrained(out, save_original_format=False)

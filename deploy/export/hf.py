@@ -11,9 +11,7 @@ from pathlib import Path
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from common.model_files import ModelError
-from common.student import has_experts
-from deploy.export.exported_folder import Student, copy_weights, write_config
+from deploy.export.exported_folder import Student, save_weights, write_config
 
 _MODELING = '''"""A {family} whose `generate` decodes by block diffusion; {origin}."""
 
@@ -31,19 +29,6 @@ class OpdlmForCausalLM(BlockDiffusion, {model}):
 '''
 
 
-def check_hf(student: Student) -> None:
-    """Refuse what transformers could not load from code of the folder's own.
-
-    Raises:
-        ModelError: the model has experts.
-    """
-    if has_experts(student.config):
-        raise ModelError(
-            f"has model_type {student.config.model_type!r}, whose experts are stored one by one, which transformers "
-            "puts together for its own classes only, not for an exported one; serve it with opdlm serve"
-        )
-
-
 def write_hf(student: Student, out: Path) -> None:
     """Weights, config and code in `out`."""
     family = student.config.model_type
@@ -56,7 +41,7 @@ def write_hf(student: Student, out: Path) -> None:
         model_type=model_type,
     )
     (out / "modeling_opdlm.py").write_text(code, encoding="utf-8")
-    copy_weights(student.folder, out)
+    save_weights(student, out)
     write_config(
         student.values
         | student.described()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from actors.evaluation.generation import load_student, sampler_of
@@ -19,21 +20,32 @@ from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from common.config.file import REPOSITORY
 from common.conversion import convert_folder
+from common.student import load_tokenizer
 from deploy.evaluation.decoding_options import unmasking_of
 from deploy.export.block_diffusion import BlockDiffusion
 from deploy.export.exported_folder import read_student, write_exported
 from deploy.export.hf import write_hf
+from deploy.export.sdar import write_sdar
 from tests.models import tiny_family
 
 LIMIT, SEED, THRESHOLD = 18, 5, 0.2
 ENDS = [258, *range(0, 256, 16)]
-FAMILIES = ["llama", "qwen3", "qwen2-sliding", "mistral-sliding", "gemma3"]
+EXPORTS = {  # family, format, attention context
+    "llama": ("llama", write_hf, "causal"),
+    "qwen3": ("qwen3", write_hf, "causal"),
+    "qwen3 in blocks": ("qwen3", write_hf, "block"),
+    "sdar": ("qwen3", write_sdar, "block"),
+    "qwen3-moe": ("qwen3-moe", write_hf, "block"),
+    "qwen2-sliding": ("qwen2-sliding", write_hf, "causal"),
+    "mistral-sliding": ("mistral-sliding", write_hf, "block"),
+    "gemma3": ("gemma3", write_hf, "causal"),
+}
+WHOLE = ("llama", "qwen3", "sdar")  # with several prompts and block sizes
 
 
-def student(folder: Path, family: str, context: Any = "causal") -> Path:
-    convert_folder(
-        tiny_family(folder / "arlm", family, seed=3), folder / "student", 4, "auto", torch.float32, context=context
-    )
+def student(folder: Path, family: str, context: Any, **changes: Any) -> Path:
+    arlm = tiny_family(folder / "arlm", family, seed=3, **changes)
+    convert_folder(arlm, folder / "student", 4, "auto", torch.float32, context=context)
     return folder / "student"
 
 
@@ -68,43 +80,43 @@ def elsewhere(asked: list[dict[str, Any]], cwd: Path) -> list[list[int]]:
     return list(json.loads(done.stdout))
 
 
-def asked_of(family: str) -> list[dict[str, Any]]:
+def asked_of(name: str) -> list[dict[str, Any]]:
     """Prompts on and off the grid, with many end tokens, so that responses stop anywhere in a block."""
-    whole = family in ("llama", "qwen3")
+    _, _, context = EXPORTS[name]
+    whole = name in WHOLE
     return [
         {
             "prompt": prompt_of(length), "rule": rule, "block_size": size, "temperature": temperature, "top_k": top_k,
             "top_p": top_p, "draft_rounds": rounds, "eos_token_id": ENDS, "threshold": THRESHOLD, "seed": SEED,
             "max_new_tokens": LIMIT,
         }
-        for length, (rule, rounds), size, (temperature, top_k, top_p) in product(
+        for length, (rule, rounds), (size, temperature, top_k, top_p) in product(
             [8, 9] if whole else [9],
-            [("static", 1), ("dynamic", 1), ("speculative", 1), ("speculative", 3)],
-            [1, 4, 8] if whole else [4],
-            [(0.0, 0, 1.0), (0.8, 20, 0.9)],
+            [("static", 1), ("dynamic", 1), *([("speculative", 1), ("speculative", 3)] if context == "causal" else [])],
+            [(4, 0.0, 0, 1.0), (4, 0.8, 20, 0.9), *([(1, 0.0, 0, 1.0), (8, 0.0, 0, 1.0)] if whole else [])],
         )
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory) -> dict[str, list[list[int]]]:
-    """What the exported folder of every family generates, in one process."""
+    """What the exported folders generate, in one process."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    for family in FAMILIES:
-        write_exported(read_student(student(folder / family, family)), folder / family / "out", write_hf)
-    asked = [one | {"folder": str(folder / family / "out")} for family in FAMILIES for one in asked_of(family)]
+    asked = []
+    for name, (family, write, context) in EXPORTS.items():
+        write_exported(read_student(student(folder / name, family, context)), folder / name / "out", write)
+        asked += [one | {"folder": str(folder / name / "out")} for one in asked_of(name)]
     made = iter(elsewhere(asked, folder))
-    return {family: [next(made) for _ in asked_of(family)] for family in FAMILIES}
+    return {name: [next(made) for _ in asked_of(name)] for name in EXPORTS}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exported_folder_writes_what_our_sampler_writes(generated, tmp_path, family):
-    ours = expected(student(tmp_path, family), asked_of(family))
-    assert generated[family] == ours
-    if family in ("llama", "qwen3"):
-        ended = [
-            len(asked["prompt"]) + len(r) for asked, r in zip(asked_of(family), ours, strict=True) if r[-1] in ENDS
-        ]
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_exported_folder_writes_what_our_sampler_writes(generated, tmp_path, name):
+    family, _, context = EXPORTS[name]
+    ours = expected(student(tmp_path, family, context), asked_of(name))
+    assert generated[name] == ours
+    if name in WHOLE:
+        ended = [len(asked["prompt"]) + len(r) for asked, r in zip(asked_of(name), ours, strict=True) if r[-1] in ENDS]
         assert any(length % 4 for length in ended) and any(len(r) == LIMIT for r in ours)
 
 
@@ -126,15 +138,41 @@ def test_opdlm_reads_what_it_has_exported(opdlm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "said"),
-    [("qwen3-moe", "whose experts are stored one by one")],
-)
-def test_a_family_that_cannot_be_exported_is_refused_with_the_reason(opdlm, tmp_path, family, said):
-    folder = student(tmp_path, family, "block")
-    status, out, err = opdlm("export", folder, tmp_path / "out")
+    ("family", "context", "changes", "said"),
+    [
+        ("llama", "block", {}, "model_type 'llama', and an SDAR is a Qwen3, with norms"),
+        ("qwen3", "causal", {}, "attention_context 'causal'"),
+        ("qwen3", "block", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding window"),
+        ("qwen3", "block", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (
+            "qwen3", "block",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'linear'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_no_sdar_is_refused_with_the_reason(opdlm, tmp_path, family, context, changes, said):
+    folder = student(tmp_path, family, context, **changes)
+    status, out, err = opdlm("export", folder, tmp_path / "out", "--format", "sdar")
     assert (status, out) == (2, "")
-    assert f"error: MODEL: '{folder}' has model_type" in err and said in err
+    assert f"error: MODEL: '{folder}' cannot be exported as an SDAR: it has" in err and said in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["arlm", "student"]
+
+
+def test_an_sdar_has_what_engines_read(opdlm, tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    folder = student(tmp_path, "qwen3", "block", rope_parameters=rope)
+    status, out, _ = opdlm("export", folder, tmp_path / "out", "--format", "sdar")
+    assert (status, "take token 151669 for the mask, and this model's is 259" in out) == (0, True)
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert (saved["architectures"], saved["model_type"]) == (["SDARForCausalLM"], "sdar")
+    assert (saved["rope_theta"], saved["rope_parameters"], saved["rope_scaling"]) == (5e5, rope, None)
+    assert (saved["mask_token_id"], saved["block_size"], saved["head_dim"]) == (259, 4, 32)
+    assert (saved["tie_word_embeddings"], saved["eos_token_id"], saved["torch_dtype"]) == (False, [258], "float32")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [258]
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as tensors:
+        head, embedding = (tensors.get_tensor(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+    assert torch.equal(head, embedding)
+    assert load_tokenizer(str(tmp_path / "out")).mask_token_id == 259
 
 
 class BlockDiffusionLlama(BlockDiffusion, LlamaForCausalLM):
