@@ -22,6 +22,7 @@ from common.config.objective import (
     RandomState,
     StateSelection,
     SuffixState,
+    random_masks,
 )
 from common.seeds import state_rng
 from common.trajectory import EndTokens, Trajectory
@@ -86,7 +87,7 @@ def select_states(
     copies = [copy for copy in copies if copy[0].any()]
 
     shown: list[np.ndarray] = []
-    if (drawn := _drawn_by(state)) and drawn.mixes:
+    if (drawn := random_masks(state)) and drawn.mixes:
         assert noise
         shown = [_shown(masked, trajectory, drawn, noise, rng) for masked, _, _ in copies]
         if drawn.all_positions:
@@ -157,11 +158,6 @@ def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelecti
     if trajectory.is_offline and isinstance(objective.source, MixtureSource):
         return objective.source.offline_state
     return objective.state
-
-
-def _drawn_by(state: StateSelection) -> RandomState | None:
-    """How the masks of a selection are drawn where they are random."""
-    return state if isinstance(state, RandomState) else getattr(state, "masks", None)
 
 
 def _shown(

@@ -52,7 +52,8 @@ _ANSWER_SECONDS = 20.0
 @dataclass
 class Pools:
     """Handles of all actors: rollout actors, teachers, learner ranks; and the placement groups that hold them. The
-    teachers of the first pool come first; `teacher_pools` has the number of each one's."""
+    teachers of the first pool come first; `teacher_pools` has the number of each one's. New teachers load the student
+    in the folder `anchor`, where that is set."""
 
     rollouts: list[Any]
     teachers: list[Any]
@@ -60,6 +61,7 @@ class Pools:
     groups: Groups = field(default_factory=dict)
     create: Callable[[Role, int], Any] | None = None
     teacher_pools: tuple[int, ...] = ()
+    anchor: Path | None = None
 
     def teachers_of(self, pool: int) -> list[Any]:
         return [teacher for teacher, of in zip(self.teachers, self.teacher_pools, strict=True) if of == pool]
@@ -221,24 +223,23 @@ def create_pools(
     groups = reserve(config, placement, calls, roles)
     shape = config.objective.shape
     student = student_of(config)
-    tokens = [counted_tokens(student, p) if "teacher" in groups else None for p in config.teacher_paths.values()]
     classes: dict[Role, Any] = {"rollout": rollout, "teacher": teacher, "learner": rank}
-    of_teacher = config.by_teacher
     pool_of = tuple(p.pool for p in placement.processes if p.role == "teacher")
 
     def create(role: Role, index: int) -> Any:
         place = PlacementGroupSchedulingStrategy(groups[role], placement_group_bundle_index=index)
-        pool = pool_of[index] if role == "teacher" else 0
-        own = of_teacher[pool] if role == "teacher" else config
-        actor_class = classes[role].as_remote(own).options(scheduling_strategy=place)
-        if role == "teacher":
-            return actor_class.remote(own.teacher, own.teacher_path, index, shape=shape, tokens=tokens[pool])
-        return actor_class.remote(config, index)
+        if role != "teacher":
+            return classes[role].as_remote(config).options(scheduling_strategy=place).remote(config, index)
+        own = (config.anchored(pools.anchor) if pools.anchor else config).by_teacher[pool_of[index]]
+        actor_class = teacher.as_remote(own).options(scheduling_strategy=place)
+        tokens = counted_tokens(student, own.teacher_path)
+        return actor_class.remote(own.teacher, own.teacher_path, index, shape=shape, tokens=tokens)
 
     def of_role(role: Role) -> list[Any]:
         return [create(role, i) for i in range(groups[role].bundle_count if role in groups else 0)]
 
-    pools = Pools(of_role("rollout"), of_role("teacher"), of_role("learner"), groups, create, pool_of)
+    pools = Pools([], [], [], groups, create, pool_of)
+    pools.rollouts, pools.teachers, pools.ranks = of_role("rollout"), of_role("teacher"), of_role("learner")
     calls.repair.watch(pools)
     return pools
 

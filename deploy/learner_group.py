@@ -32,11 +32,13 @@ _TRIES = 3  # of a restart: what fails so often is no accident
 
 @dataclass(frozen=True)
 class TrainedBatch:
-    """A rollout batch that took the learner from version `before` to the next, with the updates from `first_update`."""
+    """A rollout batch that took the learner from version `before` to the next, with the updates from `first_update`;
+    its targets are those of `anchor`, where one taught."""
 
     before: int
     refs: list[ray.ObjectRef]
     first_update: int
+    anchor: Path | None
 
 
 class LearnerGroup:
@@ -66,6 +68,7 @@ class LearnerGroup:
         self._base: Path | None = None  # the checkpoint that the group began with
         self._base_version = 0
         self._recent: list[TrainedBatch] = []
+        self._anchor: Path | None = None
         self._budgets: dict[str, int] = {}  # config fields that were lowered when memory ran out
         self._faults = config.run_dir.resolve() / "faults"
         self._keeping: list[ray.ObjectRef] = []
@@ -87,6 +90,11 @@ class LearnerGroup:
         self._base, self._base_version, self.version = folder, version, version
         self.call("load", "loading a checkpoint", folder)
 
+    def teach_by(self, anchor: Path) -> None:
+        """From the next rollout batch on, targets are those of the student in this folder."""
+        self.call("teach_by", "loading the anchor", anchor)
+        self._anchor = anchor
+
     def train(
         self, refs: list[ray.ObjectRef], first_update: int, spool: Path | None, background: Background, keep: int
     ) -> dict[str, Any]:
@@ -100,7 +108,7 @@ class LearnerGroup:
         if self._keepers:
             newest = max(self._common(), default=self._base_version)
             self._recent = [batch for batch in self._recent if batch.before >= newest]
-            self._recent.append(TrainedBatch(self.version, refs, first_update))
+            self._recent.append(TrainedBatch(self.version, refs, first_update, self._anchor))
         self.version += 1
         self._keep()
         return learner
@@ -155,11 +163,17 @@ class LearnerGroup:
                 f"the learner's state after {self.version} rollout batches is lost: its copies in memory are gone or "
                 "off (recovery.learner_copy); go on from the newest checkpoint with --resume auto"
             )
+        anchor = None  # new processes know of none
         for batch in again:
+            if batch.anchor and batch.anchor != anchor:
+                self._once("teach_by", "loading the anchor", batch.anchor)
+            anchor = batch.anchor
             weights = extra_weights(self.config.objective, batch.before)
             faults = FaultFolder(self._faults, most=0)  # what is left out was written down the first time
             order = batch.refs, batch.first_update, self.updates, None, weights, faults
             self._once("train", "training again", *order)
+        if self._anchor and self._anchor != anchor:
+            self._once("teach_by", "loading the anchor", self._anchor)
         self.calls.observers.note(f"the learner goes on from version {version}; {len(again)} batches trained again")
 
     def _take_back(self) -> int:

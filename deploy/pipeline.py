@@ -12,6 +12,7 @@ bulk data passes through here, and it can be read from top to bottom.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,7 +48,7 @@ from deploy.recovery import Supervisor
 from deploy.remote_calls import RemoteCalls
 from deploy.rollout_batch import RolloutBatch, RolloutsInFlight
 from deploy.run_cost import RunCost
-from deploy.run_folder import clear_run_dir
+from deploy.run_folder import anchor_folder, anchor_of, clear_run_dir
 from deploy.run_lock import RunLock
 from deploy.saving import Saving
 from deploy.stop_signals import StopRequested, StopSignals
@@ -121,6 +122,7 @@ class Pipeline:
         self.dissolved = False  # the weights group, since a member was lost: the next version needs a new one
         self.newest: WeightsHandle | ray.ObjectRef | None = None  # its handle, or None: it is gone
         self.late: list[str] = []  # rollout actors that wait for it
+        self.block_size = self.state.block_size or config.block_size  # of the rollout batch that was started last
         prompts, size = prepared.prompts.prompts, config.rollout.prompts_per_batch
         self.batches = [prompts[i : i + size] for i in range(0, len(prompts), size)][: config.pipeline.max_batches]
         self.run_updates = count_updates(config, len(prompts))
@@ -213,6 +215,8 @@ class Pipeline:
             state="starting",
         )
         self.learner.load(folder / "resume", self.state.batches)
+        if anchor := anchor_of(self.config, self.block_size):
+            self._teach_by(anchor)
         for actor in self.pools.rollouts:
             actor.set_block_size.remote(self.state.block_size)
         self._publish()
@@ -299,11 +303,36 @@ class Pipeline:
             index = self.state.batches + len(self.in_flight)
             if index == len(self.batches):
                 return
-            self.in_flight.append(self._start_batch(index))
+            block_size = block_size_at(self.config, index, self.state.feedback)
+            if self.config.block_growth.anchor and block_size != self.block_size:
+                if self.in_flight:  # another teacher's
+                    return
+                self._anchor()
+            self.block_size = block_size
+            self.in_flight.append(self._start_batch(index, block_size))
 
-    def _start_batch(self, index: int) -> RolloutBatch:
+    def _anchor(self) -> None:
+        """The student as it is, with the block size that it has, is written down and teaches from now on."""
+        folder = anchor_folder(self.config, self.block_size)
+        self.observers.note(f"the student of block size {self.block_size} teaches from now on: {folder}")
+        partial = folder.with_name(f"{folder.name}.partial")
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self._on_ranks("write_student", "saving the anchor", partial, self.block_size)
+        partial.rename(folder)
+        self._teach_by(folder)
+
+    def _teach_by(self, anchor: Path) -> None:
+        """Other teachers in the place of those that there are."""
+        self.pools.anchor = anchor
+        for name in [name for actor, name in self._named(self.pools.teachers)]:
+            self.pools.replace(name)
+        load_models(self.config, self.pools, self.calls)
+        self.learner.teach_by(anchor)
+
+    def _start_batch(self, index: int, block_size: int) -> RolloutBatch:
         config = self.config
-        block_size = block_size_at(config, index, self.state.feedback)
         limit = response_limit(config.curriculum, index, block_size, self.state.feedback.gates)
         share = offline_share(config.objective.source, index)
         known, samples = self.prepared.prompts, config.rollout.samples_per_prompt

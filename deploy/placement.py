@@ -138,9 +138,10 @@ def learner_copy_fits(config: RunConfig, placement: Placement, available: int) -
 
 
 def disk_bytes(config: RunConfig, placement: Placement) -> int:
-    """What a run's checkpoints take at most: those that are kept and the next, and the final model."""
+    """What a run's checkpoints take at most: those that are kept and the next, the final model, and its anchors."""
     at_once = config.pipeline.keep_checkpoints + 1 if config.pipeline.checkpoints_while_training else 0
-    return at_once * sum(placement.checkpoint.values()) + placement.checkpoint["model"]
+    models = 1 + len(config.block_growth.later_sizes) * config.block_growth.anchor
+    return at_once * sum(placement.checkpoint.values()) + models * placement.checkpoint["model"]
 
 
 def _of_process(role: str, index: int, memory: dict[str, int]) -> dict[str, int]:

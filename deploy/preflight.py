@@ -37,7 +37,7 @@ from deploy.placement import (
     on_cluster,
     plan,
 )
-from deploy.run_folder import check_run_dir
+from deploy.run_folder import anchor_of, check_run_dir
 
 if TYPE_CHECKING:  # transformers and torch take seconds
     from common.conversion import Conversion
@@ -114,6 +114,8 @@ def prepare(
     checkpoints = Checkpoints(config, data)
     check_disk(config, placement)
     checkpoint = checkpoints.latest(accept_changed_data) if resume else None
+    if checkpoint and checkpoint[0].name != FINAL:
+        _check_anchor(config, checkpoint[1])
     copied = config.recovery.learner_copy and (
         on_cluster(config) or learner_copy_fits(config, placement, psutil.virtual_memory().total)
     )
@@ -154,6 +156,16 @@ def _held_out(config: RunConfig, prompts: PromptSet, data: dict[str, str]) -> He
     limit = config.evaluation.held_out_tokens
     teachers = " ".join(data[field] for field in config.teacher_paths)
     return HeldOutPrompts(prompts.held_out, config.run_dir, teachers, limit)
+
+
+def _check_anchor(config: RunConfig, state: RunState) -> None:
+    """Refuse to go on without the student that teaches there."""
+    anchor = anchor_of(config, state.block_size or config.block_size)
+    if anchor and not (anchor / "config.json").is_file():
+        raise ConfigError(
+            f"--resume: {str(anchor)!r}, the student of the smaller blocks that teaches from then on "
+            "(block_growth.anchor), is missing; bring it back, or start another run with --name"
+        )
 
 
 def check_disk(config: RunConfig, placement: Placement) -> None:

@@ -25,6 +25,7 @@ from deploy.run_lock import in_progress, living_owner
 # everything that a run writes, by the names in its folder and in checkpoints/
 _WRITTEN = re.compile(
     r"config\.yaml|run\.lock|(?:summary|status|held_out)\.json|(?:metrics|events|trajectories)\.jsonl|wandb_id|wandb|tensorboard|spool|faults|"
+    r"anchors|"
     r"checkpoints|checkpoints/(?:final|batch-\d+)|(?:checkpoints/)?\.[^/]+\.partial"
 )
 
@@ -58,6 +59,19 @@ def check_run_dir(config: RunConfig, overwrite: bool, resume: bool = False) -> N
             f"name: {str(folder)!r} holds {state} run; choose another --name, or replace it with --overwrite"
             + (", or go on with --resume auto" if state == "an unfinished" else "")
         )
+
+
+def anchor_folder(config: RunConfig, block_size: int) -> Path:
+    """Where the student that a run has trained with a block size is kept as a teacher (block_growth.anchor)."""
+    return config.run_dir.absolute() / "anchors" / f"block-{block_size}"
+
+
+def anchor_of(config: RunConfig, block_size: int) -> Path | None:
+    """The student that teaches while blocks have this size; None: the original does."""
+    if not config.block_growth.anchor or block_size == config.block_size:
+        return None
+    sizes = config.block_sizes
+    return anchor_folder(config, sizes[sizes.index(block_size) - 1])
 
 
 def clear_run_dir(config: RunConfig) -> None:

@@ -551,6 +551,12 @@ class LearnerRank:
         base = self.config.model.path
         save_student(self.student, self.conversion, out, block_size, state, self.config.adapter, base)
 
+    def write_student(self, out: Path, block_size: int) -> None:
+        """Write the student into `out` as a complete Hugging Face folder; collective, and done on return."""
+        state = self._copied_student()
+        if self.rank == 0:
+            save_student(self.student, self.conversion, out, block_size, state)
+
     def _copied_student(self) -> dict[str, Tensor]:
         """Rank 0's copy of what is trained of the student, whole, in host memory, once the one before is written;
         collective."""
@@ -569,6 +575,11 @@ class LearnerRank:
             OSError, SafetensorError: it could not be written.
         """
         self.writing.result()
+
+    def teach_by(self, anchor: Path) -> None:
+        """From the next rollout batch on, targets are those of the student in this folder."""
+        self.config = self.config.anchored(anchor)
+        self.teacher_heads = teacher_heads_of(self.config, self.conversion, self.device)
 
     def load(self, resume: Path) -> None:
         """Take weights and optimizer from the shards in `resume`, which the same number of ranks wrote with `save`.

@@ -163,6 +163,17 @@ def needs_rounds(state: StateSelection) -> bool:
     return not isinstance(state, RandomState | ComplementaryState | LiftState | SuffixState)
 
 
+def random_masks(state: StateSelection) -> RandomState | None:
+    """How the masks of a selection are drawn where they are random."""
+    return state if isinstance(state, RandomState) else getattr(state, "masks", None)
+
+
+def mixes_noise(state: StateSelection) -> bool:
+    """Whether states may show other tokens than masks where they are trained."""
+    masks = random_masks(state)
+    return masks is not None and masks.mixes
+
+
 def trains_twice(state: StateSelection) -> bool:
     """Whether a position may be trained in several states of a trajectory."""
     if isinstance(state, MixtureState):

@@ -20,7 +20,7 @@ from common.config.data import DataConfig
 from common.config.evaluation import EvaluationConfig
 from common.config.learner import LearnerConfig
 from common.config.model import AttentionConfig, ModelConfig
-from common.config.objective import ObjectiveConfig, trains_twice
+from common.config.objective import ObjectiveConfig, mixes_noise, trains_twice
 from common.config.paths import OutputFolder
 from common.config.pipeline import PipelineConfig
 from common.config.publish import PublishConfig
@@ -149,6 +149,38 @@ class RunConfig(Section):
         """All block sizes of the run, in their order."""
         return (self.block_size, *self.block_growth.later_sizes)
 
+    def anchored(self, folder: Path) -> RunConfig:
+        """The run as a frozen student in `folder` teaches it: it reads states, and writes nothing."""
+        reader = {"path": str(folder), "reads": "state", "backend": "transformers"}
+        silent = {"teacher": False, "held_out_prompts": 0}
+        return self.model_copy(
+            update={
+                "teacher": self.teacher.model_copy(update=reader),
+                "evaluation": self.evaluation.model_copy(update=silent),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _anchors_teach(self) -> RunConfig:
+        if not self.block_growth.anchor:
+            return self
+        if self.target_kind == "none":
+            raise ValueError(
+                "block_growth.anchor makes the student the teacher, and the objective has none; set it to false, or "
+                "objective.target.kind to 'teacher'"
+            )
+        if self.adapter.rank:
+            raise ValueError(
+                f"block_growth.anchor needs whole students, and adapter.rank ({self.adapter.rank}) writes adapters; "
+                "set one of them to false or 0"
+            )
+        if self.teacher.others:
+            raise ValueError(
+                f"block_growth.anchor makes the student the teacher of all domains, but there are "
+                f"{len(self.teacher.pools)} teachers; set it to false, or give one teacher"
+            )
+        return self
+
     @model_validator(mode="after")
     def _blocks_grow(self) -> RunConfig:
         for size, later in pairwise(self.block_sizes):
@@ -211,6 +243,13 @@ class RunConfig(Section):
                 f"objective.terms.autoregressive ({self.objective.terms.autoregressive:g}) trains how clean tokens are "
                 "read, which adapter.gate 'mask' leaves as it is; set the term to 0, or the gate to 'none'"
             )
+        for i, part in enumerate(self.objective.parts):
+            if self.adapter.gated and mixes_noise(part.state):
+                place = f"objective.extra.{i - 1}.state" if i else "objective.state"
+                raise ValueError(
+                    f"{place} trains positions that show other tokens than the mask, at which adapter.gate 'mask' "
+                    "does nothing; turn uniform_share and all_positions off, or set the gate to 'none'"
+                )
         return self
 
     @model_validator(mode="after")
@@ -289,8 +328,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _states_have_one_target(self) -> RunConfig:
         """A teacher that reads states: each position is trained in one state, which is known when the teacher reads."""
-        reading = [f"teacher.{place}" for place, t in self.teacher.pools.items() if t.reads == "state"]
-        if not reading or self.target_kind == "none":
+        reading = [f"teacher.{place}reads 'state'" for place, t in self.teacher.pools.items() if t.reads == "state"]
+        if self.target_kind == "none":
+            return self
+        if self.block_growth.anchor:
+            reading.append("a teacher of block_growth.anchor")
+        if not reading:
             return self
         for i, part in enumerate(self.objective.parts):
             field, state = f"objective.extra.{i - 1}.state" if i else "objective.state", part.state
@@ -298,16 +341,16 @@ class RunConfig(Section):
             if part.target.kind == "teacher" and (several or state.kind == "lift"):
                 why = "trains a position in several states" if several else "chooses the state after the teacher's pass"
                 raise ValueError(
-                    f"{field}.kind {state.kind!r} {why}, and {reading[0]}reads 'state' gives a position one target; "
+                    f"{field}.kind {state.kind!r} {why}, and {reading[0]} gives a position one target; "
                     "use per_block, global, random or complementary"
                 )
         for field, on in (
             ("evaluation.teacher", self.evaluation.teacher and self.evaluation.problems is not None),
             ("evaluation.held_out_prompts", self.evaluation.held_out_prompts),
         ):
-            if on:
+            if on and reading[0].startswith("teacher."):
                 raise ValueError(
-                    f"{field} ({on}) has the teacher write and read autoregressively, but {reading[0]}reads is "
+                    f"{field} ({on}) has the teacher write and read autoregressively, but {reading[0].split()[0]} is "
                     f"'state'; set {field} to {'false' if on is True else 0}"
                 )
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,10 +63,22 @@ class CurriculumConfig(Section):
         return self
 
 
+def _anchor() -> Any:
+    return Field(
+        False,
+        description="from the first growth on, the teacher is a frozen copy of the student as it was when the blocks "
+        "grew last, which reads the same masked states (BARD)",
+    )
+
+
 class NoGrowth(Section):
     """block_size throughout."""
 
     kind: Literal["none"] = "none"
+
+    @property
+    def anchor(self) -> bool:
+        return False
 
     @property
     def later_sizes(self) -> tuple[int, ...]:
@@ -79,6 +91,7 @@ class StepGrowth(Section):
     kind: Literal["steps"] = "steps"
     sizes: tuple[int, ...] = Field((8, 16), min_length=1, description="the later block sizes, growing")
     at_batches: tuple[Batch, ...] = Field((100, 200), description="the rollout batches at which they begin")
+    anchor: bool = _anchor()
 
     @property
     def later_sizes(self) -> tuple[int, ...]:
@@ -104,6 +117,7 @@ class PlateauGrowth(Section):
     sizes: tuple[int, ...] = Field((8, 16), min_length=1, description="the later block sizes, growing")
     window: int = Field(20, ge=1, description="rollout batches of each of the two means")
     min_improvement: float = Field(0.05, ge=0, lt=1, description="relative fall of the mean that counts as progress")
+    anchor: bool = _anchor()
 
     @property
     def later_sizes(self) -> tuple[int, ...]:

@@ -1,11 +1,14 @@
-"""Blocks that grow during training, with every extra term on: sampler, states, masks, checkpoint and resume follow."""
+"""Blocks that grow during training, with every extra term on: sampler, states, masks, teacher, checkpoint and resume
+follow."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from actors.teacher.actor import build_backend
 from common.config.file import load_config
 from common.student import load_model
 from common.trajectory import from_batch, read_spool
@@ -17,6 +20,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 GROWN = [
     "--block_growth.kind", "steps", "--block_growth.sizes", "[8, 16]", "--block_growth.at_batches", "[1, 2]",
+    "--block_growth.anchor", "true",
     "--curriculum.schedule", "entropy_gated", "--curriculum.gate_nats", "100", "--curriculum.step_tokens", "16",
     "--curriculum.gate_on", "training", "--curriculum.gate_opens", "below",
     "--curriculum.min_tokens", "16", "--curriculum.max_tokens", "64", "--data.limit", "40", "--data.epochs", "1",
@@ -49,6 +53,14 @@ def test_blocks_grow_and_a_resumed_run_goes_on_with_them(tmp_path):
             assert meta.block_size == size
             assert all(len(t.x0) % size == 0 for t in rows)
             assert max(t.reveal_round.max() for t in rows) < size
+    for index, before in ((1, 4), (2, 8)):  # the student of the smaller blocks teaches the larger ones
+        anchor = folder / "anchors" / f"block-{before}"
+        assert json.loads((anchor / "config.json").read_text())["block_size"] == before
+        backend = build_backend(config(3).anchored(anchor).teacher, str(anchor))
+        rows = [t for b in read_spool(folder / "spool" / f"batch-{index:06d}.arrow") for t in from_batch(b)[0]]
+        for t in rows[:4]:
+            (targets,) = backend.targets([backend.request(t)])
+            np.testing.assert_allclose(t.hidden, targets.hidden.ravel(), rtol=1e-3, atol=1e-3)
     final = load_model(str(folder / "checkpoints" / "final"), torch.float32, "sdpa")
     assert final.config.block_size == 16
 

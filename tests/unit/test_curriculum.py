@@ -1,16 +1,21 @@
 """The response length limit: ends, shape, and the block grid."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from common.config.errors import ConfigError
 from common.config.rollout import RolloutConfig
 from common.config.run import RunConfig
 from common.config.schedule import CurriculumConfig
+from deploy.checkpoints import RunState
 from deploy.curriculum import Feedback, block_size_at, response_limit, unmasking_at
+from deploy.preflight import _check_anchor
+from deploy.run_folder import anchor_of
 
 
 def test_linear_grows_evenly_from_least_to_greatest():
@@ -95,6 +100,47 @@ def test_the_feedback_of_a_long_run_stays_short():
     for batch in range(100):
         feedback.after_batch(config, 0.8**batch, 0.0)
     assert feedback.growths == 0 and feedback.divergences == [0.8**batch for batch in range(94, 100)]
+
+
+ANCHORED = {"kind": "steps", "sizes": [8, 16], "at_batches": [1, 2], "anchor": True}
+
+
+def test_the_student_of_the_size_before_teaches():
+    config = run(block_growth=ANCHORED, name="r", output_dir="/out")
+    folders = [anchor_of(config, size) for size in (4, 8, 16)]
+    assert folders == [None, Path("/out/r/anchors/block-4"), Path("/out/r/anchors/block-8")]
+    plain = run(block_growth={**ANCHORED, "anchor": False})
+    assert [anchor_of(plain, size) for size in (4, 8)] == [None, None]
+    taught = config.anchored(folders[1])
+    assert (taught.teacher_path, taught.teacher.reads) == ("/out/r/anchors/block-4", "state")
+    assert RunConfig.model_validate(taught.model_dump(mode="json")) == taught  # as opdlm replay reads it
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"target": {"kind": "hard"}}}, r"makes the student the teacher, and the objective has none"),
+        (
+            {"teacher": [{"path": "a", "domains": ["math"]}, {"path": "b"}]},
+            r"makes the student the teacher of all domains, but there are 2 teachers",
+        ),
+        ({"adapter": {"rank": 4}}, r"needs whole students, and adapter\.rank \(4\) writes adapters"),
+        (
+            {"objective": {"state": {"kind": "all_rounds"}}},
+            r"trains a position in several states, and a teacher of block_growth\.anchor gives a position one target",
+        ),
+    ],
+)
+def test_anchors_that_cannot_teach_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        run(block_growth=ANCHORED, **changes)
+
+
+def test_a_resumed_run_needs_its_anchor(tmp_path):
+    config = run(block_growth=ANCHORED, name="r", output_dir=str(tmp_path))
+    _check_anchor(config, RunState(block_size=4))
+    with pytest.raises(ConfigError, match=r"block-4', the student of the smaller blocks that teaches from then on"):
+        _check_anchor(config, RunState(block_size=8))
 
 
 def test_growth_must_multiply_the_block():
