@@ -29,7 +29,8 @@ class Prompt:
     """One tokenised prompt; `ids` int32 with the chat template and the generation prompt applied.
 
     `responses`, int32 each, or rollouts of an earlier run, stand in for the rollout of every sample where they are set.
-    Samples are numbered from `first_sample` on: further ones of a prompt are another loss's (`part_of`).
+    Samples are numbered from `first_sample` on: further ones of a prompt are another loss's (`part_of`). The last
+    `begun` of the ids are the beginning of a response, which the rollouts go on with.
     """
 
     ordinal: int
@@ -39,6 +40,7 @@ class Prompt:
     answer: str | None = None
     responses: tuple[np.ndarray | Trajectory, ...] = ()
     first_sample: int = 0
+    begun: int = 0
 
     def samples(self, count: int) -> range:
         return range(self.first_sample, self.first_sample + count)
@@ -51,9 +53,9 @@ def part_of(sample: int, samples: int) -> int:
 
 def longest_response(prompt: Prompt, max_new_tokens: int, caps: dict[str, int], block_size: int) -> int:
     """The longest response to a prompt, in tokens, under the limits by domain: to the end of the block in which it is
-    reached, since every position of a block is trained."""
+    reached, since every position of a block is trained. What is begun counts, and is no part of it."""
     tokens = min(max_new_tokens, caps.get(prompt.domain, max_new_tokens))
-    return grid_ceil(len(prompt.ids) + tokens, block_size) - len(prompt.ids)
+    return grid_ceil(len(prompt.ids) - prompt.begun + tokens, block_size) - len(prompt.ids)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Rollouts of an earlier run (`replay`) have them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from common.annealing import annealed
 from common.config.data import DataConfig
-from common.config.objective import MixtureSource, ObjectiveConfig, Source
+from common.config.objective import ContinuedSource, MixtureSource, ObjectiveConfig, Source
 from common.conversations import LeftOut, check_text, conversation_of
 from common.datasets.errors import PromptError
 from common.datasets.folder import ALL_SPLITS
@@ -144,7 +144,7 @@ def load_trajectories(
 def offline_share(source: Source, batch: int) -> float:
     """Probability that a prompt of rollout batch `batch` (from 0) takes its offline response."""
     if not isinstance(source, MixtureSource):
-        return float(source.kind != "student")
+        return float(source.kind not in ("student", "continued"))
     return annealed(source.schedule, source.start, source.end, source.batches, batch)
 
 
@@ -166,6 +166,26 @@ def with_responses(prompts: list[Prompt], share: float, offline: Known, samples:
     return [choose(p) for p in prompts]
 
 
+def with_prefixes(
+    prompts: list[Prompt], most: float, offline: Known, longest: Callable[[Prompt], int], seed: int
+) -> list[Prompt]:
+    """The prompts, each followed by the beginning of one of its offline responses (source `continued`): a uniform share
+    of it, up to `most`, and of the `longest` response that the prompt may have. At least one token is left to write.
+
+    Which response and how much of it is seeded by the ordinal alone; all samples of a prompt go on with the same.
+    """
+
+    def begun(prompt: Prompt) -> Prompt:
+        rng = source_rng(seed, prompt.ordinal)
+        known = offline[prompt.question]
+        response = known[int(rng.integers(len(known)))]
+        assert isinstance(response, np.ndarray)
+        length = int(rng.random() * most * min(len(response), longest(prompt)))
+        return replace(prompt, ids=np.concatenate([prompt.ids, response[:length]]), begun=length)
+
+    return [begun(prompt) for prompt in prompts]
+
+
 def for_extra_losses(
     prompts: list[Prompt],
     objective: ObjectiveConfig,
@@ -173,13 +193,17 @@ def for_extra_losses(
     offline: Known,
     samples: int,
     seed: int,
+    longest: Callable[[Prompt], int],
     replayed: Known | None = None,
 ) -> list[Prompt]:
-    """The same prompts again for every extra loss whose weight is not 0, with the samples that are its own."""
+    """The same prompts again for every extra loss whose weight is not 0, with the samples that are its own; `longest`
+    as in with_prefixes."""
     more = []
     for i, (extra, weight) in enumerate(zip(objective.extra, weights, strict=True), start=1):
         if weight:
             own = [replace(prompt, first_sample=i * samples) for prompt in prompts]
+            if isinstance(extra.source, ContinuedSource):
+                own = with_prefixes(own, extra.source.max_share, offline, longest, seed)
             known = replayed or {} if extra.source.kind == "replay" else offline
             more += with_responses(own, offline_share(extra.source, 0), known, samples, seed)
     return more

@@ -21,9 +21,11 @@ from typing import Any, NoReturn
 import ray
 
 from common.config.fingerprint import evaluation_fingerprint
+from common.config.objective import ContinuedSource
 from common.config.run import RunConfig
 from common.config.yaml_loader import written
-from common.responses import for_extra_losses, offline_share, with_responses
+from common.prompts import Prompt, longest_response
+from common.responses import for_extra_losses, offline_share, with_prefixes, with_responses
 from common.weights.transport import WeightsHandle
 from deploy.batch_metrics import BatchMetrics
 from deploy.checkpoints import FINAL, RunState
@@ -338,9 +340,23 @@ class Pipeline:
         known, samples = self.prepared.prompts, config.rollout.samples_per_prompt
         stored = known.trajectories if config.objective.source.kind == "replay" else known.responses
         prompts = with_responses(self.batches[index], share, stored, samples, config.seed)
+
+        def longest(prompt: Prompt) -> int:
+            return longest_response(prompt, limit, config.data.domain_max_tokens, block_size)
+
+        if isinstance(config.objective.source, ContinuedSource):
+            most = config.objective.source.max_share
+            prompts = with_prefixes(prompts, most, known.responses, longest, config.seed)
         weights = extra_weights(config.objective, index)
         prompts += for_extra_losses(
-            self.batches[index], config.objective, weights, known.responses, samples, config.seed, known.trajectories
+            self.batches[index],
+            config.objective,
+            weights,
+            known.responses,
+            samples,
+            config.seed,
+            longest,
+            known.trajectories,
         )
         unmasking = unmasking_at(config.rollout, index)
         return RolloutBatch(

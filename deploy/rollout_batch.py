@@ -120,7 +120,7 @@ class RolloutBatch:
         self._samples = rollout.samples_per_prompt
         self._lengths = lengths
         self._prompt_of = {key: prompt for prompt in prompts for key in self._keys([prompt])}
-        limits = {p.ordinal: longest_response(p, max_new_tokens, caps, block_size) for p in prompts}
+        limits = {(p.ordinal, p.first_sample): longest_response(p, max_new_tokens, caps, block_size) for p in prompts}
         # for each teacher a record batch that is not yet full, and one that is under way
         room = rollout.slots + (len(config.teacher_paths) + 1) * rollout.stream_rows
         self._deck = Deck(
@@ -128,10 +128,10 @@ class RolloutBatch:
             rollout.samples_per_prompt,
             len(pools.rollouts),
             room,
-            lambda prompt: lengths.expected(prompt, limits[prompt.ordinal]),
+            lambda prompt: lengths.expected(prompt, limits[prompt.ordinal, prompt.first_sample]),
         )
         shares = self._deck.first()
-        more = () if self._deck.empty else (index, max(len(p.ids) + limits[p.ordinal] for p in prompts))
+        more = () if self._deck.empty else (index, max(len(p.ids) + limits[p.ordinal, p.first_sample] for p in prompts))
         self._awaiting: dict[Any, int] = {}  # actors that may get more prompts, by their streams
         names = pools.names()
         for i, (actor, dealt) in enumerate(zip(pools.rollouts, shares, strict=True)):

@@ -200,6 +200,15 @@ class ReplaySource(Section):
     kind: Literal["replay"] = "replay"
 
 
+class ContinuedSource(Section):
+    """The student goes on with the beginning of an offline response, which is context and not trained (TrOPD)."""
+
+    kind: Literal["continued"] = "continued"
+    max_share: float = Field(
+        1.0, gt=0, le=1, description="the beginning is a uniformly drawn share of the response, up to this one"
+    )
+
+
 class MixtureSource(Section):
     """Each prompt takes its offline response with a probability that goes from `start` to `end`, else a rollout."""
 
@@ -215,7 +224,12 @@ class MixtureSource(Section):
     )
 
 
-Source = Annotated[StudentSource | OfflineSource | ReplaySource | MixtureSource, Field(discriminator="kind")]
+Source = Annotated[
+    StudentSource | OfflineSource | ContinuedSource | ReplaySource | MixtureSource, Field(discriminator="kind")
+]
+
+
+NEED_RESPONSES = ("offline", "continued", "mixture")
 
 
 class TeacherTarget(Section):
@@ -385,8 +399,8 @@ class ExtraLoss(Section):
     Normalisation, `exclude_eos` and `topk_tail` are those of the main loss; its terms, clip and outliers are not.
     """
 
-    source: Annotated[StudentSource | OfflineSource | ReplaySource, Field(discriminator="kind")] = Field(
-        StudentSource(), description="where its trajectories come from; student: rollouts of its own"
+    source: Annotated[StudentSource | OfflineSource | ContinuedSource | ReplaySource, Field(discriminator="kind")] = (
+        Field(StudentSource(), description="where its trajectories come from; student: rollouts of its own")
     )
     state: StateSelection = PerBlockState()
     target: TargetChoice = Field(TeacherTarget(), description="what the student is compared with")
@@ -513,7 +527,7 @@ class ObjectiveConfig(Section):
 
     @property
     def needs_responses(self) -> bool:
-        return any(part.source.kind in ("offline", "mixture") for part in self.parts)
+        return any(part.source.kind in NEED_RESPONSES for part in self.parts)
 
     @property
     def needs_trajectories(self) -> bool:

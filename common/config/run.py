@@ -20,7 +20,7 @@ from common.config.data import DataConfig
 from common.config.evaluation import EvaluationConfig
 from common.config.learner import LearnerConfig
 from common.config.model import AttentionConfig, ModelConfig
-from common.config.objective import ObjectiveConfig, mixes_noise, trains_twice
+from common.config.objective import NEED_RESPONSES, ObjectiveConfig, mixes_noise, trains_twice
 from common.config.paths import OutputFolder
 from common.config.pipeline import PipelineConfig
 from common.config.publish import PublishConfig
@@ -269,8 +269,7 @@ class RunConfig(Section):
     def _source_has_responses(self) -> RunConfig:
         if self.objective.needs_responses and self.data.responses is None:
             kinds = {f"extra.{i - 1}.source" if i else "source": p.source for i, p in enumerate(self.objective.parts)}
-            needing = ("offline", "mixture")
-            field, source = next((name, source) for name, source in kinds.items() if source.kind in needing)
+            field, source = next((name, source) for name, source in kinds.items() if source.kind in NEED_RESPONSES)
             raise ValueError(
                 f"objective.{field}.kind {source.kind!r} needs offline responses: set data.responses to "
                 "a file of questions and responses; opdlm respond makes one with the teacher"

@@ -1,5 +1,6 @@
 """Sums of losses: each part has trajectories, states, target and divergence of its own; their gradients add up."""
 
+import json
 import re
 from dataclasses import replace
 from itertools import chain
@@ -9,16 +10,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from actors.rollout import RolloutActor
 from common.config.errors import ConfigError
 from common.config.file import load_config
 from common.config.objective import MOST_EXTRA, ObjectiveConfig
 from common.config.unmasking import DynamicUnmasking
-from common.prompts import Prompt
-from common.responses import for_extra_losses, offline_trajectory, with_responses
+from common.prompts import Prompt, longest_response
+from common.responses import for_extra_losses, offline_trajectory, with_prefixes, with_responses
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import load_model, load_tokenizer
-from common.trajectory import TrajectoryMeta
+from common.trajectory import TrajectoryMeta, from_batch
 from deploy.curriculum import extra_weights
 from deploy.monitoring.metrics import METRICS
 from learner.batches import BatchBuilder, update_shares
@@ -95,13 +97,71 @@ def test_every_loss_has_samples_of_its_own_and_none_where_its_weight_is_0():
     objective = ObjectiveConfig(extra=EXTRA)
     prompts = [Prompt(i, f"q{i}", np.zeros(3, np.int32)) for i in range(3)]
     responses = {p.question: [np.arange(n, dtype=np.int32) for n in (4, 5)] for p in prompts}
-    more = for_extra_losses(prompts, objective, extra_weights(objective, 0), responses, samples=2, seed=0)
+    more = for_extra_losses(prompts, objective, extra_weights(objective, 0), responses, samples=2, seed=0, longest=len)
     assert [(p.ordinal, list(p.samples(2)), len(p.responses)) for p in more] == [
         *((i, [2, 3], 2) for i in range(3)),
         *((i, [4, 5], 0) for i in range(3)),
     ]
     (offline,) = with_responses(more[:1], 1.0, responses, 2, 0)
     assert [offline_trajectory(offline, s, 8, BLOCK, 99, 1).sample for s in range(2)] == [2, 3]
+
+
+def test_rollouts_go_on_with_a_prefix_of_a_response():
+    """A uniform share of the response and of what the prompt may have, the same for all samples; one token is left."""
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(i, f"q{i}", np.arange(3 + i % 5, dtype=np.int32), "math") for i in range(400)]
+    known = {p.question: [rng.integers(100, 200, n).astype(np.int32) for n in (1, 9, 30)] for p in prompts}
+    caps = {"math": 20}
+
+    def longest(prompt: Prompt) -> int:
+        return longest_response(prompt, 64, caps, BLOCK)
+
+    begun = with_prefixes(prompts, 0.8, known, longest, seed=1)
+    again = with_prefixes(prompts, 0.8, known, longest, seed=1)
+    assert [p.ids.tolist() for p in begun] == [p.ids.tolist() for p in again]
+    shares = []
+    for before, after in zip(prompts, begun, strict=True):
+        n = len(before.ids)
+        assert after.ids[:n].tolist() == before.ids.tolist() and len(after.ids) == n + after.begun
+        (of,) = [r for r in known[before.question] if r[: after.begun].tolist() == after.ids[n:].tolist()][:1]
+        # prompt, prefix and the rest end where prompt and response would
+        assert len(after.ids) + longest(after) == n + longest(before) and longest(after) >= 1
+        if len(of) == 30 and after.begun:
+            shares.append(after.begun / longest(before))
+    assert max(shares) < 0.8 and 0.3 < np.mean(shares) < 0.5
+    assert {p.begun for p in with_prefixes(prompts, 0.01, known, longest, seed=1)} == {0}
+
+
+def test_an_extra_loss_goes_on_with_prefixes_and_trains_what_the_student_writes(tmp_path):
+    """TrOPD's guidance through a rollout actor: the prefix is context, and has neither rounds nor targets."""
+    path = tiny_qwen3(tmp_path, seed=0)
+    extra = [{"source": {"kind": "continued"}, "weight": 0.001, "schedule": "cosine", "end": 0.0, "batches": 4}]
+    data = ["--model.path", path, "--data.responses", "r.parquet"]
+    config = load_config("tiny", [*data, "--objective.method", "tropd", "--objective.extra", json.dumps(extra)])
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(i, f"q{i}", rng.integers(10, 200, 5 + i).astype(np.int32)) for i in range(6)]
+    known = {p.question: [rng.integers(10, 200, 12).astype(np.int32)] for p in prompts}
+
+    def longest(prompt: Prompt) -> int:
+        return longest_response(prompt, 16, {}, BLOCK)
+
+    weights = extra_weights(config.objective, 0)
+    more = for_extra_losses(prompts, config.objective, weights, known, 1, config.seed, longest)
+    assert sum(p.begun for p in more) > 10
+    streamed = list(RolloutActor(config, 0).rollout([*prompts, *more], 16, BLOCK, DynamicUnmasking(threshold=0.05)))
+    rows = {(t.ordinal, t.sample): t for batch in streamed[::2] for t in from_batch(batch)[0]}
+    assert len(rows) == 12
+    for prompt in more:
+        t, plain = rows[prompt.ordinal, 1], rows[prompt.ordinal, 0]
+        assert t.prompt_ids.tolist() == [*plain.prompt_ids, *known[prompt.question][0][: prompt.begun]]
+        assert len(t.x0) <= len(plain.prompt_ids) + longest(prompts[prompt.ordinal])
+        assert t.weights_version == 0 and not t.is_offline
+        assert t.reveal_round.min() == 0 and len(t.target_offsets)
+
+
+def test_prefixes_need_responses():
+    with pytest.raises(ConfigError, match=r"objective\.extra\.0\.source\.kind 'continued' needs offline responses"):
+        load_config("tiny", ["--objective.extra", '[{"source": {"kind": "continued"}}]'])
 
 
 def test_weights_follow_their_schedules():
