@@ -13,6 +13,7 @@ from common.student import load_model, load_tokenizer
 from common.trajectory import TrajectoryMeta
 from deploy.ablation.runs import Arm, arms_of, load_ablation
 from deploy.curriculum import extra_weights
+from learner.alignment import LayerAlignment
 from learner.batches import BatchBuilder, update_shares
 from learner.difficulty import kept, label_logprobs
 from learner.objective import empty_sums
@@ -46,7 +47,8 @@ def test_the_papers_methods_have_three_seeds_and_the_others_one(runs):
         data = arm.config.data.model_copy(update={"responses": base.data.responses})
         assert data == base.data and arm.config.pipeline == base.pipeline
         assert arm.config.evaluation == base.evaluation and arm.config.evaluation.held_out_prompts == 256
-        assert arm.config.learner.model_copy(update={"freeze_embeddings": False}) == base.learner
+        alike = {"freeze_embeddings": False, "compile": base.learner.compile}
+        assert arm.config.learner.model_copy(update=alike) == base.learner
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -74,6 +76,8 @@ def test_an_update_of_every_arm_is_finite(runs, models, name):
     builder = BatchBuilder.of(config, meta, attention="sdpa", device=CPU, teacher_head=teacher.lm_head.weight)
     builders = builder.with_extra(config.objective, extra_weights(config.objective, 0))
     module = TrainingModule(student, config)
+    if config.objective.terms.aligns_layers:
+        module.alignment = LayerAlignment(student, teacher, config.objective.terms)
     student.zero_grad()
     rows.sort(key=lambda t: (t.ordinal, t.sample))
     (share,) = update_shares(rows, len(parts), samples=1, rows=4)
@@ -86,7 +90,8 @@ def test_an_update_of_every_arm_is_finite(runs, models, name):
         for micro in each.update(own, 0, 1)[0]:
             module(each.tensors(micro, own), sums).backward()
         assert sums.loss.item() > 0 and not sums.bad.item()
-    student.get_input_embeddings()._forward_hooks.clear()  # of freeze_embeddings
+    for part in (student.get_input_embeddings(), *student.model.layers):  # of freeze_embeddings and alignment
+        part._forward_hooks.clear()
     moved = [name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert len(moved) > 10
     assert all(np.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
