@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.config.objective import TeacherTarget
+from common.config.targets import TeacherTarget
 
 
 def reshape(logits: Tensor, target: TeacherTarget) -> Tensor:

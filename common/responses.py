@@ -16,7 +16,8 @@ import numpy as np
 
 from common.annealing import annealed
 from common.config.data import DataConfig
-from common.config.objective import ContinuedSource, MixtureSource, ObjectiveConfig, Source
+from common.config.objective import ObjectiveConfig
+from common.config.sources import ContinuedSource, MixtureSource, Source
 from common.conversations import LeftOut, check_text, conversation_of
 from common.datasets.errors import PromptError
 from common.datasets.folder import ALL_SPLITS

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from common.config.objective import (
+from common.config.objective import ObjectiveConfig
+from common.config.sources import MixtureSource
+from common.config.states import (
     AllRoundsState,
     ComplementaryState,
     GlobalState,
     LiftState,
-    MixtureSource,
     MixtureState,
-    ObjectiveConfig,
     PerBlockState,
     RandomState,
     StateSelection,

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import ray
 
 from common.config.fingerprint import evaluation_fingerprint
-from common.config.objective import ContinuedSource
 from common.config.run import RunConfig
+from common.config.sources import ContinuedSource
 from common.config.yaml_loader import written
 from common.prompts import Prompt, longest_response
 from common.responses import for_extra_losses, offline_share, with_prefixes, with_responses

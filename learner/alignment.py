@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.config.objective import ExtraTerms
 from common.config.run import RunConfig
+from common.config.terms import ExtraTerms
 from common.student import load_model
 from common.trajectory import Trajectory
 from learner.packing import MicroBatch

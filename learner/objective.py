@@ -21,17 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.objective import (
-    AS_IT_IS,
-    Divergence,
-    ForwardKL,
-    ForwardKLOutliers,
-    JensenShannon,
-    MixedKL,
-    ObjectiveConfig,
-    ReverseKL,
-    TeacherTarget,
-)
+from common.config.divergences import Divergence, ForwardKL, ForwardKLOutliers, JensenShannon, MixedKL, ReverseKL
+from common.config.objective import ObjectiveConfig
+from common.config.targets import AS_IT_IS, TeacherTarget
 from common.kl import head_logits, kl_divergence
 from common.reshaping import reshape
 from common.student import full_precision_logits

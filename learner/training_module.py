@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.config.objective import ForwardKL
+from common.config.divergences import ForwardKL
 from common.config.run import RunConfig
 from common.student import hidden_states, lm_head_weight, noised_masks
 from learner.alignment import LayerAlignment

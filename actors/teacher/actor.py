@@ -27,8 +27,8 @@ from actors.teacher.targets import HiddenTargets, TargetRequest, TeacherBackend,
 from actors.teacher.transformers_backend import TransformersBackend
 from actors.teacher.vllm_backend import VllmBackend
 from common.busy import BusySpans
-from common.config.objective import AS_IT_IS, TeacherTarget
 from common.config.run import RunConfig
+from common.config.targets import AS_IT_IS, TeacherTarget
 from common.config.teacher import TeacherConfig
 from common.ray_actor import as_ray_actor
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, from_batch, to_batch

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config.objective import TeacherTarget
+from common.config.targets import TeacherTarget
 from common.reshaping import reshape
 from common.trajectory import Trajectory
 

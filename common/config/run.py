@@ -20,7 +20,7 @@ from common.config.data import DataConfig
 from common.config.evaluation import EvaluationConfig
 from common.config.learner import LearnerConfig
 from common.config.model import AttentionConfig, ModelConfig
-from common.config.objective import NEED_RESPONSES, ObjectiveConfig, mixes_noise, trains_twice
+from common.config.objective import ObjectiveConfig
 from common.config.paths import OutputFolder
 from common.config.pipeline import PipelineConfig
 from common.config.publish import PublishConfig
@@ -29,6 +29,8 @@ from common.config.rollout import RolloutConfig
 from common.config.schedule import BlockGrowth, CurriculumConfig, NoGrowth
 from common.config.section import OPERATION, Section
 from common.config.shown import shown
+from common.config.sources import NEED_RESPONSES
+from common.config.states import mixes_noise, trains_twice
 from common.config.teacher import TeacherConfig, TeachersConfig
 from common.config.unmasking import StaticUnmasking
 from common.config.wandb import WandbConfig

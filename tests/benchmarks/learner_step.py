@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.config.objective import ForwardKL, ObjectiveConfig
+from common.config.divergences import ForwardKL
+from common.config.objective import ObjectiveConfig
 from common.states import select_states
 from common.student import hidden_states
 from common.trajectory import Trajectory, TrajectoryMeta

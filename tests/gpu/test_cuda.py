@@ -16,7 +16,8 @@ from actors.sampler.cache import AttentionInputs
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
-from common.config.objective import ForwardKL, ObjectiveConfig
+from common.config.divergences import ForwardKL
+from common.config.objective import ObjectiveConfig
 from common.config.unmasking import DynamicUnmasking, SpeculativeUnmasking, StaticUnmasking
 from common.masks import dense_mask, flex_mask
 from common.seeds import state_rng

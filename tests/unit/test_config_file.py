@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config.divergences import JensenShannon, MixedKL
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY, load_config, parse_overrides
-from common.config.objective import JensenShannon, MixedKL
 from common.config.run import RunConfig
 from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from common.config.yaml_loader import Scalar

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.config.objective import ForwardKL, JensenShannon, MixedKL, ReverseKL
+from common.config.divergences import ForwardKL, JensenShannon, MixedKL, ReverseKL
 from learner.objective import ChunkedDivergence, HiddenTarget, TopKTarget, divergence, empty_sums
 
 KINDS = [ForwardKL(), ReverseKL(), MixedKL(alpha=0.3), JensenShannon(alpha=0.5), JensenShannon(alpha=0.2)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from common.config.objective import ExtraTerms, ObjectiveConfig
+from common.config.objective import ObjectiveConfig
+from common.config.terms import ExtraTerms
 from common.config.unmasking import DynamicUnmasking
 from common.datasets.errors import PromptError
 from common.prompts import Prompt

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.sampler.sampling import Decoding, sample_tokens
-from common.config.objective import TeacherTarget
+from common.config.targets import TeacherTarget
 from common.reshaping import reshape, truncate
 
 TIED = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0, 0.0]).log()  # by rank: tokens 1, 3; then 2, 4, 5; then 0; 6 never

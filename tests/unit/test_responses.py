@@ -13,7 +13,8 @@ from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngi
 from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.file import load_config
-from common.config.objective import MixtureSource, ObjectiveConfig, OfflineSource, StudentSource
+from common.config.objective import ObjectiveConfig
+from common.config.sources import MixtureSource, OfflineSource, StudentSource
 from common.prompts import Prompt, PromptError
 from common.responses import load_responses, offline_share, offline_trajectory, with_responses
 from common.seeds import state_rng

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config.objective import ForwardKL
+from common.config.divergences import ForwardKL
 from common.student import load_tokenizer
 from common.trajectory import OFFLINE
 from learner import rollout_samples

@@ -8,7 +8,9 @@ import torch
 from pydantic import ValidationError
 
 from actors.teacher.targets import TopkTargets, log_tail_mass, reshape_topk
-from common.config.objective import ForwardKL, JensenShannon, ObjectiveConfig, TeacherTarget
+from common.config.divergences import ForwardKL, JensenShannon
+from common.config.objective import ObjectiveConfig
+from common.config.targets import TeacherTarget
 from common.reshaping import reshape
 from learner.objective import ChunkedDivergence, HiddenTarget, LabelTarget, divergence, empty_sums
 from tests.unit.test_config import run_config

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from common.config.objective import ForwardKL, ObjectiveConfig
+from common.config.divergences import ForwardKL
+from common.config.objective import ObjectiveConfig
 from common.config.unmasking import DynamicUnmasking
 from common.seeds import state_rng
 from common.states import select_states

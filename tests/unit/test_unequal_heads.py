@@ -15,10 +15,11 @@ from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from actors.teacher.actor import build_backend
 from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
+from common.config.divergences import ForwardKL, ReverseKL
 from common.config.errors import ConfigError
 from common.config.file import load_config
-from common.config.objective import ForwardKL, ReverseKL, TeacherTarget
 from common.config.run import RunConfig
+from common.config.targets import TeacherTarget
 from common.config.teacher import TeacherConfig
 from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert, counted_tokens
