@@ -221,7 +221,7 @@ def create_pools(
         StopRequested: the run was asked to stop.
     """
     groups = reserve(config, placement, calls, roles)
-    shape = config.objective.shape
+    shape = config.objective.teacher_shape
     student = student_of(config)
     classes: dict[Role, Any] = {"rollout": rollout, "teacher": teacher, "learner": rank}
     pool_of = tuple(p.pool for p in placement.processes if p.role == "teacher")

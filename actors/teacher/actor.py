@@ -47,17 +47,22 @@ def build_backend(config: TeacherConfig, model_path: str, tokens: int | None = N
     return loaded
 
 
-def annotate(backend: TeacherBackend, trajectories: Sequence[Trajectory], shape: TeacherTarget = AS_IT_IS) -> None:
+def annotate(
+    backend: TeacherBackend, trajectories: Sequence[Trajectory], shape: TeacherTarget = AS_IT_IS, block_size: int = 0
+) -> None:
     """Fill the target fields for the `target_offsets` of each trajectory; they stay empty where there are none.
 
-    Top-k targets are reshaped here. With hidden states the learner reshapes, after the LM head.
+    Top-k targets are reshaped here. With hidden states the learner reshapes, after the LM head. `block_size` of the
+    trajectories is needed for block-aware targets.
     """
     asked = [t for t in trajectories if len(t.target_offsets)]
     requests = [backend.request(t) for t in asked]
-    for trajectory, targets in zip(asked, backend.targets(requests), strict=True):
+    for trajectory, request, targets in zip(asked, requests, backend.targets(requests), strict=True):
         if isinstance(targets, HiddenTargets):
             trajectory.hidden = targets.hidden.ravel()
         else:
+            if shape.block_aware:
+                targets = backend.block_aware(request, targets, block_size, shape.block_aware)
             targets = reshape_topk(targets, shape) if shape.reshapes else targets
             trajectory.topk_ids = targets.ids.ravel()
             trajectory.topk_logprobs = targets.logprobs.ravel()
@@ -244,7 +249,9 @@ class TeacherActor:
 
     def _annotate(self, works: list[_Work]) -> None:
         with self.spans.measure():
-            annotate(self.backend, [t for w in works for t in w.trajectories], self.shape)
+            for size in {w.meta.block_size for w in works}:
+                rows = [t for w in works if w.meta.block_size == size for t in w.trajectories]
+                annotate(self.backend, rows, self.shape, size)
         kind, width, dtype = self.backend.kind, self.backend.width, self.backend.hidden_dtype
         for work in works:
             meta = replace(work.meta, target_kind=kind, target_width=width, hidden_dtype=dtype)

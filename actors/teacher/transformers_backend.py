@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from actors.teacher.block_aware import block_aware
 from actors.teacher.targets import (
     HiddenTargets,
     TargetRequest,
@@ -84,6 +85,9 @@ class TransformersBackend(TeacherBackend):
     @torch.inference_mode()
     def _targets(self, batch: list[TargetRequest]) -> list[Targets]:
         return [self._targets_of(hidden) for hidden in causal_hidden_states(self.model, batch)]
+
+    def block_aware(self, request: TargetRequest, targets: TopkTargets, block_size: int, share: float) -> TopkTargets:
+        return block_aware(self.model, request, targets, block_size, share, self.tokens)
 
     def take_notes(self) -> list[str]:
         return self.budget.take_notes()

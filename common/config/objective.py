@@ -175,6 +175,11 @@ class ObjectiveConfig(Section):
         return self.target if isinstance(self.target, TeacherTarget) else AS_IT_IS
 
     @property
+    def teacher_shape(self) -> TeacherTarget:
+        """How the first loss that has a teacher reshapes its distribution."""
+        return next((part.shape for part in self.parts if part.target.kind == "teacher"), AS_IT_IS)
+
+    @property
     def changes_positions(self) -> bool:
         """Whether anything but the plain divergence is computed from the logits."""
         return self.clip_nats is not None or self.importance_weight or self.routes or self.terms.needs_entropy

@@ -357,6 +357,28 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _block_aware_teacher(self) -> RunConfig:
+        aware = [part.shape.block_aware for part in self.objective.parts if part.shape.block_aware]
+        if not aware or self.target_kind == "none":
+            return self
+        for field, on, remedy in (
+            ("teacher.target 'hidden'", self.target_kind == "hidden", "teacher.target to 'topk'"),
+            (
+                "teacher.backend 'vllm'",
+                any(t.backend == "vllm" for t in self.teacher.pools.values()),
+                "it to 'transformers'",
+            ),
+            ("teacher.reads 'state'", any(t.reads == "state" for t in self.teacher.pools.values()), "it to 'prefix'"),
+            ("block_growth.anchor", self.block_growth.anchor, "it to false"),
+        ):
+            if on:
+                raise ValueError(
+                    f"objective.target.block_aware ({aware[0]:g}) scores branches of the teacher's best tokens, which "
+                    f"{field} does not do; set {remedy}, or block_aware to 0"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _target_fits_divergence(self) -> RunConfig:
         if self.target_kind != "topk":
             return self
@@ -374,4 +396,10 @@ class RunConfig(Section):
                     f"tokens only, so reshaping is exact only within these; set {place}.target.top_k between 1 and "
                     f"{self.teacher.top_k}, raise teacher.top_k, or set teacher.target to 'hidden'"
                 )
+        shapes = [part.shape for part in self.objective.parts if part.target.kind == "teacher"]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(
+                "objective.extra: with teacher.target 'topk' the teacher reshapes its distribution for all losses at "
+                "once, but their targets differ; give all the same, or set teacher.target to 'hidden'"
+            )
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config.section import Section
 
@@ -22,6 +22,13 @@ class TeacherTarget(Section):
     top_k: int = Field(0, ge=0, description="keep the K most likely tokens; 0: off")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the smallest set with this probability; 1: off")
     min_p: float = Field(0.0, ge=0, lt=1, description="keep tokens with this share of the best one's; 0: off")
+    block_aware: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the block-aware target, in which the teacher's K best tokens have their mass by what "
+        "follows in the block too (TCSM); the rest is the teacher's own; teacher.target topk",
+    )
 
     @property
     def truncates(self) -> bool:
@@ -30,6 +37,15 @@ class TeacherTarget(Section):
     @property
     def reshapes(self) -> bool:
         return self.truncates or self.temperature != 1
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> TeacherTarget:
+        if self.block_aware and self.reshapes:
+            raise ValueError(
+                f"block_aware ({self.block_aware:g}) is defined on the teacher's own distribution, which temperature, "
+                "top_k, top_p and min_p reshape; turn these off, or set block_aware to 0"
+            )
+        return self
 
 
 AS_IT_IS = TeacherTarget()

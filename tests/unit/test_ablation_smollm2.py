@@ -20,6 +20,7 @@ from learner.objective import empty_sums
 from learner.training_module import TrainingModule
 from tests.models import tiny_qwen3
 from tests.unit.test_parity import CPU, set_targets, trajectories
+from tests.unit.test_training_loss import K, set_topk
 
 FILE = "ablation-smollm2"
 ARMS = list(load_ablation(FILE).arms)
@@ -71,7 +72,9 @@ def test_an_update_of_every_arm_is_finite(runs, models, name):
         rows += own
     if config.target_kind == "hidden":
         set_targets(teacher, rows)
-    width = student.config.hidden_size if config.target_kind == "hidden" else 0
+    elif config.target_kind == "topk":
+        set_topk(teacher, rows)
+    width = {"hidden": student.config.hidden_size, "topk": K, "none": 0}[config.target_kind]
     meta = TrajectoryMeta(4, tokenizer.mask_token_id, "test", config.target_kind, width)
     builder = BatchBuilder.of(config, meta, attention="sdpa", device=CPU, teacher_head=teacher.lm_head.weight)
     builders = builder.with_extra(config.objective, extra_weights(config.objective, 0))
