@@ -37,10 +37,12 @@ from common.student import (
     check_family,
     fitted_head,
     head_of_folder,
+    is_student,
     load_config,
     load_model,
     load_tokenizer,
     stored_shapes,
+    student_architecture,
     third_party,
 )
 from common.vocabulary import check_tokenizer, token_count
@@ -98,7 +100,7 @@ def convert(
         teacher = load_tokenizer(teacher_path)
         ends += known_end_tokens(teacher, load_generation_config(teacher_path, load_config(teacher_path)))
     kept = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}
-    if mask_token == NEW and getattr(config, "mask_token_id", None) is not None:
+    if mask_token == NEW and is_student(config):
         mask_token = AUTO  # it has its new one already
     mask = set_mask_token(tokenizer, mask_token, config.vocab_size, kept)
     config.vocab_size = mask.rows
@@ -276,10 +278,11 @@ def save_student(
     model.generation_config.eos_token_id = list(conversion.end_tokens)
     if adapter and adapter.rank:
         write_adapter(out, adapter, str(Path(base).resolve()) if Path(base).exists() else base, state_dict or {})
-        model.config.save_pretrained(out)
         model.generation_config.save_pretrained(out)
     else:
         model.save_pretrained(out, state_dict=state_dict)
+    model.config.architectures = [student_architecture(model.config)]
+    model.config.save_pretrained(out)
     conversion.tokenizer.save_pretrained(out)
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from common.adapter_files import ADAPTER_CONFIG, AdapterFolder, read_adapter
 from common.config.model import AttentionContext
@@ -56,6 +57,22 @@ def load_config(path: str) -> Any:
         # an exported folder (deploy/export): its own code is for who has not this program
         own = {name: value for name, value in values.items() if name not in ("model_type", "auto_map")}
         return CONFIG_MAPPING[family].from_dict(own)
+
+
+def is_student(config: Any) -> bool:
+    """Whether this is the config of a student, and not of an ARLM."""
+    return getattr(config, "mask_token_id", None) is not None
+
+
+def plain_architecture(config: Any) -> str:
+    """The family's class for causal LMs, which reads a student's weights as it reads its ARLM's."""
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+
+def student_architecture(config: Any) -> str:
+    """What a checkpoint calls itself, such as Qwen3BlockDiffusionForCausalLM: engines that choose by this name refuse
+    it, and do not decode it autoregressively. transformers chooses by `model_type`, which stays the family's."""
+    return plain_architecture(config).replace("ForCausalLM", "BlockDiffusionForCausalLM")
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.end_tokens import response_text, set_end_tokens
 from common.prompts import Prompt
-from common.student import load_model, load_tokenizer
+from common.student import is_student, load_model, load_tokenizer
 from common.trajectory import Trajectory
 from common.vocabulary import token_count
 
@@ -28,7 +28,7 @@ def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreT
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path, getattr(torch, dtype), "sdpa").to(device)
     model.requires_grad_(False)
-    if getattr(model.config, "mask_token_id", None) is None:
+    if not is_student(model.config):
         raise ValueError(f"{path!r} has no mask_token_id in its config; convert it first: opdlm convert {path} OUT")
     tokenizer = load_tokenizer(path)
     set_end_tokens(model, tokenizer)

@@ -28,7 +28,7 @@ from actors.teacher.targets import (
 from common.config.teacher import TeacherConfig
 from common.device import device_for
 from common.gguf_files import model_folder
-from common.student import load_config
+from common.student import is_student, load_config, plain_architecture
 
 TOKENS_PER_SLOT = 16  # vLLM gets one sequence slot for every 16 tokens of max_batched_tokens
 MOST_SLOTS = 256
@@ -106,8 +106,11 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
         torch._dynamo.config.disable = True
     arguments.setdefault("load_format", "safetensors")  # no pickles, which run code when they are read
     arguments.setdefault("max_model_len", -1)  # the model's own, or as much as the KV cache holds
+    model = load_config(model_path)
     return LLM(
         model_folder(model_path),
+        # a student names an architecture of its own: as a teacher it is read as its family
+        hf_overrides={"architectures": [plain_architecture(model)]} if is_student(model) else {},
         dtype=config.dtype,
         enforce_eager=on_cpu,
         max_num_batched_tokens=config.max_batched_tokens,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from common.config.data import DataConfig
 from common.config.model import ModelConfig
 from common.config.run import RunConfig
 from common.config.teacher import TeacherConfig
+from common.conversion import convert_folder
 from common.student import lm_head_weight, load_model
 from common.trajectory import from_batch, to_batch
 from tests.models import tiny_qwen3
@@ -65,8 +69,23 @@ def rows() -> list[Any]:
     return [trajectory(i, list(offsets), prompt, n) for i, (prompt, n, offsets) in enumerate(shapes)]
 
 
-def test_the_distribution_over_the_tokens_alone(cluster: None, path: str) -> None:
-    """A teacher with more rows than the student: both backends give the best of the tokens that both know."""
+def test_a_student_is_refused_by_vllm_itself(path: str, tmp_path: Path) -> None:
+    """It would decode a checkpoint autoregressively, for which it was not trained."""
+    convert_folder(path, tmp_path / "student", 4, "auto", torch.float32)
+    code = "import sys; from vllm.config import ModelConfig; print(ModelConfig(sys.argv[1]).architectures)"
+    plain, student = (
+        subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+        for folder in (path, str(tmp_path / "student"))
+    )
+    assert "['Qwen3ForCausalLM']" in plain.stdout, plain.stderr
+    assert student.returncode and "'Qwen3BlockDiffusionForCausalLM'] are not supported" in student.stderr
+
+
+def test_the_distribution_over_the_tokens_alone(cluster: None, path: str, tmp_path: Path) -> None:
+    """A teacher with more rows than the student: both backends give the best of the tokens that both know. The teacher
+    is a checkpoint of a student, which is read as its family."""
+    convert_folder(path, tmp_path / "student", 4, "auto", torch.float32)
+    path = str(tmp_path / "student")
     config = run_config(path, "topk").teacher
     requests = [TargetRequest(t.causal_ids, len(t.prompt_ids) + t.target_offsets) for t in rows()[:3]]
     actor = as_remote(run_config(path, "topk")).remote(config, path, tokens=263)

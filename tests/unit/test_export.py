@@ -130,11 +130,17 @@ def test_what_does_not_know_an_exported_folder_refuses_it(opdlm, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_opdlm_reads_what_it_has_exported(opdlm, tmp_path):
+def test_opdlm_reads_checkpoints_exported_ones_and_those_of_earlier_releases(opdlm, tmp_path):
     folder = student(tmp_path, "llama", "block")
-    assert opdlm("export", folder, tmp_path / "out")[0] == 0
     asked = ["2 + 2?", "--max-new-tokens", 8]
-    assert opdlm("generate", tmp_path / "out", *asked)[:2] == opdlm("generate", folder, *asked)[:2]
+    written = opdlm("generate", folder, *asked)[:2]
+    assert written[0] == 0
+    assert opdlm("export", folder, tmp_path / "out")[0] == 0
+    assert opdlm("generate", tmp_path / "out", *asked)[:2] == written
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["LlamaBlockDiffusionForCausalLM"], "llama")
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    assert opdlm("generate", folder, *asked)[:2] == written
 
 
 @pytest.mark.parametrize(
