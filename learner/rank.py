@@ -470,6 +470,9 @@ class LearnerRank:
             loss = self.engine.forward(tensors, of_loss, last=i == len(order) - 1)
             self.clock.mark("backward")
             self.engine.backward(loss)
+            # its graph holds the gradient node of a tied LM head on this stream, which the capture of a new width of
+            # the next micro-batch could not join
+            del loss
             self.micro_batches += 1
 
     def _step(self, update: list[PreparedUpdate], sums: list[LossSums]) -> tuple[dict[str, float], str]:

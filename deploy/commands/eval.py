@@ -90,6 +90,7 @@ def evaluate(
     rule: Annotated[
         list[RuleName] | None,
         typer.Option(
+            "--rule",  # typer 0.27 would spell it --RULE, after the metavar
             metavar="RULE",
             help="which masked tokens a step reveals, repeatable: static (the most confident), sequential (the "
             "leftmost), dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy), "

@@ -38,6 +38,7 @@ class RuleName(StrEnum):
 Rule = Annotated[
     RuleName,
     typer.Option(
+        "--rule",  # typer 0.27 would spell it --RULE, after the metavar
         metavar="RULE",
         help="which masked tokens a step reveals: static (one, the most confident), sequential (one, the leftmost), "
         "dynamic (all above the threshold), entropy_bound (the most certain, up to a total entropy), adaptive (all "

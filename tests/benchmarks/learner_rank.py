@@ -14,8 +14,6 @@ import torch
 
 from common.config.run import RunConfig
 from common.trajectory import TrajectoryMeta
-from learner.batches import BatchBuilder
-from learner.objective import empty_sums
 from tests.benchmarks.learner_step import BLOCK, random_trajectories, uneven_rows, useful_flops
 from tests.benchmarks.models import matmul_rate, save_random_model
 from tests.benchmarks.operators import Operator, hottest
@@ -51,10 +49,11 @@ def _metrics(folder: str, size: str, device: str, rows: int, *plan: int) -> dict
     steps: list[float] = []
     step = rank.engine.step
 
-    def timed_step() -> None:
+    def timed_step() -> float:
         start = _now(device)
-        step()
+        norm: float = step()
         steps.append(_now(device) - start)
+        return norm
 
     rank.engine.step = timed_step
     for _ in range(2):  # compiles, then fills the buffers
@@ -125,21 +124,11 @@ def _ready(
     width = rank.conversion.config.hidden_size
     meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "benchmark", "hidden", width)
     trajectories = random_trajectories(width, rows, prompt, response, cuda, uneven=uneven)
-    builder = BatchBuilder(
-        meta,
-        "row_mean",
-        "bucket",
-        max_tokens,
-        rank.attention,
-        rank.device,
-        rank.teacher_heads[0].weight,
-        graphs=rank.engine.graphs,
-    )
+    builders = rank._builders(meta, ())
 
     def update() -> dict[str, float]:
-        prepared, sums = rank._prepared(trajectories, builder), empty_sums(rank.device)
-        rank._accumulate(prepared, sums)
-        totals: dict[str, float] = rank._step(prepared, sums)
+        totals, wrong = rank._step(*rank._accumulated(rank._prepared([trajectories], builders), builders, False))
+        assert not wrong, wrong
         return totals
 
     return rank, update

@@ -1,6 +1,7 @@
 """Updates with whole weights in CUDA graphs beside the same with DeepSpeed's hooks and plain layers."""
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 
 from common.config.run import RunConfig
 from common.trajectory import TrajectoryMeta
-from learner.batches import BatchBuilder
-from learner.objective import empty_sums
 from tests.benchmarks.learner_step import random_trajectories
 from tests.models import tiny_qwen3
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-BLOCK, LENGTHS = 4, (60, 130, 260, 130)  # widths that are captured, and one that comes again
+BLOCK = 4
+# responses of an update's trajectories: widths that are captured, one that comes again, and one that comes first behind
+# another micro-batch
+LENGTHS = ((60,), (130,), (260,), (130,), (500, 90))
 
 
 def losses(path: str, max_tokens: int, dtype: str, learner: dict[str, Any]) -> list[tuple[float, float]]:
@@ -35,22 +37,14 @@ def losses(path: str, max_tokens: int, dtype: str, learner: dict[str, Any]) -> l
     rank.start("127.0.0.1", rank.address()[1])
     width = rank.conversion.config.hidden_size
     meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "test", "hidden", width)
-    builder = BatchBuilder(
-        meta,
-        "row_mean",
-        "bucket",
-        max_tokens,
-        "flex_attention",
-        rank.device,
-        rank.teacher_heads[0].weight,
-        graphs=rank.engine.graphs,
-    )
+    builders = rank._builders(meta, ())
     found = []
-    for response in LENGTHS:
-        update = rank._prepared(random_trajectories(width, 3, 20, response, False), builder)
-        sums = empty_sums(rank.device)
-        rank._accumulate(update, sums)
-        totals = rank._step(update, sums)
+    for responses in LENGTHS:
+        rows = [t for response in responses for t in random_trajectories(width, 3, 20, response, False)]
+        rows = [replace(t, ordinal=i) for i, t in enumerate(rows)]
+        update = rank._prepared([rows], builders)
+        totals, wrong = rank._step(*rank._accumulated(update, builders, False))
+        assert not wrong, wrong
         found.append((totals["loss"], totals["grad_norm"]))
     return found
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from common.config.unmasking import DynamicUnmasking
 from common.conversion import convert, load_converted
 from common.seeds import state_rng
 from common.states import select_states
-from common.student import hidden_states, load_model, load_tokenizer
+from common.student import hidden_states, lm_head_weight, load_model, load_tokenizer
 from common.trajectory import Trajectory, TrajectoryMeta, read_spool, to_batch
 from common.vocabulary import tokenizer_fingerprint
 from common.weights.object_store import ObjectStoreTransport
@@ -281,6 +282,38 @@ def test_an_update_that_is_not_finite_is_left_out_and_repeated_by_replay(tmp_pat
 
     with pytest.raises(ray.exceptions.RayTaskError, match="update 0 is left out: the loss is nan"):
         ray.get([a.train.remote(refs[:1], 0, updates) for a in actors])
+
+
+class NotedGraphs(rank.LearnerRank):
+    """Notes at each forward whether the LM head still has the gradient node that the micro-batch before has marked."""
+
+    def start(self, host: str, port: int) -> dict:
+        facts = super().start(host, port)
+        forward, head, self.held = self.engine.forward, lm_head_weight(self.engine.student), []
+
+        def node() -> Any:
+            return head.view_as(head).grad_fn.next_functions[0][0]
+
+        def noted_forward(batch, sums, *, last):
+            self.held.append("marked" in node().metadata)
+            loss = forward(batch, sums, last=last)
+            node().metadata["marked"] = True
+            return loss
+
+        self.engine.forward = noted_forward
+        return facts
+
+    def noted(self) -> list[bool]:
+        return self.held
+
+
+def test_no_autograd_graph_outlives_its_micro_batch(tmp_path, ray_local):
+    """On a GPU the layers of a new width are captured then; a node that is left from before is on another stream."""
+    path = tiny_qwen3(tmp_path / "model", seed=1)
+    (actor,) = started_ranks(config(path, 1, {}), partial(rank.as_remote, actor_class=NotedGraphs))
+    ray.get(actor.train.remote(refs_of(path), 0, RunUpdates(warmup=0, total=2)))
+    held = ray.get(actor.noted.remote())
+    assert len(held) > 2 and not any(held)
 
 
 class NotedGradients(rank.LearnerRank):

@@ -42,6 +42,13 @@ def test_every_command_has_help(opdlm, command):
     assert f"opdlm {command}" in out
 
 
+def test_options_are_in_lower_case(opdlm):
+    """A version of typer takes an option's name from its metavar."""
+    for command in (c for c in COMMANDS if c != "lm_eval"):
+        shouted = [o for o in re.findall(r"--[A-Z][A-Z_-]*", opdlm(command, "--help")[1]) if o != "--FIELD"]
+        assert not shouted, (command, shouted)
+
+
 def test_help_of_all_commands_loads_no_heavy_library():
     code = f"""
 import sys
