@@ -32,19 +32,37 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="folder to write", metavar="OUT", callback=a_path)],
     format: Format = "hf",
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--eval", help="results of opdlm eval, a .json file, for the model card", callback=a_path),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="of the base model, such as apache-2.0; default: what its own card says"),
+    ] = None,
+    card_only: Annotated[
+        bool, typer.Option("--card-only", help="write the model card of an exported folder OUT anew, and nothing else")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="upload OUT to this repository of the hub", metavar="ORGANISATION/NAME")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="a repository that --push makes is private")] = False,
 ) -> None:
     """Write a student as a folder that other programs load, and that none decodes autoregressively by mistake.
 
-    [bold]Example[/bold]
+    Its model card, README.md, is written from the run where MODEL lies in a run's folder.
+
+    [bold]Examples[/bold]
 
         opdlm export runs/tiny/checkpoints/final exported
 
-        python -c 'from transformers import AutoModelForCausalLM as M;
-        M.from_pretrained("exported", trust_remote_code=True)'
+        opdlm export runs/mine/checkpoints/final mine --format sdar --eval eval.json --push me/mine
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if card_only and not (out / "config.json").is_file():
+        raise ConfigError(f"OUT: {str(out)!r} is no exported folder; leave --card-only out to write one")
+    if not card_only and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT: {str(out)!r} exists; choose another folder, or remove it")
-    from deploy.model_checks import check_student_folder, model_errors
+    from deploy.model_checks import check_student_folder, model_errors, model_json
 
     check_student_folder("MODEL", model)
     if not Path(model).is_dir():
@@ -52,14 +70,28 @@ def export(
     check_writable("OUT", out)
     from deploy.export.exported_folder import read_student, write_exported
     from deploy.export.hf import write_hf
+    from deploy.export.hub import check_repository, push_folder
+    from deploy.export.model_card import CARD, model_card, read_results
     from deploy.export.sdar import check_sdar, sdar_notes, write_sdar
 
+    if push:
+        check_repository(push)
+    results = read_results(evaluation) if evaluation else None
+    sdar = model_json("OUT", str(out))["model_type"] == "sdar" if card_only else format == "sdar"
     with model_errors("MODEL", model):
         student = read_student(Path(model))
-        if format == "sdar":
+        if sdar:
             check_sdar(student)
         with writing("OUT", out):
-            write_exported(student, out, write_sdar if format == "sdar" else write_hf)
-    for note in sdar_notes(student) if format == "sdar" else ():
+            if not card_only:
+                write_exported(student, out, write_sdar if sdar else write_hf)
+            card = model_card(student, push or out.resolve().name, sdar, results, licence)
+            (out / CARD).write_text(card, encoding="utf-8")
+    for note in sdar_notes(student) if sdar else ():
         say(note)
-    say(f"wrote {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True).generate(...)")
+    if card_only:
+        say(f"wrote {out / CARD}")
+    else:
+        say(f"wrote {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True).generate(...)")
+    if push:
+        say(f"pushed to {push_folder(out, push, private)}")
