@@ -36,6 +36,7 @@ def reference_rollout(
     per_step: int = 1,
     bound: float = 0.1,
     lower: float = 0.6,
+    revise: float = 0.0,
     temperature: float = 0.0,
     key: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[list[int], list[int], int]:
@@ -57,8 +58,8 @@ def reference_rollout(
             forwards += 1
             log_p = torch.log_softmax(logits, dim=-1)
             candidates: dict[int, tuple[int, float, float]] = {}
-            for j, token in enumerate(block):
-                if token is not None:
+            for j in range(known, block_size):
+                if block[j] is not None and not revise:
                     continue
                 allowed = logits[j].clone()
                 allowed[mask_token_id] = -torch.inf
@@ -72,6 +73,10 @@ def reference_rollout(
                     choice = int((cdf < u * cdf[-1]).sum())
                 entropy = -(log_p[j].exp() * log_p[j]).sum().item()
                 candidates[j] = (choice, log_p[j, choice].exp().item(), entropy)
+            again = {j: c for j, c in candidates.items() if block[j] is not None and c[0] != block[j] and c[1] > revise}
+            candidates = {j: c for j, c in candidates.items() if block[j] is None}
+            for j, (token, _, _) in again.items():
+                block[j], revealed[j] = token, step
             for j in chosen_positions(candidates, rule, threshold, per_step, bound, seen, lower):
                 block[j] = candidates[j][0]
                 seen.append(candidates[j][1])

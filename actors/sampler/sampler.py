@@ -39,7 +39,7 @@ from actors.sampler.request import Request
 from actors.sampler.sampling import Candidates, Decoding, sample_tokens
 from actors.sampler.slots import SlotState, WrittenBlock
 from actors.sampler.stop_strings import StopStrings
-from actors.sampler.unmasking import choose, tokens_revealed, without_threshold
+from actors.sampler.unmasking import choose, revised, revision, tokens_revealed, without_threshold
 from actors.sampler.verification import (
     Verdicts,
     drafting,
@@ -489,6 +489,8 @@ class Sampler:
         decodings = tuple({id(d): d for d in map(self._decodings.__getitem__, running.tolist())}.values())
         revealed, exactly = zip(*(tokens_revealed(d.unmasking, self.block_size) for d in decodings), strict=True)
         commits, masked = state.expected(min(revealed), all(exactly) and min(revealed) == max(revealed))
+        revises = any(revision(d.unmasking) for d in decodings)  # whole blocks are sampled
+        masked = len(running) * self.block_size if revises else masked
         if not self.few_shapes:
             state.launched(running, self._on_device(state, decodings, torch.from_numpy(running), commits, masked))
             return
@@ -497,7 +499,7 @@ class Sampler:
         count, positions = len(rows), len(rows) * self.block_size
         few = count <= FEW_ROWS  # these cost hardly more with room for all, and need one graph
         commits = count if few else _round_up(commits, -(-count // 4), count)
-        masked = positions if few else _round_up(masked, -(-positions // 8), positions)
+        masked = positions if few or revises else _round_up(masked, -(-positions // 8), positions)
         slots = state.rows_on_device(rows)
 
         def device_pass() -> Tensor:
@@ -519,7 +521,8 @@ class Sampler:
         There is room for the commits of `commits` blocks and for sampling at `tokens` masked positions. Slots that need
         more wait; room that nobody needs is padding.
         """
-        work = self._plan(state, slots, commits, tokens)
+        revises = any(revision(d.unmasking) for d in decodings)
+        work = self._plan(state, slots, commits, tokens, revises)
         causal = self._causal_from(len(slots), len(work.rows))
         cache_rows = CacheRows(work.rows, work.positions, self.block_size, work.partner, causal)
         wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
@@ -645,8 +648,9 @@ class PassPlan(NamedTuple):
     done: Tensor  # int64 [commits], the place among the slots of each commit's; R: padding
 
 
-def plan(state: SlotState, slots: Tensor, commits: int, tokens: int) -> PassPlan:
-    """The plan of a pass over `slots` int64 [R] with room for so many commits and sampled tokens."""
+def plan(state: SlotState, slots: Tensor, commits: int, tokens: int, revises: bool = False) -> PassPlan:
+    """The plan of a pass over `slots` int64 [R] with room for so many commits and sampled tokens; with `revises` those
+    are sampled too that the blocks have revealed."""
     size, count = state.block_size, len(slots)
     current = positions = state.block[slots, None] * size + torch.arange(size, device=slots.device)
     rows, waits, partner = slots, state.uncommitted[slots], torch.full((count + 1,), -1, device=slots.device)
@@ -659,6 +663,8 @@ def plan(state: SlotState, slots: Tensor, commits: int, tokens: int) -> PassPlan
         rows = torch.cat([slots, slots[at]])
     ids = state.ids[rows[:, None], positions.clamp(min=0)]
     masked = state.masked[slots]
+    if revises:  # but of a sequence that has ended nothing
+        masked = state.open_positions(slots) & masked.any(dim=1, keepdim=True)
     sampled, left_out = _first(masked.flatten(), tokens)
     waits = waits | left_out.view_as(masked).any(dim=1)
     noise = uniform(state.key[slots, None], current, state.round[slots, None]).flatten()
@@ -682,11 +688,17 @@ def unmask(
     masked = state.masked[slots]
     token, confidence, entropy = (_placed(x, sampled, *masked.shape) for x in candidates)
     revealed, threshold = state.revealed_confidence(slots), state.threshold[slots, None]
-    reveal = choose(rules[0], masked, confidence, entropy, revealed, threshold)
+
+    def changed(rule: Unmasking) -> Tensor:
+        chosen = choose(rule, masked, confidence, entropy, revealed, threshold)
+        if not revision(rule):
+            return chosen
+        return chosen | revised(rule, revealed, token != state.present_ids(slots), confidence)
+
+    reveal = changed(rules[0])
     if which is not None:
         for number, rule in enumerate(rules[1:], start=1):
-            own = choose(rule, masked, confidence, entropy, revealed, threshold)
-            reveal = torch.where(which[:, None] == number, own, reveal)
+            reveal = torch.where(which[:, None] == number, changed(rule), reveal)
     return state.reveal(slots, reveal, token, confidence, waits, end_tokens)
 
 

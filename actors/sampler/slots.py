@@ -59,7 +59,8 @@ class SlotState:
     `clear` frees all slots.
 
     Invariants: tensors are changed in place and never replaced. The host's integers are as old as the last pass that
-    was read. A revealed position never changes again. A block is committed in the next pass that has room.
+    was read. A revealed position never changes again, but where the rule revises the
+    present block. A block is committed in the next pass that has room.
 
     Example: block size 4, a prompt of 5 tokens (so its last token stands in block 1), `max_new_tokens` 6::
 
@@ -223,11 +224,23 @@ class SlotState:
         committed: list[int] = ((self.block[rows] - self.uncommitted[rows].long()) * self.block_size).tolist()
         return committed
 
+    def open_positions(self, rows: Tensor) -> Tensor:
+        """bool [R, B]: what the present blocks of the slots `rows` int64 [R] hold beyond their prompts."""
+        return self._current(rows) >= self.prompt_length[rows, None]
+
+    def present_ids(self, rows: Tensor) -> Tensor:
+        """int64 [R, B]: the tokens of these blocks."""
+        return self.ids[rows[:, None], self._current(rows)]
+
+    def _current(self, rows: Tensor) -> Tensor:
+        """int64 [R, B]: the positions of the present blocks."""
+        return self.block[rows, None] * self.block_size + torch.arange(self.block_size, device=self.device)
+
     def revealed_confidence(self, rows: Tensor) -> Tensor:
         """float32 [R, B]: the confidence of what earlier rounds have revealed in the present block of the slots `rows`
         int64 [R], NaN elsewhere."""
-        current = self.block[rows, None] * self.block_size + torch.arange(self.block_size, device=self.device)
-        revealed = ~self.masked[rows] & (current >= self.prompt_length[rows, None])
+        current = self._current(rows)
+        revealed = ~self.masked[rows] & self.open_positions(rows)
         return torch.where(revealed, self.confidence[rows[:, None], current], torch.nan)
 
     def reveal(

@@ -39,6 +39,17 @@ def without_threshold(rule: Unmasking) -> tuple[Unmasking, float]:
     return rule, 0.0
 
 
+def revision(rule: Unmasking) -> float:
+    """The probability above which another token replaces a revealed one; 0: never."""
+    return rule.revise if isinstance(rule, DynamicUnmasking) else 0.0
+
+
+def revised(rule: Unmasking, revealed: Tensor, differs: Tensor, confidence: Tensor) -> Tensor:
+    """Revealed positions that take their candidate, bool [S, B]: it `differs` from the token there, bool [S, B], and is
+    more probable than the rule asks for. `revealed` and `confidence` as in `choose`."""
+    return ~revealed.isnan() & differs & (confidence > revision(rule))
+
+
 def choose(
     rule: Unmasking,
     masked: Tensor,

@@ -50,6 +50,11 @@ class RolloutConfig(Section):
                 "unmasking.rule 'speculative' is for generation and evaluation: it writes the text of the causal "
                 "reading, not the student's own; choose another rule for rollouts"
             )
+        if isinstance(self.unmasking, DynamicUnmasking) and self.unmasking.revise:
+            raise ValueError(
+                f"unmasking.revise ({self.unmasking.revise:g}) is for generation and evaluation: a token that changes "
+                "has no round from which states could be selected; set it to 0 for rollouts"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,11 +17,22 @@ class StaticUnmasking(Section):
 
 
 class DynamicUnmasking(Section):
-    """Reveal every position with confidence above `threshold`, and at least the `min_tokens` most confident."""
+    """Reveal every position with confidence above `threshold`, and at least the `min_tokens` most confident.
+
+    With `revise` a token that the present block has revealed gives way to another one that the student then finds more
+    probable than that, which only makes sense for a student that was trained at unmasked positions too (BARD).
+    """
 
     rule: Literal["dynamic"] = "dynamic"
     threshold: float = Field(0.9, ge=0, le=1, description="confidence (probability) above which a token is revealed")
     min_tokens: int = Field(1, ge=1, description="tokens revealed per step at least")
+    revise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability above which another token replaces one that the block has revealed; not for rollouts; "
+        "0: never",
+    )
 
 
 class SequentialUnmasking(Section):

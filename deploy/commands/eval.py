@@ -28,6 +28,7 @@ from deploy.evaluation.asking import (
 from deploy.evaluation.decoding_options import (
     DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
+    REVISE_HELP,
     DtypeName,
     RuleName,
     Student,
@@ -136,6 +137,10 @@ def evaluate(
         list[int] | None,
         typer.Option(min=1, help="steps of a draft under the speculative rule, repeatable; default: 1"),
     ] = None,
+    revise: Annotated[
+        list[float] | None,
+        typer.Option(callback=finite, min=0, max=0.999, help=f"{REVISE_HELP}; repeatable; default: 0"),
+    ] = None,
     block_size: Annotated[
         list[int] | None, typer.Option(min=1, help="tokens per block, repeatable; default: the model's own")
     ] = None,
@@ -229,6 +234,7 @@ def evaluate(
         "--tokens-per-step": tokens_per_step,
         "--bound": bound,
         "--draft-rounds": draft_rounds,
+        "--revise": revise,
         "--block-size": block_size,
         "--original": original,
     }
@@ -293,6 +299,7 @@ def evaluate(
         lower or [DEFAULT_LOWER],
         sizes,
         draft_rounds or [1],
+        revise or [0.0],
     )
     models: list[tuple[str, ModelSpec, list[Setting]]] = []
     if not autoregressive:

@@ -36,6 +36,7 @@ from deploy.evaluation.decoding_options import (
     DraftRounds,
     DtypeName,
     Lower,
+    Revise,
     Rule,
     RuleName,
     Student,
@@ -81,6 +82,7 @@ def generate(
     threshold: Threshold = DEFAULT_THRESHOLD,
     lower: Lower = DEFAULT_LOWER,
     draft_rounds: DraftRounds = 1,
+    revise: Revise = 0.0,
     block_size: BlockSize = None,
     max_new_tokens: Annotated[
         int | None,
@@ -154,11 +156,11 @@ def generate(
     with model_errors("MODEL", model):
         student, tokenizer = load_student(model, dtype)
     sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(prompts)), seed=seed)
-    decoding = Decoding(unmasking_of(rule, threshold, lower, draft_rounds), temperature)
+    decoding = Decoding(unmasking_of(rule, threshold, lower, draft_rounds, revise), temperature)
     settings = {
         "model": str(Path(model).resolve()),
         "prompts": of_prompts(prompts),
-        "rule": decoding.unmasking.model_dump(),
+        "rule": decoding.unmasking.model_dump(exclude=set() if revise else {"revise"}),
         "block_size": block_size,
         "max_new_tokens": limit,
         "temperature": temperature,

@@ -58,6 +58,11 @@ Threshold = Annotated[
 Lower = Annotated[
     float, typer.Option(min=0, max=1, help="lower bound of the adaptive rule's threshold", callback=finite)
 ]
+REVISE_HELP = (
+    "probability above which another token replaces one that the present block has revealed, under the dynamic rule; "
+    "0: never"
+)
+Revise = Annotated[float, typer.Option(min=0, max=0.999, help=REVISE_HELP, callback=finite)]
 DraftRounds = Annotated[
     int,
     typer.Option(
@@ -75,17 +80,21 @@ Student = Annotated[
 ]
 
 
-def unmasking_of(rule: str, threshold: float, lower: float = DEFAULT_LOWER, draft_rounds: int = 1) -> Unmasking:
-    """The unmasking rule of the --rule, --threshold, --lower and --draft-rounds options.
+def unmasking_of(
+    rule: str, threshold: float, lower: float = DEFAULT_LOWER, draft_rounds: int = 1, revise: float = 0.0
+) -> Unmasking:
+    """The unmasking rule of the --rule, --threshold, --lower, --draft-rounds and --revise options.
 
     Raises:
-        ConfigError: the rule is adaptive and its bounds are the wrong way round.
+        ConfigError: the rule is adaptive and its bounds are the wrong way round; or it does not revise.
     """
+    if revise and rule != "dynamic":
+        raise ConfigError(f"--revise: {revise:g} is for the dynamic rule, and --rule is {rule}; leave it out")
     if rule == "adaptive":
         return adaptive(lower, threshold)
     rules: dict[str, Unmasking] = {
         "static": StaticUnmasking(),
-        "dynamic": DynamicUnmasking(threshold=threshold),
+        "dynamic": DynamicUnmasking(threshold=threshold, revise=revise),
         "sequential": SequentialUnmasking(),
         "entropy_bound": EntropyBoundUnmasking(),
         "speculative": SpeculativeUnmasking(draft_rounds=draft_rounds, threshold=threshold),

@@ -45,8 +45,8 @@ class Setting:
     def decoding(self) -> str:
         """The rule with its parameter, as in `dynamic 0.9`."""
         match self.unmasking:
-            case DynamicUnmasking(threshold=threshold):
-                return f"dynamic {threshold:g}"
+            case DynamicUnmasking(threshold=threshold, revise=revise):
+                return f"dynamic {threshold:g}" + (f", revised {revise:g}" if revise else "")
             case StaticUnmasking(steps_per_block=steps):
                 return f"static {(self.block_size or 1) // steps if steps and self.block_size else 1}"
             case SequentialUnmasking(tokens_per_step=tokens):
@@ -68,9 +68,10 @@ def settings_of(
     lowers: list[float],
     block_sizes: list[int],
     draft_rounds: list[int] | None = None,
+    revisions: list[float] | None = None,
 ) -> list[Setting]:
     """Every rule with every value of its own parameter at every block size, without repeats; the adaptive rule with
-    every one of `lowers` under every threshold.
+    every one of `lowers` under every threshold, the dynamic one with every one of `revisions`.
 
     Raises:
         ConfigError: a static rule's tokens per step do not divide a block size, or a lower bound is above a threshold.
@@ -79,7 +80,9 @@ def settings_of(
     for block_size in block_sizes:
         for rule in rules:
             if rule == "dynamic":
-                unmaskings: list[Unmasking] = [DynamicUnmasking(threshold=t) for t in thresholds]
+                unmaskings: list[Unmasking] = [
+                    DynamicUnmasking(threshold=t, revise=r) for t in thresholds for r in revisions or [0.0]
+                ]
             elif rule == "entropy_bound":
                 unmaskings = [EntropyBoundUnmasking(bound_nats=b) for b in bounds]
             elif rule == "adaptive":

@@ -8,11 +8,13 @@ from itertools import cycle
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler, pass_rows
 from actors.sampler.sampling import Decoding, sample_tokens
 from actors.sampler.slots import PATIENCE, SlotState
+from common.config.rollout import RolloutConfig
 from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
@@ -48,6 +50,7 @@ RULES = [
     (StaticUnmasking(), {"rule": "static"}),
     (StaticUnmasking(steps_per_block=2), {"rule": "static", "per_step": 2}),
     (DynamicUnmasking(threshold=0.2), {"rule": "dynamic", "threshold": 0.2}),
+    (DynamicUnmasking(threshold=0.5, revise=0.02), {"rule": "dynamic", "threshold": 0.5, "revise": 0.02}),
     (SequentialUnmasking(tokens_per_step=2), {"rule": "sequential", "per_step": 2}),
     (EntropyBoundUnmasking(bound_nats=4.0), {"rule": "entropy_bound", "bound": 4.0}),
     (AdaptiveUnmasking(lower=0.02, upper=0.2), {"rule": "adaptive", "lower": 0.02, "threshold": 0.2}),
@@ -437,6 +440,24 @@ def test_requests_with_settings_of_their_own_share_passes(model):
         assert made[ordinal].response_ids.tolist() == t.response_ids.tolist()
         assert made[ordinal].reveal_round.tolist() == t.reveal_round.tolist()
     assert of.forwards < sum(t.denoise_forwards for t in alone.values()) / 2
+
+
+def test_revealed_tokens_may_be_revised_and_prompts_never(model):
+    """Some are, so that the texts differ; what is above the bar at once stays as it is."""
+    plain = {t.ordinal: t for t in sampler(model).generate(requests(), Decoding(DynamicUnmasking(), 0.0))}
+    rule = DynamicUnmasking(revise=0.01)
+    changed = {t.ordinal: t for t in sampler(model).generate(requests(), Decoding(rule, 0.0))}
+    assert any(plain[i].response_ids.tolist() != changed[i].response_ids.tolist() for i in plain)
+    for i, request in enumerate(requests()):
+        assert changed[i].prompt_ids.tolist() == request.prompt_ids.tolist()
+    never = DynamicUnmasking(revise=0.999)
+    same = {t.ordinal: t for t in sampler(model).generate(requests(), Decoding(never, 0.0))}
+    assert all(plain[i].response_ids.tolist() == same[i].response_ids.tolist() for i in plain)
+
+
+def test_rollouts_do_not_revise():
+    with pytest.raises(ValidationError, match=r"unmasking\.revise \(0\.5\) is for generation and evaluation"):
+        RolloutConfig(unmasking={"rule": "dynamic", "revise": 0.5})
 
 
 def test_a_key_names_the_random_stream(model):
