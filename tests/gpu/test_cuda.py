@@ -62,8 +62,12 @@ def rollouts(path, device, dtype=torch.float32, decoding=None, **options):
 
 @pytest.mark.parametrize(
     "decoding",
-    [Decoding(StaticUnmasking(), 0.0), Decoding(DynamicUnmasking(threshold=0.2), 1.0)],
-    ids=["static-greedy", "dynamic-sampled"],
+    [
+        Decoding(StaticUnmasking(), 0.0),
+        Decoding(DynamicUnmasking(threshold=0.2), 1.0),
+        Decoding(DynamicUnmasking(threshold=0.5, revise=0.02), 1.0),
+    ],
+    ids=["static-greedy", "dynamic-sampled", "revised"],
 )
 def test_graphs_give_the_cpus_trajectories(path, decoding):
     _, cpu, _ = rollouts(path, "cpu", decoding=decoding)
