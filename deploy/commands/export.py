@@ -13,11 +13,11 @@ from deploy.commands.console import say
 from deploy.named_files import check_writable, writing
 
 Format = Annotated[
-    Literal["hf", "sdar"],
+    Literal["hf", "sdar", "peft"],
     typer.Option(
         "--format",
         help="hf: for transformers, with code that decodes by block diffusion; sdar: for SGLang, LMDeploy and "
-        "JetEngine too, a Qwen3 alone",
+        "JetEngine too, a Qwen3 alone; peft: an adapter alone",
     ),
 ]
 
@@ -41,7 +41,7 @@ def export(
         typer.Option("--license", help="of the base model, such as apache-2.0; default: what its own card says"),
     ] = None,
     card_only: Annotated[
-        bool, typer.Option("--card-only", help="write the model card of an exported folder OUT anew, and nothing else")
+        bool, typer.Option("--card-only", help="write the card of OUT, which is exported already, anew")
     ] = False,
     push: Annotated[
         str | None, typer.Option(help="upload OUT to this repository of the hub", metavar="ORGANISATION/NAME")
@@ -58,11 +58,11 @@ def export(
 
         opdlm export runs/mine/checkpoints/final mine --format sdar --eval eval.json --push me/mine
     """
-    if card_only and not (out / "config.json").is_file():
+    if card_only and not (out / "block_diffusion.py").is_file():
         raise ConfigError(f"OUT: {str(out)!r} is no exported folder; leave --card-only out to write one")
     if not card_only and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"OUT: {str(out)!r} exists; choose another folder, or remove it")
-    from deploy.model_checks import check_student_folder, model_errors, model_json
+    from deploy.model_checks import check_student_folder, model_errors
 
     check_student_folder("MODEL", model)
     if not Path(model).is_dir():
@@ -72,26 +72,25 @@ def export(
     from deploy.export.hf import write_hf
     from deploy.export.hub import check_repository, push_folder
     from deploy.export.model_card import CARD, model_card, read_results
+    from deploy.export.peft import check_peft, write_peft
     from deploy.export.sdar import check_sdar, sdar_notes, write_sdar
 
     if push:
         check_repository(push)
     results = read_results(evaluation) if evaluation else None
-    sdar = model_json("OUT", str(out))["model_type"] == "sdar" if card_only else format == "sdar"
     with model_errors("MODEL", model):
         student = read_student(Path(model))
-        if sdar:
+        if format == "sdar":
             check_sdar(student)
+        if format == "peft":
+            check_peft(student)
         with writing("OUT", out):
             if not card_only:
-                write_exported(student, out, write_sdar if sdar else write_hf)
-            card = model_card(student, push or out.resolve().name, sdar, results, licence)
+                write_exported(student, out, {"hf": write_hf, "sdar": write_sdar, "peft": write_peft}[format])
+            card = model_card(student, push or out.resolve().name, format, results, licence)
             (out / CARD).write_text(card, encoding="utf-8")
-    for note in sdar_notes(student) if sdar else ():
+    for note in sdar_notes(student) if format == "sdar" else ():
         say(note)
-    if card_only:
-        say(f"wrote {out / CARD}")
-    else:
-        say(f"wrote {out}: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True).generate(...)")
+    say(f"wrote {out / CARD}" if card_only else f"wrote {out}; {CARD} in it says how to load it")
     if push:
         say(f"pushed to {push_folder(out, push, private)}")

@@ -2,6 +2,7 @@
 
     hf      transformers, with trust_remote_code: `generate` decodes by block diffusion (block_diffusion.py)
     sdar    SGLang, LMDeploy and JetEngine, which know this architecture; transformers as well
+    peft    an adapter alone, for PEFT
 
 A checkpoint keeps the `model_type` of its family, so that it is read like any model of the family. An exported folder
 has one of its own, so that what does not know it refuses it, in place of decoding it autoregressively. `opdlm` reads
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from deploy.export import block_diffusion
 from deploy.export.run_record import RunRecord, run_record
 from deploy.versions import installed_versions
 
+Format = Literal["hf", "sdar", "peft"]
 CODE = Path(block_diffusion.__file__)
 
 

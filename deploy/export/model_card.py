@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pprint import pformat
 from typing import Any
 
 import yaml
@@ -15,7 +16,7 @@ from huggingface_hub import ModelCard
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from deploy.evaluation.results import FORMAT_VERSION
-from deploy.export.exported_folder import Student
+from deploy.export.exported_folder import Format, Student
 from deploy.export.run_record import RunRecord
 
 CARD = "README.md"
@@ -42,6 +43,25 @@ print(tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_toke
 ```
 
 It needs torch and transformers 5. `opdlm serve {name}` serves it on OpenAI's API."""
+_PEFT = """An adapter of {base}. It needs peft, torch and transformers 5, and `block_diffusion.py` from here: without it
+the model decodes autoregressively, for which it was not trained.
+
+```python
+from block_diffusion import BlockDiffusion
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}").merge_and_unload()
+model.__class__ = type("Student", (BlockDiffusion, type(model)), {{}})
+model.config.update(
+    {fields}
+)
+asked = {asked}
+made = model.generate(**asked, max_new_tokens=128, rule="dynamic", threshold=0.9)
+print(tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
 _CHAT = """tokenizer.apply_chat_template(
     [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )"""
@@ -51,19 +71,19 @@ default is another one, and the mask token {mask} where they do not take that on
 
 
 def model_card(
-    student: Student, name: str, engines: bool, evaluation: dict[str, Any] | None = None, licence: str | None = None
+    student: Student, name: str, format: Format, evaluation: dict[str, Any] | None = None, licence: str | None = None
 ) -> str:
     """The card's text.
 
     Args:
         name: of the folder or repository that it is for.
-        engines: whether the folder is for engines too.
         evaluation: the content of a results file of `opdlm eval`.
         licence: of the base model, in place of what its own card says.
     """
     run = student.run
     licence = licence or (licence_of(run) if run else None)
-    facts: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = "peft" if format == "peft" else "transformers"
+    facts: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     facts |= {"license": licence} if licence else {}
     facts |= {"base_model": run.base} if run and "/" in run.base else {}
     facts["tags"] = ["block-diffusion", "opdlm"]
@@ -74,9 +94,11 @@ def model_card(
         f"# {name}",
         f"A block-diffusion language model: a {student.origin}. It writes its text in blocks of {size} tokens, of "
         "which each forward reveals one or several. It was not trained to be decoded autoregressively.",
-        "## Loading\n" + _LOADING.format(name=name, asked=asked),
-    ]
-    parts += [_ENGINES.format(size=size, mask=mask)] if engines else []
+        "## Loading\n" + (_PEFT if format == "peft" else _LOADING).format(
+            name=name, asked=asked, base=run.base if run else "BASE", fields=pformat(student.described(), width=100)
+        ),
+    ]  # fmt: skip
+    parts += [_ENGINES.format(size=size, mask=mask)] if format == "sdar" else []
     parts += [_training(run)] if run else []
     scores = _evaluated(evaluation) if evaluation else _summarised(run.summary) if run else ""
     parts += [scores] if scores else []

@@ -25,10 +25,15 @@ class RunRecord:
 
     @property
     def base(self) -> str:
-        """The model that the student was made of: its hub id, or the name of its folder or file."""
-        path = Path(self.config.model.path)
-        local = path.exists() or path.is_absolute() or path.parts[0] in (".", "..")
-        return path.name if local else self.config.model.path
+        """The name of the model that the student was made of."""
+        return public_name(self.config.model.path)
+
+
+def public_name(model: str) -> str:
+    """The hub id of a model, or the name of its folder or file, without its place on this machine."""
+    path = Path(model)
+    local = path.exists() or path.is_absolute() or path.parts[0] in (".", "..")
+    return path.name if local else model
 
 
 def run_record(checkpoint: Path) -> RunRecord | None:
