@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -48,6 +49,8 @@ def show(config: RunConfig, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     if config.objective.terms.aligns_layers:
         console.print(_alignment_cost(config, placement), highlight=False, soft_wrap=True)
+    for line in _later_teaching(config):
+        console.print(line, highlight=False, soft_wrap=True)
     console.rule("payload of one rollout batch, at most")
     used = {"trajectories", "weights", f"targets ({config.target_kind})"}
     why = "labels are hard" if config.target_kind == "none" else f"teacher.target is {config.target_kind}"
@@ -95,6 +98,18 @@ def _alignment_cost(config: RunConfig, placement: Placement) -> str:
         f"alignment of {layers} layers: a frozen ARLM of {size(frozen)} in each learner rank, and its forward over "
         f"prompts and responses; shipping the states would take {size(layers * states)} a rollout batch"
     )
+
+
+def _later_teaching(config: RunConfig) -> list[str]:
+    """What the teachers read beyond the trajectories, and who takes their place."""
+    lines = []
+    if config.target_kind == "topk" and config.objective.teacher_shape.block_aware:
+        more = " and ".join(f"{config.teacher.top_k * (b - 1) / 2:g} at block size {b}" for b in config.block_sizes)
+        lines.append(f"block-aware targets: for each trained token a teacher reads so many more: {more}")
+    if config.block_growth.anchor:
+        sizes = ", then ".join(f"{a} teaches blocks of {b}" for a, b in pairwise(config.block_sizes))
+        lines.append(f"stage anchors: the student of block size {sizes}, in the place of the teacher")
+    return lines
 
 
 def _checkpoint_bytes(config: RunConfig, placement: Placement) -> dict[str, int]:

@@ -13,6 +13,7 @@ from common.config.rollout import RolloutConfig
 from common.config.run import RunConfig
 from common.config.schedule import CurriculumConfig
 from deploy.checkpoints import RunState
+from deploy.commands.dry_run import _later_teaching
 from deploy.curriculum import Feedback, block_size_at, response_limit, unmasking_at
 from deploy.preflight import _check_anchor
 from deploy.run_folder import anchor_of
@@ -114,6 +115,20 @@ def test_the_student_of_the_size_before_teaches():
     taught = config.anchored(folders[1])
     assert (taught.teacher_path, taught.teacher.reads) == ("/out/r/anchors/block-4", "state")
     assert RunConfig.model_validate(taught.model_dump(mode="json")) == taught  # as opdlm replay reads it
+
+
+def test_dry_run_says_who_teaches():
+    config = run(block_growth=ANCHORED)
+    expected = (
+        "stage anchors: the student of block size 4 teaches blocks of 8, then 8 teaches blocks of 16, in the place"
+    )
+    assert [line.startswith(expected) for line in _later_teaching(config)] == [True]
+    assert _later_teaching(run()) == []
+    aware = {"objective": {"target": {"kind": "teacher", "block_aware": 0.5}}}
+    teacher = {"target": "topk", "backend": "transformers", "top_k": 16}
+    growth = {"kind": "steps", "sizes": [16], "at_batches": [1]}
+    (line,) = _later_teaching(run(**aware, teacher=teacher, block_growth=growth))
+    assert line.endswith("so many more: 24 at block size 4 and 120 at block size 16")
 
 
 @pytest.mark.parametrize(
