@@ -15,7 +15,7 @@ from common.config.model import ModelShape
 from common.config.resources import Resources
 from common.config.run import RunConfig
 from common.gguf_files import model_folder
-from learner.deepspeed_config import WHOLE_ELEMENTS
+from learner.deepspeed_config import WHOLE_ELEMENTS, keeps_whole
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _SHARD_BYTES = 12  # of a parameter: float32 weight and moments of AdamW
@@ -98,9 +98,15 @@ def plan(config: RunConfig) -> Placement:
         *_teachers(config, teacher_shapes),
         *_processes("learner", config.learner.ranks, config.learner.resources, learner),
     ]
-    model = shape.parameters * _BYTES[config.learner.dtype]
-    checkpoint = {"model": model, "optimizer": shape.parameters * _SHARD_BYTES}
+    trained = trained_parameters(config, shape)
+    checkpoint = {"model": trained * _BYTES[config.learner.dtype], "optimizer": trained * _SHARD_BYTES}
     return Placement(processes, _payload(config, shape, teacher_shapes), checkpoint, shape, teacher_shapes)
+
+
+def trained_parameters(config: RunConfig, shape: ModelShape) -> int:
+    """Of the student: what the optimizer, publishing and checkpoints hold; of a run with adapters these alone."""
+    adapter = config.adapter
+    return shape.adapter_parameters(adapter.rank, adapter.targets) if adapter.rank else shape.parameters
 
 
 def _processes(
@@ -259,13 +265,23 @@ def _rollout_memory(config: RunConfig, shape: ModelShape, heads: Mapping[str, Mo
     staged = config.rollout.resources.gpus or config.weights_transport == "broadcast"
     return {
         "weights": shape.parameters * width,
-        "staged weights": shape.parameters * _BYTES[config.learner.dtype] if staged else 0,
+        "staged weights": trained_parameters(config, shape) * _BYTES[config.learner.dtype] if staged else 0,
+        "adapters": _rollout_adapter_elements(config, shape) * width,
         "KV cache": config.rollout.slots * longest * shape.kv_elements_per_token * width,
         "prefill": prefill * (3 * shape.intermediate_size + 4 * shape.hidden_size) * width,  # one layer's activations
         "logits": block_rows * shape.vocab_size * 4 * 3,
         "held-out KL": _held_out_memory(config, heads),
         "runtime": _RUNTIME_BYTES,
     }
+
+
+def _rollout_adapter_elements(config: RunConfig, shape: ModelShape) -> int:
+    """Gated ones act beside the weights, with each B among the zeros of the packed one (twice at most); others are
+    merged, and what they are merged into is kept in host memory."""
+    adapter = config.adapter
+    if not adapter.rank:
+        return 0
+    return trained_parameters(config, shape) * 2 if adapter.gated else shape.targeted_parameters(adapter.targets)
 
 
 def _held_out_memory(config: RunConfig, heads: Mapping[str, ModelShape]) -> int:
@@ -308,21 +324,25 @@ def _teacher_memory(config: RunConfig, shape: ModelShape, place: str) -> dict[st
 def _learner_memory(config: RunConfig, shape: ModelShape, heads: Mapping[str, ModelShape]) -> dict[str, int]:
     learner, ranks = config.learner, config.learner.ranks
     width = _BYTES[learner.dtype]
-    states = shape.parameters * (12 if learner.dtype == "bfloat16" else 8)  # Adam moments, and fp32 weights for bf16
+    trained = trained_parameters(config, shape)
+    states = trained * (12 if learner.dtype == "bfloat16" else 8)  # Adam moments, and fp32 weights for bf16
+    frozen = shape.parameters if config.adapter.rank else 0
+    on_each_rank = 1 if keeps_whole(learner, shape.parameters) else ranks
     per_layer = shape.hidden_size * (2 if learner.gradient_checkpointing else 16)
     head = shape.vocab_size * shape.hidden_size
     base = heads[config.teacher_path].parameters
     teacher_heads = _head_elements(heads) * _BYTES[config.teacher.dtype]
     return {
-        "weights and gradients (sharded)": 2 * shape.parameters * width // ranks,
+        "weights and gradients (sharded)": 2 * trained * width // ranks,
+        "frozen base of the adapters": frozen * width // on_each_rank,
         "optimiser states (sharded)": states // ranks,
-        "weights kept whole": min(shape.parameters, WHOLE_ELEMENTS) * width * (ranks - 1) // ranks,
+        "weights kept whole": min(trained, WHOLE_ELEMENTS) * width * (ranks - 1) // ranks,
         "activations": learner.max_tokens_per_microbatch * shape.layers * per_layer * width,
         "LM head, whole, with its gradient": head * (width + 4),
         "frozen ARLM": base * width if config.objective.terms.aligns_layers else 0,
         "teacher's LM head": teacher_heads if config.target_kind == "hidden" else 0,
         "logits chunk": learner.logits_chunk_rows * shape.vocab_size * 4 * 4,
-        "staged weights": shape.parameters * width if config.weights_transport == "broadcast" else 0,
+        "staged weights": trained * width if config.weights_transport == "broadcast" else 0,
         "checkpoint copy": 0 if learner.resources.gpus else host_copy_bytes(config, shape),
         "runtime": _RUNTIME_BYTES,
     }
@@ -330,7 +350,8 @@ def _learner_memory(config: RunConfig, shape: ModelShape, heads: Mapping[str, Mo
 
 def host_copy_bytes(config: RunConfig, shape: ModelShape) -> int:
     """Host memory of one learner rank for what it writes while training goes on; the first also copies the model."""
-    return shape.parameters * _SHARD_BYTES // config.learner.ranks if config.pipeline.checkpoints_while_training else 0
+    shard = trained_parameters(config, shape) * _SHARD_BYTES // config.learner.ranks
+    return shard if config.pipeline.checkpoints_while_training else 0
 
 
 def _payload(config: RunConfig, shape: ModelShape, teachers: list[ModelShape]) -> dict[str, int]:
@@ -341,5 +362,5 @@ def _payload(config: RunConfig, shape: ModelShape, teachers: list[ModelShape]) -
         "trajectories": rows * config.data.max_prompt_tokens * 4 + response * _BYTES_PER_RESPONSE_TOKEN,
         "targets (topk)": response * (config.teacher.top_k * 8 + 4),
         "targets (hidden)": response * max(t.hidden_size for t in teachers) * _BYTES[config.teacher.dtype],
-        "weights": shape.parameters * _BYTES[config.learner.dtype],
+        "weights": trained_parameters(config, shape) * _BYTES[config.learner.dtype],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field
@@ -44,6 +46,26 @@ class ModelShape(Section):
             mlp = self.hidden_size * (3 * experts * self.expert_size + self.experts)  # and the router
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.layers * (attention + mlp) + embeddings
+
+    def adapter_parameters(self, rank: int, targets: Collection[str]) -> int:
+        """Number of parameters of LoRA's A and B of the target layers."""
+        return self.layers * rank * sum(sum(self._widths(target)) for target in targets)
+
+    def targeted_parameters(self, targets: Collection[str]) -> int:
+        """Number of parameters of these layers themselves."""
+        return self.layers * sum(math.prod(self._widths(target)) for target in targets)
+
+    def _widths(self, target: str) -> tuple[int, int]:
+        """Of the input and the output of a linear layer."""
+        heads, kv_heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        widths = {
+            "q_proj": (self.hidden_size, heads),
+            "o_proj": (heads, self.hidden_size),
+            "k_proj": (self.hidden_size, kv_heads),
+            "v_proj": (self.hidden_size, kv_heads),
+            "down_proj": (self.intermediate_size, self.hidden_size),
+        }
+        return widths.get(target, (self.hidden_size, self.intermediate_size))
 
     @property
     def kv_elements_per_token(self) -> int:

@@ -24,6 +24,7 @@ from deploy.placement import (
     object_store_mib,
     on_cluster,
     plan,
+    trained_parameters,
 )
 from learner.schedule import count_updates
 
@@ -69,6 +70,9 @@ def show(config: RunConfig, console: Console) -> None:
         console.print(f"{name:>18}  {size(nbytes):>10}", highlight=False)
     console.rule("run")
     console.print(f"{'parameters':>18}  {placement.shape.parameters:,}", highlight=False)
+    if config.adapter.rank:
+        trained = trained_parameters(config, placement.shape)
+        console.print(f"{'of the adapters':>18}  {trained:,}", highlight=False)
     for name, value in _work(config).items():
         console.print(f"{name:>18}  {value:,}", highlight=False)
     for note in notes:

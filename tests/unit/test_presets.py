@@ -13,10 +13,11 @@ GENERAL = ["qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"]
 MATH = ["qwen3-4b-math", "qwen3-4b-math-thinking"]
 NAMED = ["paper", "released"]
 REAL = "smollm2-135m"
+DRAFTER = "drafter-smollm2"
 
 
 def test_these_presets_are_shipped():
-    assert preset_names() == sorted(["tiny", REAL, *GENERAL, *MATH, *NAMED])
+    assert preset_names() == sorted(["tiny", REAL, DRAFTER, *GENERAL, *MATH, *NAMED])
 
 
 @pytest.mark.parametrize("name", ["tiny", *GENERAL, *MATH, *NAMED])
@@ -100,6 +101,23 @@ def test_the_preset_for_a_real_model_shares_one_gpu_between_its_roles():
     assert sum(p.total_bytes for p in placement.processes) < 60 * 2**30
     assert placement.shape.parameters / 1e6 == pytest.approx(134.5, rel=0.005)
     assert (config.model.path, config.data.prompts) == ("runs/real/model", "runs/real/prompts.parquet")
+
+
+def test_the_drafters_preset_trains_gated_adapters_alone():
+    config = load_config(DRAFTER)
+    assert (config.objective.method, config.attention.context, config.adapter.gated) == ("drafter", "causal", True)
+    placement = plan(config)
+    per_layer = 576 * 2 * (576 + 192) + 3 * 576 * 1536, (4 * 576 + 2 * (576 + 192)) + 3 * (576 + 1536)
+    assert placement.shape.targeted_parameters(config.adapter.targets) == 30 * per_layer[0]
+    trained = 30 * 64 * per_layer[1]
+    assert placement.payload["weights"] == placement.checkpoint["model"] == 2 * trained
+    learner = next(p.memory for p in placement.processes if p.role == "learner")
+    assert learner["frozen base of the adapters"] == 2 * placement.shape.parameters
+    assert learner["optimiser states (sharded)"] == 12 * trained
+    assert sum(p.total_bytes for p in placement.processes) < 30 * 2**30
+    console = Console(record=True, width=120, file=io.StringIO())
+    show(config, console)
+    assert f"of the adapters  {trained:,}" in console.export_text()
 
 
 def test_paper_is_algorithm_1_and_released_is_the_launchers():
