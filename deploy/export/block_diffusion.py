@@ -145,6 +145,7 @@ class BlockDiffusion:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        generation_config: Any = None,
         max_new_tokens: int | None = None,
         rule: str = "dynamic",
         threshold: float = 0.9,
@@ -161,6 +162,7 @@ class BlockDiffusion:
 
         Args:
             input_ids: int64 [N, L], shorter prompts padded on the left, where `attention_mask` is 0.
+            generation_config: only its `max_new_tokens` is read; default: the model's own.
             max_new_tokens: default: that of the generation config, else 256.
             rule: `static`, `dynamic`, or `speculative`, which needs a model whose attention_context is `causal`.
             threshold: of the dynamic rule, and of drafts in several rounds.
@@ -175,7 +177,7 @@ class BlockDiffusion:
             ValueError: an argument is out of its range.
         """
         size = int(block_size or self.config.block_size)
-        limit = max_new_tokens or self.generation_config.max_new_tokens or 256
+        limit = max_new_tokens or (generation_config or self.generation_config).max_new_tokens or 256
         ends = self.config.end_token_ids if eos_token_id is None else eos_token_id
         ends = tuple([ends] if isinstance(ends, int) else ends)
         if rule not in _RULES:

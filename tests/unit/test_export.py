@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.request import Request
@@ -216,3 +216,12 @@ def test_a_padded_batch_gives_each_row_its_own_response(tmp_path):
     for row, prompt in zip(together, prompts, strict=True):
         alone = model.generate(torch.tensor([prompt]), max_new_tokens=8)[0, len(prompt) :].tolist()
         assert row[9:].tolist() == alone + [256] * (len(row) - 9 - len(alone))
+
+
+def test_a_pipeline_of_transformers_decodes_by_block_diffusion(tmp_path):
+    model = exported_llama(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path / "student"))
+    asked = tokenizer("2 + 2?", return_tensors="pt")["input_ids"]
+    expected = model.generate(asked, max_new_tokens=12)[0, asked.shape[1] :]
+    made = pipeline("text-generation", model=model, tokenizer=tokenizer)("2 + 2?", max_new_tokens=12)
+    assert made[0]["generated_text"] == "2 + 2?" + tokenizer.decode(expected, skip_special_tokens=True)
