@@ -24,7 +24,7 @@ from actors.teacher.targets import TargetRequest, TopkTargets
 from common.masks import per_layer_kind
 from common.student import attention_windows, full_precision_logits, hidden_states, lm_head_weight
 
-_BRANCH_TOKENS = 4096  # of one forward, beside the clean sequence: the mask grows with their square
+_BRANCH_TOKENS = 512  # of one forward, or as many as the clean sequence has: the mask grows with their square
 _CLEAN = -1  # the branch of clean tokens
 
 
@@ -70,7 +70,8 @@ def branch_scores(
     """float64 [n, K]: for each position and each of its candidates, int [n, K], the log-probability of what follows in
     the block."""
     scores = np.zeros(candidates.shape)
-    for branches in _chunks(_branches(request, candidates, block_size)):
+    room = max(_BRANCH_TOKENS, int(request.positions.max()))
+    for branches in _chunks(_branches(request, candidates, block_size), room):
         log_p = _log_probabilities(model, request, branches, tokens)
         ends = np.cumsum([len(b.ids) for b in branches])
         for branch, values in zip(branches, np.split(log_p, ends[:-1]), strict=True):
@@ -87,10 +88,10 @@ def _branches(request: TargetRequest, candidates: np.ndarray, block_size: int) -
             yield Branch(row, column, position, ids, x[position + 1 : end])
 
 
-def _chunks(branches: Iterator[Branch]) -> Iterator[list[Branch]]:
+def _chunks(branches: Iterator[Branch], room: int) -> Iterator[list[Branch]]:
     chunk: list[Branch] = []
     for branch in branches:
-        if chunk and sum(len(b.ids) for b in chunk) + len(branch.ids) > _BRANCH_TOKENS:
+        if chunk and sum(len(b.ids) for b in chunk) + len(branch.ids) > room:
             yield chunk
             chunk = []
         chunk.append(branch)
