@@ -13,6 +13,7 @@ import torch
 from common.conversion import convert_folder
 from deploy.dashboard.process import free_port
 from tests.browser import chromium, needs_chromium
+from tests.chat_picture import take
 from tests.models import tiny_qwen3
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -139,4 +140,13 @@ def test_a_phone(url, browser):
     page.locator("#send").click()
     expect(page.locator(".stats").first).to_contain_text("per step", timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
+
+
+def test_a_picture_for_the_documentation_shows_an_answer_that_is_unmasked(url, browser, tmp_path):
+    page = browser.new_page(color_scheme="light")
+    take(page, url, tmp_path / "chat.png", ["Tom has 5 apples.", "How many?"], events=8, key=KEY)
+    assert page.locator(".response").nth(2).locator(".masked").count() > 0
+    assert page.locator(".response").nth(0).locator(".masked").count() == 0
+    assert (tmp_path / "chat.png").read_bytes().startswith(b"\x89PNG")
     page.close()
