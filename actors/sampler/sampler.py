@@ -284,6 +284,8 @@ class Sampler:
         if not self._state or not self._cache:
             return
         slots = np.flatnonzero(self._state.running).tolist()
+        if not slots:
+            return
         self.attach()
         self._cache_tokens(self._state, slots, [0] * len(slots), self._state.committed_tokens(slots))
 

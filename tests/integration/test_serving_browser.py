@@ -51,6 +51,7 @@ def url(tmp_path_factory):
                 break
             time.sleep(0.1)
         assert model["weights_version"] == 1, "SIGHUP reads the weights again"
+        assert httpx.get(f"{address}/health").status_code == 200
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 128 + signal.SIGTERM or server.returncode in (0, -signal.SIGTERM)
     finally:

@@ -485,6 +485,16 @@ def test_weights_are_swapped_while_requests_run(reloading, tmp_path):
     assert new != old
 
 
+def test_weights_are_swapped_while_nothing_runs(reloading):
+    first = [reloading.post(block_size=size).json()["choices"][0]["message"]["content"] for size in (4, 8)]
+    for version in (1, 2):
+        reply = httpx.post(f"{reloading.url}/admin/reload", json={}, timeout=60)
+        assert reply.json() == {"weights_version": version}
+    assert httpx.get(f"{reloading.url}/health").status_code == 200
+    again = [reloading.post(block_size=size).json()["choices"][0]["message"]["content"] for size in (4, 8)]
+    assert again == first
+
+
 def test_another_model_is_not_swapped_in(reloading, tmp_path):
     text = reloading.post().json()["choices"][0]["message"]["content"]
 

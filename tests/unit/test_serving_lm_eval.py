@@ -45,4 +45,4 @@ def test_chats(served, of_lm_eval):  # noqa: F811
     asked = instances(JsonChatStr(json.dumps(MESSAGES)))
     (text,) = of_lm_eval("LocalChatCompletion", "chat/completions").generate_until(asked)
     whole = served.post(max_tokens=16, stop=OPTIONS["until"]).json()
-    assert QUESTION == MESSAGES[0]["content"] and text == whole["choices"][0]["message"]["content"]
+    assert MESSAGES[0]["content"] == QUESTION and text == whole["choices"][0]["message"]["content"]
