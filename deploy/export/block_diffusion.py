@@ -137,7 +137,9 @@ class BlockDiffusion:
     config: Any
     generation_config: Any
     device: Any
-    _supports_attention_backend = False  # no engine should take this for a model that it can decode its own way
+    # else vLLM, told to trust the code, would put its attention into the layers and decode autoregressively
+    _supports_attention_backend = False
+    _can_set_attn_implementation_cached_value = False
 
     @torch.no_grad()
     def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from common.config.teacher import TeacherConfig
 from common.conversion import convert_folder
 from common.student import lm_head_weight, load_model
 from common.trajectory import from_batch, to_batch
+from deploy.export.exported_folder import read_student, write_exported
+from deploy.export.hf import write_hf
 from tests.models import tiny_qwen3
 from tests.unit.test_teacher import META, trajectory
 
@@ -70,15 +73,26 @@ def rows() -> list[Any]:
 
 
 def test_a_student_is_refused_by_vllm_itself(path: str, tmp_path: Path) -> None:
-    """It would decode a checkpoint autoregressively, for which it was not trained."""
+    """It would decode a checkpoint autoregressively, for which it was not trained; an exported one as well, even where
+    its code is trusted."""
     convert_folder(path, tmp_path / "student", 4, "auto", torch.float32)
-    code = "import sys; from vllm.config import ModelConfig; print(ModelConfig(sys.argv[1]).architectures)"
-    plain, student = (
-        subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
-        for folder in (path, str(tmp_path / "student"))
-    )
-    assert "['Qwen3ForCausalLM']" in plain.stdout, plain.stderr
-    assert student.returncode and "'Qwen3BlockDiffusionForCausalLM'] are not supported" in student.stderr
+    write_exported(read_student(tmp_path / "student"), tmp_path / "exported", write_hf)
+    code = """
+import sys
+from vllm.config import ModelConfig
+for folder in sys.argv[1:]:
+    try:
+        print(ModelConfig(folder, trust_remote_code=True).architectures)
+    except ValueError as error:
+        print(str(error).splitlines()[1])
+"""
+    folders = [path, tmp_path / "student", tmp_path / "exported"]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, env=environment)
+    plain, student, exported = [line for line in done.stdout.splitlines() if "ForCausalLM" in line]
+    assert plain == "['Qwen3ForCausalLM']"
+    assert "'Qwen3BlockDiffusionForCausalLM'] are not supported" in student
+    assert "'OpdlmForCausalLM'] are not supported" in exported
 
 
 def test_the_distribution_over_the_tokens_alone(cluster: None, path: str, tmp_path: Path) -> None:
