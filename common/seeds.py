@@ -32,6 +32,11 @@ def source_rng(run_seed: int, ordinal: int) -> np.random.Generator:
     return np.random.default_rng([run_seed, ordinal, 0, 2])
 
 
+def routing_rng(ordinal: int, sample: int) -> np.random.Generator:
+    """The generator that chooses the positions of one trajectory that get a block-aware target."""
+    return np.random.default_rng([0, ordinal, sample, 3])
+
+
 def uniform(keys: Tensor, positions: Tensor, rounds: Tensor) -> Tensor:
     """Uniform float32 in (0, 1) for broadcastable int64 keys, positions and rounds (SplitMix64, two steps)."""
     mixed = _splitmix64(_splitmix64(keys + positions * _GOLDEN) + (rounds + 1) * _MIX1)

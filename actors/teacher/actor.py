@@ -31,6 +31,7 @@ from common.config.run import RunConfig
 from common.config.targets import AS_IT_IS, TeacherTarget
 from common.config.teacher import TeacherConfig
 from common.ray_actor import as_ray_actor
+from common.seeds import routing_rng
 from common.trajectory import BatchInfo, Trajectory, TrajectoryMeta, batch_info, from_batch, to_batch
 
 
@@ -62,7 +63,10 @@ def annotate(
             trajectory.hidden = targets.hidden.ravel()
         else:
             if shape.block_aware:
-                targets = backend.block_aware(request, targets, block_size, shape.block_aware)
+                rng = routing_rng(trajectory.ordinal, trajectory.sample)
+                routed = rng.random(len(request.positions)) < shape.routed_share
+                share = shape.block_aware / shape.routed_share
+                targets = backend.block_aware(request, targets, block_size, share, routed)
             targets = reshape_topk(targets, shape) if shape.reshapes else targets
             trajectory.topk_ids = targets.ids.ravel()
             trajectory.topk_logprobs = targets.logprobs.ravel()

@@ -46,21 +46,28 @@ def block_aware(
     targets: TopkTargets,
     block_size: int,
     share: float,
+    routed: np.ndarray,
     tokens: int | None = None,
 ) -> TopkTargets:
-    """(1 - share) p + share times the block-aware target, best first, on the same K tokens.
+    """(1 - share) p + share times the block-aware target, best first, on the same K tokens; p where it is not `routed`.
 
     Args:
         request: `ids` is the whole sequence, so that the end of each block is known.
+        routed: bool [n], of its positions.
         tokens: how many ids of the vocabulary count; None: all.
     """
-    known = torch.from_numpy(targets.logprobs).double()
-    ahead = torch.from_numpy(branch_scores(model, request, targets.ids, block_size, tokens))
+    if not routed.any():
+        return targets
+    asked = TargetRequest(request.ids, request.positions[routed])
+    known = torch.from_numpy(targets.logprobs[routed]).double()
+    ahead = torch.from_numpy(branch_scores(model, asked, targets.ids[routed], block_size, tokens))
     spread = (known + ahead).log_softmax(-1) + known.logsumexp(-1, keepdim=True)
     mixed = torch.log((1 - share) * known.exp() + share * spread.exp())
     order = mixed.argsort(dim=-1, descending=True, stable=True)
-    ids = np.take_along_axis(targets.ids, order.numpy(), axis=-1)
-    return TopkTargets(ids, mixed.gather(-1, order).float().numpy(), targets.log_tail_mass)
+    ids, logprobs = targets.ids.copy(), targets.logprobs.copy()
+    ids[routed] = np.take_along_axis(targets.ids[routed], order.numpy(), axis=-1)
+    logprobs[routed] = mixed.gather(-1, order).numpy()
+    return TopkTargets(ids, logprobs, targets.log_tail_mass)
 
 
 @torch.inference_mode()

@@ -106,8 +106,11 @@ class TeacherBackend(ABC):
         """The request as `_forward` gets it: what stands behind its last position does not count."""
         return TargetRequest(request.ids[: request.positions.max()], request.positions)
 
-    def block_aware(self, request: TargetRequest, targets: TopkTargets, block_size: int, share: float) -> TopkTargets:
-        """Targets of which `share` is block-aware (actors/teacher/block_aware.py), for engines that can branch."""
+    def block_aware(
+        self, request: TargetRequest, targets: TopkTargets, block_size: int, share: float, routed: np.ndarray
+    ) -> TopkTargets:
+        """Targets of which `share` is block-aware where bool [n] `routed` says so (actors/teacher/block_aware.py), for
+        engines that can branch."""
         raise NotImplementedError
 
     def take_notes(self) -> list[str]:

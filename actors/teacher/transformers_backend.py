@@ -86,8 +86,10 @@ class TransformersBackend(TeacherBackend):
     def _targets(self, batch: list[TargetRequest]) -> list[Targets]:
         return [self._targets_of(hidden) for hidden in causal_hidden_states(self.model, batch)]
 
-    def block_aware(self, request: TargetRequest, targets: TopkTargets, block_size: int, share: float) -> TopkTargets:
-        return block_aware(self.model, request, targets, block_size, share, self.tokens)
+    def block_aware(
+        self, request: TargetRequest, targets: TopkTargets, block_size: int, share: float, routed: np.ndarray
+    ) -> TopkTargets:
+        return block_aware(self.model, request, targets, block_size, share, routed, self.tokens)
 
     def take_notes(self) -> list[str]:
         return self.budget.take_notes()

@@ -29,6 +29,13 @@ class TeacherTarget(Section):
         description="share of the block-aware target, in which the teacher's K best tokens have their mass by what "
         "follows in the block too (TCSM); the rest is the teacher's own; teacher.target topk",
     )
+    routed_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="block-aware targets at so many of the positions, drawn at random, each with block_aware / "
+        "routed_share of it: the same expectation at this share of the cost",
+    )
 
     @property
     def truncates(self) -> bool:
@@ -37,6 +44,15 @@ class TeacherTarget(Section):
     @property
     def reshapes(self) -> bool:
         return self.truncates or self.temperature != 1
+
+    @model_validator(mode="after")
+    def _routes_enough(self) -> TeacherTarget:
+        if self.block_aware > self.routed_share:
+            raise ValueError(
+                f"block_aware ({self.block_aware:g}) is above routed_share ({self.routed_share:g}), so that targets "
+                f"would be no distributions; raise routed_share to {self.block_aware:g} or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_one_of_both(self) -> TeacherTarget:

@@ -107,8 +107,10 @@ def _alignment_cost(config: RunConfig, placement: Placement) -> str:
 def _later_teaching(config: RunConfig) -> list[str]:
     """What the teachers read beyond the trajectories, and who takes their place."""
     lines = []
-    if config.target_kind == "topk" and config.objective.teacher_shape.block_aware:
-        more = " and ".join(f"{config.teacher.top_k * (b - 1) / 2:g} at block size {b}" for b in config.block_sizes)
+    shape = config.objective.teacher_shape
+    if config.target_kind == "topk" and shape.block_aware:
+        branches = shape.routed_share * config.teacher.top_k
+        more = " and ".join(f"{branches * (b - 1) / 2:g} at block size {b}" for b in config.block_sizes)
         lines.append(f"block-aware targets: for each trained token a teacher reads so many more: {more}")
     if config.block_growth.anchor:
         sizes = ", then ".join(f"{a} teaches blocks of {b}" for a, b in pairwise(config.block_sizes))

@@ -1,5 +1,6 @@
 """Block-aware targets (TCSM): branches scored by the teacher are those of plain forwards, and of enumeration."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -18,6 +19,7 @@ from common.prompts import Prompt
 from common.student import load_model
 from common.trajectory import from_batch
 from tests.models import tiny_qwen3
+from tests.trajectories import random_trajectory
 
 BLOCK, K = 4, 5
 
@@ -78,7 +80,7 @@ def test_the_target_is_the_teachers_posterior_given_the_rest_of_the_block(folder
     with torch.no_grad():
         causal = model(torch.from_numpy(x[None].astype(np.int64))).logits[0, 3:7, :vocabulary].log_softmax(-1)
     targets = TopkTargets(ids, causal.numpy(), np.full(4, np.log(1e-12), np.float32))
-    found = block_aware(model, TargetRequest(x, positions), targets, BLOCK, 1.0, vocabulary)
+    found = block_aware(model, TargetRequest(x, positions), targets, BLOCK, 1.0, np.ones(4, bool), vocabulary)
     for k in range(BLOCK):
         at = tuple(x[4:8][:k]), tuple(x[4:8][k + 1 :])
         posterior = joint[(*at[0], slice(None), *at[1])]
@@ -93,7 +95,7 @@ def test_the_mass_of_the_best_tokens_is_spread_and_the_rest_stays(model, share):
     x = np.random.default_rng(0).integers(10, 200, 13).astype(np.int32)
     positions = np.array([4, 5, 7, 8, 12])
     targets = top(model, x, positions)
-    found = block_aware(model, TargetRequest(x, positions), targets, BLOCK, share)
+    found = block_aware(model, TargetRequest(x, positions), targets, BLOCK, share, np.ones(5, bool))
     ahead = branch_scores(model, TargetRequest(x, positions), targets.ids, BLOCK)
     for row in range(len(positions)):
         p = np.exp(targets.logprobs[row])
@@ -108,6 +110,47 @@ def test_the_mass_of_the_best_tokens_is_spread_and_the_rest_stays(model, share):
     for last in (2, 4):
         np.testing.assert_allclose(found.logprobs[last], targets.logprobs[last], rtol=1e-6)
     assert np.abs(found.logprobs[0] - targets.logprobs[0]).max() > 1e-3
+
+
+def test_positions_that_are_not_routed_keep_the_teachers_own(model):
+    x = np.random.default_rng(0).integers(10, 200, 13).astype(np.int32)
+    positions = np.array([4, 5, 8, 9])
+    targets, routed = top(model, x, positions), np.array([True, False, False, True])
+    request = TargetRequest(x, positions)
+    found = block_aware(model, request, targets, BLOCK, 0.7, routed)
+    every = block_aware(model, request, targets, BLOCK, 0.7, np.ones(4, bool))
+    np.testing.assert_array_equal(found.logprobs[routed], every.logprobs[routed])
+    np.testing.assert_array_equal(found.logprobs[~routed], targets.logprobs[~routed])
+    np.testing.assert_array_equal(found.ids[~routed], targets.ids[~routed])
+    assert block_aware(model, request, targets, BLOCK, 0.7, np.zeros(4, bool)) is targets
+
+
+def test_routing_is_unbiased(folder):
+    """Over trajectories, the mean target is that of all positions; each is a distribution."""
+    config = load_config("tiny", ["--teacher.target", "topk", "--teacher.backend", "transformers"]).teacher
+    backend = build_backend(config, folder)
+    rng = np.random.default_rng(3)
+    t = replace(
+        random_trajectory(rng, BLOCK, 9),
+        prompt_ids=rng.integers(10, 200, BLOCK).astype(np.int32),
+        response_ids=rng.integers(10, 200, BLOCK).astype(np.int32),
+    )
+    rows = [replace(t, ordinal=i, target_offsets=np.arange(2, dtype=np.int32)) for i in range(300)]
+    own, routed, whole = ([replace(r) for r in rows] for _ in range(3))
+    annotate(backend, own[:1])
+    annotate(backend, whole[:1], TeacherTarget(block_aware=0.2), BLOCK)
+    annotate(backend, routed, TeacherTarget(block_aware=0.2, routed_share=0.25), BLOCK)
+
+    def probability(row) -> np.ndarray:
+        table = np.zeros((2, 300))
+        np.put_along_axis(table, row.topk_ids.reshape(2, -1), np.exp(row.topk_logprobs).reshape(2, -1), axis=1)
+        return table
+
+    changed = [np.abs(probability(r) - probability(own[0])).max() > 1e-5 for r in routed]
+    assert 0.3 < np.mean(changed) < 0.6  # one of two positions or both: 1 - 0.75 ** 2
+    mean = np.mean([probability(r) for r in routed], axis=0)
+    step = np.abs(probability(whole[0]) - probability(own[0])).max()
+    assert np.abs(mean - probability(whole[0])).max() < 0.5 * step
 
 
 def test_a_teacher_gives_them_in_place_of_its_own(folder):
@@ -135,6 +178,7 @@ def test_a_teacher_gives_them_in_place_of_its_own(folder):
             r"block_aware \(1\) scores branches .* teacher.target 'hidden' does not",
         ),
         (["--teacher.target", "topk"], r"teacher.backend 'vllm' does not do; set it to 'transformers'"),
+        (["--objective.target.routed_share", "0.5"], r"block_aware \(1\) is above routed_share \(0\.5\)"),
         (["--objective.target.top_p", "0.9"], r"block_aware \(1\) is defined on the teacher's own distribution"),
     ],
 )

@@ -88,7 +88,7 @@ def direct_topk(t, log_s, tail):
 def direct_loss(student, teacher, rows, mask_token_id, config):
     """One block after another, each behind its clean prefix on a plain sequence."""
     objective, terms = config.objective, config.objective.terms
-    shape = objective.shape.model_dump(exclude={"kind", "block_aware"})
+    shape = objective.shape.model_dump(exclude={"kind", "block_aware", "routed_share"})
     totals, counts, causal_totals, causal_counts = [], [], [], []
     for t in rows:
         x0, prompt = t.x0.astype(np.int64), len(t.prompt_ids)
