@@ -271,6 +271,8 @@ class Sampler:
                 queue.requests.extendleft(reversed(self._state.active.values()))
             self._state = self._cache = self._graphs = self._prefixes = None
             too_large.halve(most=self._together or None)
+            if too_large is self.slot_budget:
+                self.prefix_tokens //= 2  # kept prefixes take memory in proportion
 
     def attach(self) -> None:
         """Between two passes: another sampler of this model has run since."""

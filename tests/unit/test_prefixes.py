@@ -13,6 +13,7 @@ from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from common.student import load_model
 from common.weights.transport import load_weights
 from tests.models import tiny_qwen3
+from tests.unit.test_sampler import limited
 
 MASK, EOS = 287, 7
 STATIC, DRAWN = Decoding(StaticUnmasking(), 0.0), Decoding(DynamicUnmasking(threshold=0.2), 1.0)
@@ -112,6 +113,15 @@ def test_of_one_prefix_the_end_is_forgotten_first(model):
     prefixes.write(cache, [(0, first)])
     prefixes.write(cache, [(0, second)])
     assert prefixes.read(cache, [(0, first), (0, second)]) == [32, 32]
+
+
+def test_where_memory_runs_out_fewer_prefixes_are_kept(model):
+    plain, of = sampler(model, slots=8), sampler(model, slots=8, prefix_tokens=256)
+    expected = chats(plain, STATIC)
+    limited(of, "_decode", lambda ids, *_: ids.numel(), most=16)
+    assert chats(of, STATIC) == expected
+    assert of.slots < 8
+    assert of.prefix_tokens == 256 * of.slots // 8 and of._prefixes.tokens <= of.prefix_tokens
 
 
 def test_new_weights_forget_prefixes(folders, model):
