@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.adapter_files import read_adapter
+from common.config.adapter import OF_ATTENTION
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.gguf_files import model_folder
@@ -133,6 +134,7 @@ def check_models(config: RunConfig) -> CheckedModels:
     with model_errors("model.path", path):
         student = checked(path, student_of(config))
     _check_experts(config, student.config)
+    _check_targets(config, student.config)
     _check_layers(config, student.config, teachers["teacher.path"][1] if "teacher.path" in teachers else student.config)
     positions = student.config.max_position_embeddings
     for (field, teacher_path), own in zip(config.teacher_paths.items(), config.by_teacher, strict=True):
@@ -199,6 +201,18 @@ def _check_experts(config: RunConfig, student: Any) -> None:
                 f"{field}: model.path {config.model.path!r} (model_type {student.model_type!r}) routes each token to "
                 f"experts by its value, which captured or fused passes do not follow; set {field} to false"
             )
+
+
+def _check_targets(config: RunConfig, student: Any) -> None:
+    """Refuse adapters of a plain MLP where there are experts."""
+    from common.student import has_experts
+
+    others = [target for target in config.adapter.targets if target not in OF_ATTENTION]
+    if config.adapter.rank and others and has_experts(student):
+        raise ConfigError(
+            f"adapter.targets: model.path {config.model.path!r} has experts, and no linear layer {others[0]!r}; set "
+            f"adapter.targets to {list(OF_ATTENTION)}, or some of these"
+        )
 
 
 def _check_reads_states(field: str, path: str, mask_token_id: int) -> None:

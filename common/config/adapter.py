@@ -10,7 +10,8 @@ from common.config.section import Section
 
 Gate = Literal["none", "mask"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROJECTIONS: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OF_ATTENTION: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS: tuple[Projection, ...] = (*OF_ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 class AdapterConfig(Section):

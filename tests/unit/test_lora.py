@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from actors.sampler.fused_decoder import FusedDecoder
+from actors.sampler.projections import pack_projections
 from actors.sampler.sampling import Decoding
 from common.adapter_files import read_adapter
 from common.config.adapter import AdapterConfig
+from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.config.unmasking import SpeculativeUnmasking
 from common.conversion import convert, load_converted, save_student
@@ -16,11 +20,14 @@ from common.lora import MergedWeights, adapter_parameters, add_adapters, load_ad
 from common.masks import block_numbers, dense_mask
 from common.model_files import ModelError
 from common.student import hidden_states, load_model, noised_masks
+from deploy import cli
+from deploy.model_checks import check_models
 from tests.adapters import with_adapters
 from tests.models import FAMILIES, tiny_family, tiny_qwen3
 from tests.unit.test_verification import context_causal, greedy, requests, sampler
 
 MASK = 262
+TEACHER = {"backend": "transformers"}
 
 
 def loaded(path: str, dtype=torch.float32):
@@ -200,6 +207,48 @@ def test_verified_text_of_every_family_is_the_originals(tmp_path, family):
     student = with_adapters(context_causal(path))
     made = sampler(student).generate(asked, Decoding(SpeculativeUnmasking(draft_rounds=2), 0.0))
     assert {t.ordinal: t.response_ids.tolist() for t in made} == expected
+
+
+def test_fused_passes_write_the_originals_text_too(tmp_path):
+    """As on a GPU: projections packed, the fused layers, in plain PyTorch."""
+    path = tiny_qwen3(tmp_path, seed=2)
+    plain, asked = loaded(path), requests(21)
+    expected = {r.ordinal: greedy(plain, r.prompt_ids, 21) for r in asked}
+    student = with_adapters(context_causal(path)).requires_grad_(False)
+    fused = sampler(student)
+    pack_projections(student)
+    fused._fused = FusedDecoder(student, compiled=False)
+    made = list(fused.generate(asked, Decoding(SpeculativeUnmasking(), 0.0)))
+    assert {t.ordinal: t.response_ids.tolist() for t in made} == expected
+    unfused = sampler(with_adapters(context_causal(path))).generate(asked, Decoding(SpeculativeUnmasking(), 0.0))
+    assert {t.ordinal: t.draft_ids.tolist() for t in made} == {t.ordinal: t.draft_ids.tolist() for t in unfused}
+
+
+def test_merge_writes_a_plain_model_and_refuses_a_gated_adapter(tmp_path):
+    path = tiny_qwen3(tmp_path / "base")
+    conversion = convert(path, 4)
+    for gate in ("none", "mask"):
+        model = with_adapters(load_converted(path, conversion, torch.float32, "sdpa"), gate)
+        tensors = {name: p.detach() for name, p in adapter_parameters(model).items()}
+        config = AdapterConfig(rank=3, alpha=6, gate=gate)
+        save_student(model, conversion, tmp_path / gate, None, tensors, config, path)
+    done = CliRunner().invoke(cli.app, ["merge", str(tmp_path / "none"), str(tmp_path / "out"), "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+    plain, adapted = load_model(str(tmp_path / "out"), torch.float32, "sdpa"), loaded(str(tmp_path / "none"))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), adapted.parameters(), strict=True))
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    for folder, said in (("mask", "acts at mask positions only"), ("base", "convert it first"), ("out", "no adapter")):
+        refused = CliRunner().invoke(cli.app, ["merge", str(tmp_path / folder), str(tmp_path / "no")])
+        assert said in str(refused.exception)
+        assert not (tmp_path / "no").exists()
+
+
+def test_experts_are_no_targets_of_a_run(tmp_path):
+    config = RunConfig(
+        model={"path": tiny_family(tmp_path, "qwen3-moe")}, data={"prompts": "p"}, adapter={"rank": 2}, teacher=TEACHER
+    )
+    with pytest.raises(ConfigError, match=r"has experts, and no linear layer 'gate_proj'; set adapter\.targets"):
+        check_models(config)
 
 
 def test_adapters_are_the_same_in_decoding_and_in_training(tmp_path):
