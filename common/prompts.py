@@ -108,8 +108,11 @@ def load_problems(data: DataConfig, tokenizer: Any, count: int) -> PromptSet:
     return _load(data.model_copy(update=once), tokenizer, None, with_answers=True)
 
 
-def hinted_ids(data: DataConfig, tokenizer: Any, hint_of: Callable[[str], str]) -> dict[str, np.ndarray]:
-    """For each question that has an answer, int32 ids of its prompt with the hint `hint_of(answer)` behind it.
+def hinted_ids(
+    data: DataConfig, tokenizer: Any, hint_of: Callable[[str], str], wanted: set[str]
+) -> dict[str, np.ndarray]:
+    """For each question of `wanted` that has an answer, int32 ids of its prompt with the hint `hint_of(answer)` behind
+    it.
 
     Raises:
         PromptError: as load_prompts.
@@ -118,7 +121,7 @@ def hinted_ids(data: DataConfig, tokenizer: Any, hint_of: Callable[[str], str]) 
     rows = [
         replace(row, conversation=row.conversation.with_hint(hint_of(row.answer)))
         for row in read_rows(open_rows(data.prompts, data.split, data.subset), data, left_out)
-        if row.answer is not None
+        if row.answer is not None and row.question in wanted
     ]
     ids = tokenised(rows, ChatTemplate(tokenizer, enable_thinking=data.enable_thinking), left_out)
     return {row.question: found for row, found in zip(rows, ids, strict=True) if found is not None}

@@ -28,7 +28,7 @@ def hinted_prompts(config: RunConfig, tokenizer: Any, prompts: list[Prompt]) -> 
     def hint(answer: str) -> str:
         return HINT.replace("{answer}", stated_answer(answer, answer_format))
 
-    ids = hinted_ids(config.data, tokenizer, hint)
+    ids = hinted_ids(config.data, tokenizer, hint, {p.question for p in prompts})
     return {p.ordinal: replace(p, ids=ids[p.question]) for p in prompts if p.question in ids}
 
 

@@ -71,6 +71,7 @@ def test_the_hint_stands_in_the_user_turn_and_only_there(tmp_path):
     assert list(hinted) == [0]
     plain = tokenizer.decode(asked[0].ids)
     assert tokenizer.decode(hinted[0].ids) == plain.replace("Solve: 2+3?", "Solve: 2+3?\n\n(Hint: the answer is 5.)")
+    assert hinted_prompts(config, tokenizer, asked[1:]) == {}  # only what is asked for is tokenised
     assert "Hint" not in plain and hinted[0].question == asked[0].question
 
 
