@@ -35,6 +35,7 @@ _PARAMETERS = {
     "sequential": "tokens a step",
     "entropy": "nats a step",
     "adaptive": "bounds of the threshold",
+    "speculative": "rounds of a draft",
 }
 
 
@@ -132,7 +133,15 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 def _plot_suite(axes: Any, rows: list[Row]) -> None:
     sizes = sorted({row.block_size for row in rows if row.block_size})
     colours = {size: f"C{i}" for i, size in enumerate(sizes)}
-    markers = {"static": "s", "dynamic": "o", "sequential": "^", "entropy": "D", "adaptive": "v", "AR": "*"}
+    markers = {
+        "static": "s",
+        "dynamic": "o",
+        "sequential": "^",
+        "entropy": "D",
+        "adaptive": "v",
+        "speculative": "P",
+        "AR": "*",
+    }
     score = rows[0].score
 
     def series(row: Row) -> tuple[int, str]:

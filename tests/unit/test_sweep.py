@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from actors.evaluation.responses import Response
 from actors.evaluation.worker import ModelSpec
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY
-from common.config.unmasking import DynamicUnmasking, StaticUnmasking
+from common.config.unmasking import DynamicUnmasking, StaticUnmasking, Unmasking
 from deploy import cli
 from deploy.commands import eval as eval_command
 from deploy.evaluation import statistics
@@ -210,6 +211,12 @@ def test_plot_is_a_png_that_is_not_blank(tmp_path):
         image = imread(tmp_path / f"{name}.png")
         assert image.shape == (750, 1200 if name == "one" else 2400, 4)
         assert len(np.unique(image.reshape(-1, 4), axis=0)) > 20
+
+
+def test_every_rule_can_be_plotted(tmp_path):
+    rules = [rule() for rule in get_args(get_args(Unmasking)[0])]
+    assert len(rules) > 5
+    plot([row(5, 4, Setting(rule, 4)) for rule in rules], tmp_path / "rules.png", "title")
 
 
 def test_scoring_is_told_step_by_step():
