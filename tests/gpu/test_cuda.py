@@ -27,6 +27,7 @@ from common.trajectory import Trajectory, TrajectoryMeta
 from learner.batches import BatchBuilder
 from learner.liger import use_liger_kernels
 from learner.objective import ChunkedDivergence, empty_sums
+from tests.adapters import with_adapters
 from tests.models import FAMILIES, tiny_family, tiny_qwen3
 from tests.trajectories import packed_rows
 
@@ -279,12 +280,17 @@ def test_the_held_out_kl_of_a_model_that_decodes_is_that_of_the_cpu(path, tmp_pa
     np.testing.assert_allclose(found[1].kl, found[0].kl, rtol=1e-3)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_verified_decoding_gives_the_cpus_text(rounds, tmp_path):
+def test_verified_decoding_gives_the_cpus_text(rounds, gated, tmp_path):
+    """With a gated adapter it is the text without one."""
     path = tiny_family(tmp_path, "qwen3", seed=2)
     made = {}
     for device in ("cpu", "cuda"):
-        model = load_model(path, torch.float32, "sdpa").to(device)
+        model = load_model(path, torch.float32, "sdpa")
+        if gated and device == "cuda":
+            with_adapters(model).requires_grad_(False)
+        model = model.to(device)
         model.config.attention_context = "causal"
         sampler = Sampler(model, block_size=BLOCK, mask_token_id=1, eos_token_id=EOS, slots=8, seed=5)
         for _ in range(2):  # the second time with graphs

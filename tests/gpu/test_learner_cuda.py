@@ -20,7 +20,9 @@ BLOCK = 4
 LENGTHS = ((60,), (130,), (260,), (130,), (500, 90))
 
 
-def losses(path: str, max_tokens: int, dtype: str, learner: dict[str, Any]) -> list[tuple[float, float]]:
+def losses(
+    path: str, max_tokens: int, dtype: str, learner: dict[str, Any], adapter: dict[str, Any]
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of one update for each of LENGTHS."""
     from learner.rank import LearnerRank
 
@@ -30,6 +32,7 @@ def losses(path: str, max_tokens: int, dtype: str, learner: dict[str, Any]) -> l
             "block_size": BLOCK,
             "model": {"path": path},
             "data": {"prompts": path},
+            "adapter": adapter,
             "learner": options | learner | {"resources": {"gpus": 1}},
         }
     )
@@ -49,17 +52,20 @@ def losses(path: str, max_tokens: int, dtype: str, learner: dict[str, Any]) -> l
     return found
 
 
+@pytest.mark.parametrize("adapter", [{}, {"rank": 4, "gate": "mask"}], ids=["all weights", "gated adapter"])
 @pytest.mark.parametrize("max_tokens", [4096, 256], ids=["one micro-batch", "several"])
-def test_graphed_updates_are_those_of_deepspeeds_hooks(tmp_path, max_tokens):
+def test_graphed_updates_are_those_of_deepspeeds_hooks(tmp_path, max_tokens, adapter):
     path = tiny_qwen3(tmp_path / "model", seed=1)
     hooks = {"deepspeed": {"zero_optimization": {"stage3_model_persistence_threshold": 0}}}
-    graphed = in_a_process(path, max_tokens, {"compile": True})
-    plain = in_a_process(path, max_tokens, hooks)
+    graphed = in_a_process(path, max_tokens, {"compile": True}, adapter)
+    plain = in_a_process(path, max_tokens, hooks, adapter)
     for ours, theirs in zip(graphed, plain, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
 
 
-def in_a_process(path: str, max_tokens: int, learner: dict[str, Any]) -> list[tuple[float, float]]:
+def in_a_process(
+    path: str, max_tokens: int, learner: dict[str, Any], adapter: dict[str, Any]
+) -> list[tuple[float, float]]:
     """DeepSpeed's process group stays in a process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(losses, path, max_tokens, "float32", learner).result()
+        return pool.submit(losses, path, max_tokens, "float32", learner, adapter).result()
