@@ -7,7 +7,7 @@ response tokens trained on:
 | role | FLOPs |
 | --- | --- |
 | teacher | 2 · N_teacher · T, of several each with its own N and T; hard labels have no teacher |
-| learner | 6 · N_student · T |
+| learner | 6 · N_student · T; with adapters of n parameters (4 · N_student + 6 · n) · T: the base has no gradient |
 | rollout | 2 · N_student · (token rows of prefills, denoising forwards and commits) |
 
 Teacher and learner are counted as in OPDLM's paper, so that runs can be compared with it: its count has neither
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from common.config.run import RunConfig
 from deploy.checkpoints import RunState
-from deploy.placement import Placement
+from deploy.placement import Placement, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,15 @@ class RunCost:
     student_parameters: int
     teacher_parameters: tuple[int, ...]
     gpus: float
+    adapter_parameters: int = 0  # 0: all weights are trained
 
     @classmethod
     def of(cls, config: RunConfig, placement: Placement) -> RunCost:
         teachers = [
             shape.active_parameters if config.target_kind != "none" else 0 for shape in placement.teacher_shapes
         ]
-        return cls(placement.shape.active_parameters, tuple(teachers), placement.gpus)
+        adapters = trained_parameters(config, placement.shape) if config.adapter.rank else 0
+        return cls(placement.shape.active_parameters, tuple(teachers), placement.gpus, adapters)
 
     def metrics(self, state: RunState) -> dict[str, float]:
         """The metrics of the registry, cumulative."""
@@ -45,6 +47,12 @@ class RunCost:
         return {
             "flops/rollout": 2.0 * self.student_parameters * state.rollout_token_rows,
             "flops/teacher": sum(2.0 * n * t for n, t in zip(self.teacher_parameters, read, strict=True)),
-            "flops/learner": 6.0 * self.student_parameters * tokens,
+            "flops/learner": self._learner_flops_per_token * tokens,
             "gpu_hours": self.gpus * state.seconds / 3600,
         }
+
+    @property
+    def _learner_flops_per_token(self) -> float:
+        """Forward, gradients of what layers are given, and gradients of what is trained."""
+        adapters = self.adapter_parameters
+        return 4.0 * self.student_parameters + (6.0 * adapters if adapters else 2.0 * self.student_parameters)

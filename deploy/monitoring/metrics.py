@@ -108,7 +108,7 @@ METRICS: dict[str, MetricSpec] = {
     # how they are counted: deploy/run_cost.py
     "flops/rollout": MetricSpec("FLOPs", "sampling so far: 2 a parameter and token row of prefills, steps and commits"),
     "flops/teacher": MetricSpec("FLOPs", "targets so far: 2 a parameter and response token"),
-    "flops/learner": MetricSpec("FLOPs", "training so far: 6 a parameter and response token"),
+    "flops/learner": MetricSpec("FLOPs", "training so far: 6 a parameter and response token; 4 where it is frozen"),
     "restarts/rollout": MetricSpec("", "rollout actors replaced so far, because they died, failed or hung"),
     "restarts/teacher": MetricSpec("", "teachers replaced so far"),
     "restarts/learner": MetricSpec("", "restarts of the learner's ranks so far"),

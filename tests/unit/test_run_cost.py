@@ -27,6 +27,14 @@ def test_flops_and_gpu_hours_by_formula():
     assert costs.keys() <= METRICS.keys()
 
 
+def test_a_frozen_base_has_no_gradients():
+    config = load_config("tiny", ["--adapter.rank", "8", "--adapter.targets", "[q_proj]"])
+    shape = plan(config).shape
+    cost = RunCost.of(config, plan(config))
+    n = shape.layers * 8 * (shape.hidden_size + shape.heads * shape.head_dim)
+    assert cost.metrics(RunState(response_tokens=10))["flops/learner"] == 10 * (4 * shape.parameters + 6 * n)
+
+
 def test_published_flops_are_met():
     """OPDLM-0.6B with its teacher of the same size: 0.048B response tokens, 0.23e18 FLOPs."""
     costs = RunCost(596 * 10**6, (596 * 10**6,), 8).metrics(RunState(response_tokens=48 * 10**6))
