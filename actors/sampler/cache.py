@@ -41,7 +41,8 @@ class SlotCache:
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
         """Give the slots `target` int64 [n] the first `length` entries of the slots `source` int64 [n]."""
-        self.memory[:, :, target, :, :length] = self.memory[:, :, source, :, :length]
+        for memory in (*self.keys, *self.values):  # layer by layer: what is read is copied once on the way
+            memory[target, :, :length] = memory[source, :, :length]
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ class SlotState:
     `clear` frees all slots.
 
     Invariants: tensors are changed in place and never replaced. The host's integers are as old as the last pass that
-    was read. A revealed position never changes again, but where the rule revises the
-    present block. A block is committed in the next pass that has room.
+    was read. A revealed position never changes again, but where the rule revises the present
+    block. A block is committed in the next pass that has room.
 
     Example: block size 4, a prompt of 5 tokens (so its last token stands in block 1), `max_new_tokens` 6::
 

@@ -101,7 +101,7 @@ def serve(
 
         opdlm serve runs/tiny/checkpoints/final --host 0.0.0.0 --api-key-file key.txt
     """
-    if rule == "speculative":
+    if rule == RuleName.speculative:
         raise ConfigError(
             "--rule: 'speculative' does not run beside other rules, which clients may ask for; use dynamic"
         )
@@ -152,8 +152,6 @@ def serve(
         metrics=ServingMetrics(),
         prefix_tokens=prefix_cache,
     )
-    if rule == RuleName.speculative:
-        raise ConfigError("--rule: 'speculative' is not served yet; choose another rule")
     decoding = Decoding(unmasking_of(rule, threshold, lower), temperature)
     prompter = prompter_of(
         tokenizer, asked, block_size=block_size, longest=longest, most_tokens=max_tokens, decoding=decoding
