@@ -9,11 +9,10 @@ import typer
 
 from common.config.dashboard import is_loopback
 from common.config.errors import ConfigError
-from common.grid import grid_floor
 from deploy.argument_checks import a_path, finite
 from deploy.commands.console import say
 from deploy.commands.generate import DEFAULT_MAX_TOKENS
-from deploy.evaluation.asking import System, Thinking, asked_like_training, check_thinking
+from deploy.evaluation.asking import System, Thinking
 from deploy.evaluation.decoding_options import (
     DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
@@ -25,10 +24,9 @@ from deploy.evaluation.decoding_options import (
     Student,
     Temperature,
     Threshold,
-    unmasking_of,
 )
+from deploy.serving.options import LONGEST, MOST_REPLICAS, ServingOptions
 
-_LONGEST = 4096
 _LEAST_KEY = 16
 
 
@@ -57,7 +55,7 @@ def serve(
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help=f"prompt and response together, tokens; default: {_LONGEST}, or less where positions end"
+            min=2, help=f"prompt and response together, tokens; default: {LONGEST}, or less where positions end"
         ),
     ] = None,
     max_tokens: Annotated[
@@ -76,6 +74,16 @@ def serve(
         float, typer.Option(min=1, help="seconds that a request may take, its wait included", callback=finite)
     ] = 600.0,
     drain: Annotated[int, typer.Option(min=0, help="seconds that running requests get when the server ends")] = 30,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=1, max=MOST_REPLICAS, help="processes that serve behind the port, each on a GPU where there are any"
+        ),
+    ] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster of the replicas, auto or HOST:PORT; default: started here"),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option(help="folder or hub id of the original, which the page shows beside the student", callback=a_path),
@@ -99,7 +107,7 @@ def serve(
 
         opdlm serve runs/tiny/checkpoints/final --compare deploy/models/tiny-arlm
 
-        opdlm serve runs/tiny/checkpoints/final --host 0.0.0.0 --api-key-file key.txt
+        opdlm serve runs/tiny/checkpoints/final --host 0.0.0.0 --api-key-file key.txt --replicas 4
     """
     if rule == RuleName.speculative:
         raise ConfigError(
@@ -112,56 +120,44 @@ def serve(
             "bind 127.0.0.1 and forward the port (ssh -L)"
         )
     from deploy.dashboard.process import address, free_port
-    from deploy.model_checks import check_model_folder, check_student_folder, model_errors
+    from deploy.model_checks import check_model_folder, check_student_folder
+    from deploy.serving.loading import check_options, load_server
 
     check_student_folder("MODEL", model)
     if compare is not None:
         check_model_folder("--compare", compare)
-    asked = asked_like_training(model, thinking, system)
+    options = ServingOptions(
+        model=model,
+        name=name or model,
+        host=host,
+        api_key=key,
+        slots=slots,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        queue=queue,
+        prefix_cache=prefix_cache,
+        timeout=timeout,
+        compare=compare,
+        decoding=(rule, threshold, lower),
+        block_size=block_size,
+        temperature=temperature,
+        dtype=dtype,
+        thinking=thinking,
+        system=system,
+    )
+    check_options(options)
     port = free_port(host, port, "--port")
-    import torch
+    where = f"{options.name} is at {address(host, port)} (API: /v1, metrics: /metrics; Ctrl-C ends this)"
+    if replicas > 1 or ray_address:
+        from deploy.serving.replicas import serve_replicas
 
-    from actors.evaluation.autoregressive import load_autoregressive
-    from actors.evaluation.generation import load_student
-    from actors.sampler.sampling import Decoding
-    from deploy.serving.app import Server
-    from deploy.serving.asked import prompter_of
-    from deploy.serving.engine import Engine
-    from deploy.serving.folder import StudentFolder
-    from deploy.serving.metrics import ServingMetrics
-    from deploy.serving.original import Original
+        serve_replicas(options, replicas, port, drain, ray_address, ready=lambda: say(where))
+        return
     from deploy.serving.process import serve as run
 
-    with model_errors("MODEL", model):
-        student, tokenizer = load_student(model, dtype)
-    folder = StudentFolder(model, dtype, student, tokenizer)
-    check_thinking("--thinking", thinking, tokenizer)
-    block_size = student.config.block_size = block_size or int(student.config.block_size)
-    positions = int(student.config.max_position_embeddings)
-    if max_length is not None and max_length > positions:
-        raise ConfigError(f"--max-length: {max_length} is more than the model's {positions} positions; use {positions}")
-    longest = grid_floor(max_length or min(positions, _LONGEST), block_size)
-    if longest < 2:
-        raise ConfigError(f"--max-length: {max_length} holds no block of {block_size} tokens; use {2 * block_size}")
-    engine = Engine(
-        student,
-        tokenizer,
-        slots=slots or (64 if torch.cuda.is_available() else 8),
-        longest=longest,
-        queue_limit=queue,
-        metrics=ServingMetrics(),
-        prefix_tokens=prefix_cache,
-    )
-    decoding = Decoding(unmasking_of(rule, threshold, lower), temperature)
-    prompter = prompter_of(
-        tokenizer, asked, block_size=block_size, longest=longest, most_tokens=max_tokens, decoding=decoding
-    )
-    original = None
-    if compare is not None:
-        with model_errors("--compare", compare):
-            original = Original(compare, *load_autoregressive(compare, str(student.device), dtype))
-    say(f"{name or model} is at {address(host, port)} (API: /v1, metrics: /metrics; Ctrl-C ends this)")
-    run(Server(engine, prompter, name or model, host, key, original, folder, timeout), port, drain)
+    server = load_server(options)
+    say(where)
+    run(server, port, drain)
 
 
 def _key(given: str | None, file: str | None) -> str | None:

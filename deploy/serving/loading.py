@@ -1,0 +1,95 @@
+"""The server that the options of `opdlm serve` ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from actors.evaluation.autoregressive import load_autoregressive
+from actors.evaluation.generation import load_student
+from actors.sampler.sampling import Decoding
+from common.config.errors import ConfigError
+from common.grid import grid_floor
+from common.student import load_config, load_tokenizer
+from deploy.evaluation.asking import asked_like_training, check_thinking
+from deploy.evaluation.decoding_options import unmasking_of
+from deploy.model_checks import model_errors
+from deploy.serving.app import Server
+from deploy.serving.asked import prompter_of
+from deploy.serving.engine import Engine
+from deploy.serving.folder import StudentFolder
+from deploy.serving.metrics import ServingMetrics
+from deploy.serving.options import LONGEST, ServingOptions
+from deploy.serving.original import Original
+
+_SLOTS, _SLOTS_ON_GPU = 8, 64
+
+
+def check_options(options: ServingOptions) -> None:
+    """What can be wrong with a model and options that each are right, seen without loading weights.
+
+    Raises:
+        ConfigError: names the option, its value and what to do.
+    """
+    with model_errors("MODEL", options.model):
+        config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    check_thinking("--thinking", options.thinking, tokenizer)
+    asked_like_training(options.model, options.thinking, options.system)
+    longest_of(options, config)
+
+
+def longest_of(options: ServingOptions, config: Any) -> int:
+    """The longest sequence that is served, in tokens, whole blocks.
+
+    Raises:
+        ConfigError: --max-length is too long for the model, or holds no block.
+    """
+    wanted, positions = options.max_length, int(config.max_position_embeddings)
+    block_size = options.block_size or int(config.block_size)
+    if wanted is not None and wanted > positions:
+        raise ConfigError(f"--max-length: {wanted} is more than the model's {positions} positions; use {positions}")
+    longest = grid_floor(wanted or min(positions, LONGEST), block_size)
+    if longest < 2:
+        raise ConfigError(f"--max-length: {wanted} holds no block of {block_size} tokens; use {2 * block_size}")
+    return longest
+
+
+def slots_of(options: ServingOptions) -> int:
+    """Sequences that a server on this machine decodes at the same time."""
+    return options.slots or (_SLOTS_ON_GPU if torch.cuda.is_available() else _SLOTS)
+
+
+def load_server(options: ServingOptions) -> Server:
+    """The models in this process, on its GPU where it has one.
+
+    Raises:
+        ConfigError: a model cannot be loaded, or an option does not fit it.
+    """
+    with model_errors("MODEL", options.model):
+        student, tokenizer = load_student(options.model, options.dtype)
+    folder = StudentFolder(options.model, options.dtype, student, tokenizer)
+    longest = longest_of(options, student.config)
+    block_size = student.config.block_size = options.block_size or int(student.config.block_size)
+    engine = Engine(
+        student,
+        tokenizer,
+        slots=slots_of(options),
+        longest=longest,
+        queue_limit=options.queue,
+        metrics=ServingMetrics(),
+        prefix_tokens=options.prefix_cache,
+    )
+    prompter = prompter_of(
+        tokenizer,
+        asked_like_training(options.model, options.thinking, options.system),
+        block_size=block_size,
+        longest=longest,
+        most_tokens=options.max_tokens,
+        decoding=Decoding(unmasking_of(*options.decoding), options.temperature),
+    )
+    original = None
+    if (path := options.compare) is not None:
+        with model_errors("--compare", path):
+            original = Original(path, *load_autoregressive(path, str(student.device), options.dtype))
+    return Server(engine, prompter, options.name, options.host, options.api_key, original, folder, options.timeout)
