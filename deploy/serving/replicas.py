@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -81,6 +82,7 @@ def serve_replicas(
     """
     gpus = torch.cuda.is_available()
     connect(RayConfig(address=address, num_cpus=None if address or gpus else replicas + 1))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options=HTTPOptions(host=options.host, port=port))
         serve.run(application(options, replicas, drain_seconds, gpus), name=_NAME, route_prefix="/")

@@ -103,4 +103,5 @@ def wait_until(true, seconds: float) -> None:
 def replicas(server: int) -> list[int]:
     """Process ids."""
     found = psutil.Process(server).children(recursive=True)
-    return [process.pid for process in found if "ServeReplica" in (" ".join(process.cmdline() or [process.name()]))]
+    running = [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+    return [process.pid for process in running if "ServeReplica" in " ".join(process.cmdline())]
