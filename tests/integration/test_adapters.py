@@ -59,7 +59,11 @@ def reference(settings: RunConfig, path: str) -> tuple[dict[str, torch.Tensor], 
     return {name: p.detach() for name, p in adapter_parameters(model).items()}, sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize(("deepspeed", "gate"), [({}, "mask"), (PARTITIONED, "none")], ids=["whole", "partitioned"])
+@pytest.mark.parametrize(
+    ("deepspeed", "gate"),
+    [({}, "mask"), pytest.param(PARTITIONED, "none", marks=pytest.mark.long)],
+    ids=["whole", "partitioned"],
+)
 def test_adapters_train_publish_save_and_resume(tmp_path, ray_local, deepspeed, gate):
     path = tiny_qwen3(tmp_path / "model", seed=1)
     ranks = 2

@@ -16,7 +16,7 @@ from deploy.checkpoints import Checkpoints
 from deploy.curriculum import Feedback
 from deploy.pipeline import run
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(600)]
 
 GROWN = [
     "--block_growth.kind", "steps", "--block_growth.sizes", "[8, 16]", "--block_growth.at_batches", "[1, 2]",
