@@ -13,7 +13,7 @@ from typing import Any
 
 from deploy.monitoring.live_metrics import LIVE_METRICS, help_text, prometheus_name
 from deploy.monitoring.metrics import METRICS
-from deploy.monitoring.panels import DATA_SOURCE, Panel, data_source, laid_out, series, stat
+from deploy.monitoring.panels import Panel, data_source, laid_out, selector, series, stat
 
 FILE = Path(__file__).parents[1] / "kuberay" / "monitoring" / "opdlm-run.json"
 
@@ -39,7 +39,7 @@ def dashboard() -> dict[str, Any]:
         "editable": True,
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
-        "templating": {"list": [data_source(), _runs()]},
+        "templating": {"list": [data_source(), selector("run", prometheus_name("batches"))]},
         "panels": laid_out(panels),
     }
 
@@ -113,21 +113,6 @@ def _member(name: str, members: list[str]) -> str:
     """What tells a metric from the others of its panel."""
     first, _, rest = name.partition("/")
     return "" if len(members) == 1 else rest if _kind(name) == first else first
-
-
-def _runs() -> dict[str, Any]:
-    return {
-        "name": "run",
-        "label": "Run",
-        "type": "query",
-        "datasource": DATA_SOURCE,
-        "query": {"query": f"label_values({prometheus_name('batches')}, run)", "refId": "run"},
-        "refresh": 2,
-        "multi": True,
-        "includeAll": True,
-        "allValue": ".*",
-        "current": {"text": "All", "value": "$__all"},
-    }
 
 
 if __name__ == "__main__":

@@ -16,6 +16,22 @@ def data_source() -> dict[str, Any]:
     return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
 
 
+def selector(label: str, metric: str) -> dict[str, Any]:
+    """A choice among the values that `label` has in a metric, all of them at first."""
+    return {
+        "name": label,
+        "label": label.capitalize(),
+        "type": "query",
+        "datasource": DATA_SOURCE,
+        "query": {"query": f"label_values({metric}, {label})", "refId": label},
+        "refresh": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": "All", "value": "$__all"},
+    }
+
+
 def series(title: str, unit: str, description: str, queries: dict[str, str]) -> Panel:
     """Lines over time, three panels in a row; `queries` by legend."""
     defaults = {

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deploy.monitoring.panels import DATA_SOURCE, Panel, data_source, laid_out, series, stat
+from deploy.monitoring.panels import Panel, data_source, laid_out, selector, series, stat
 
 FILE = Path(__file__).parents[1] / "kuberay" / "serving" / "monitoring" / "opdlm-serve.json"
 
@@ -23,7 +23,7 @@ def dashboard() -> dict[str, Any]:
         "editable": True,
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
-        "templating": {"list": [data_source(), _pods()]},
+        "templating": {"list": [data_source(), selector("pod", "opdlm_serve_slots")]},
         "panels": laid_out([*_first_row(), *_lines()]),
     }
 
@@ -106,21 +106,6 @@ def _rate(metric: str, by: str = "", **labels: str) -> str:
 
 def _quantile(share: float, metric: str) -> str:
     return f"histogram_quantile({share}, {_rate(f'{metric}_bucket', by='le')})"
-
-
-def _pods() -> dict[str, Any]:
-    return {
-        "name": "pod",
-        "label": "Pod",
-        "type": "query",
-        "datasource": DATA_SOURCE,
-        "query": {"query": "label_values(opdlm_serve_slots, pod)", "refId": "pod"},
-        "refresh": 2,
-        "multi": True,
-        "includeAll": True,
-        "allValue": ".*",
-        "current": {"text": "All", "value": "$__all"},
-    }
 
 
 if __name__ == "__main__":
