@@ -19,9 +19,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when it is imported
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_local():
-    """A Ray of two CPUs on this machine, shut down after the test."""
+    """A Ray of two CPUs on this machine for the tests of a file; a test's actors end with the names that hold them."""
     import ray
 
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)

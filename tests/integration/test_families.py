@@ -22,7 +22,7 @@ SMALL = [
     ("family", "ranks"),
     [
         pytest.param("qwen2-sliding", 1, marks=pytest.mark.long),
-        ("llama", 1),
+        pytest.param("llama", 1, marks=pytest.mark.long),  # as the real model of another test
         pytest.param("gemma3", 2, marks=pytest.mark.long),
         ("qwen3-moe", 2),
     ],

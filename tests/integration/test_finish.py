@@ -79,7 +79,7 @@ def test_a_finished_run_is_finished_for_its_own_config_only(folder):
     assert "learner.lr was 0.0006 and is 0.001" in edited.stderr
 
 
-@pytest.mark.parametrize("until", ["loading models", "evaluating the teacher"])
+@pytest.mark.parametrize("until", ["loading models", pytest.param("evaluating the teacher", marks=pytest.mark.long)])
 def test_a_stop_is_heeded_while_nothing_is_trained_yet(tmp_path, until):
     many = ["--evaluation.count", "1000", "--evaluation.problems", "deploy/data/word_problems_train.jsonl"]
     process = subprocess.Popen(

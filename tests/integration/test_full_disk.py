@@ -9,7 +9,7 @@ import pytest
 
 from tests.small_disk import fill, small_disk
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(600)]
 
 BATCHES = 16
 COMMAND = [

@@ -30,7 +30,10 @@ SMALL = [
     "overrides",
     [
         ["--teacher.backend", "vllm", "--teacher.target", "hidden"],
-        ["--teacher.backend", "vllm", "--teacher.target", "topk", "--rollout.actors", "1", "--learner.ranks", "1"],
+        pytest.param(
+            ["--teacher.backend", "vllm", "--teacher.target", "topk", "--rollout.actors", "1", "--learner.ranks", "1"],
+            marks=pytest.mark.long,
+        ),
         [
             "--teacher.backend", "transformers", "--teacher.target", "topk", "--objective.topk_tail", "renorm",
             "--rollout.actors", "3", "--teacher.actors", "2", "--learner.resources.cpus", "0.25",
