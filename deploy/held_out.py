@@ -74,6 +74,15 @@ def kept_prompts(run_dir: Path) -> list[Prompt] | None:
     ]
 
 
+def share_held_out(run_dirs: Sequence[Path], run_dir: Path) -> None:
+    """Give a new run what the first of others that has it has held out; it must be trained on the same prompts, in the
+    same order. The original's responses are made again where the run asks for others."""
+    own, others = run_dir / _NAME, (folder / _NAME for folder in run_dirs)
+    if not own.exists() and (found := next((file for file in others if file.is_file()), None)):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_text(own, found.read_text())
+
+
 def _read(run_dir: Path) -> dict[str, Any] | None:
     file = run_dir / _NAME
     if not file.is_file():

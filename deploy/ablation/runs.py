@@ -8,12 +8,12 @@ nor continued.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ from common.config.renamed import old_names
 from common.config.run import RunConfig
 from common.config.yaml_loader import written
 from deploy.ablation.config import AblationConfig, RespondConfig
-from deploy.child_environment import child_environment
+from deploy.ablation.processes import Processes
 from deploy.errors import WorkerError
 from deploy.files import replace_text
+from deploy.held_out import share_held_out
 from deploy.preflight import finished_summary
+from deploy.stop_signals import StopRequested, StopSignals
+
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,20 @@ def arms_of(ablation: AblationConfig) -> list[Arm]:
     return runs
 
 
+def arms_named(ablation: AblationConfig, names: str) -> list[str]:
+    """The arms that `names` lists, separated by commas, in the ablation's order; an arm whose own name has a comma is
+    written as its folders are named.
+
+    Raises:
+        ConfigError: there is no such arm.
+    """
+    known = {alias: name for name in ablation.arms for alias in (name, _slug(name))}
+    asked = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in asked if name not in known]:
+        raise ConfigError(f"--arms: {unknown[0]!r} is no arm; choose from {', '.join(map(_slug, ablation.arms))}")
+    return [name for name in ablation.arms if name in {known[each] for each in asked}]
+
+
 def _responses_file(ablation: AblationConfig, arm: str) -> Path:
     """The offline responses of an arm: those of all arms, or its own."""
     own = f"responses-{_slug(arm)}" if ablation.arms[arm].respond else "responses"
@@ -152,30 +170,77 @@ def _first_of_each_file(runs: list[Arm]) -> list[Arm]:
 
 
 def run_all(
-    ablation: AblationConfig, runs: list[Arm], note: Callable[[str], None], done: Callable[[], None], jobs: int = 1
+    runs: list[Arm],
+    note: Callable[[str], None],
+    done: Callable[[Arm], None],
+    jobs: int = 1,
+    *,
+    chosen: Sequence[Arm] | None = None,
+    stop_after_s: float | None = None,
+    keep_going: bool = False,
 ) -> None:
-    """Make what is missing, `jobs` runs at a time; `done` is called after every run, also for those found finished.
+    """Make what is missing of the `chosen` runs (default: of all), `jobs` at a time; `done` is called for each of them
+    that ends well.
+
+    After `stop_after_s` seconds those in progress are stopped with a checkpoint, and no more are begun. A run that
+    fails keeps others from beginning, unless `keep_going`; those in progress go on.
 
     Raises:
-        WorkerError: a run ended with an error; names it and its log. Runs in progress are waited for, others cancelled.
+        WorkerError: a run ended with an error; names it and its log.
+        Stopped: SIGTERM or SIGINT came; the runs in progress were stopped with a checkpoint.
     """
-    for arm in _first_of_each_file([arm for arm in runs if not arm.done]):
-        _respond(arm, note)
-    missing = [arm for arm in runs if not arm.done]
-    for _ in range(len(runs) - len(missing)):
-        done()
+    chosen = runs if chosen is None else chosen
+    missing = [arm for arm in chosen if not arm.done]
+    files = {arm.responses for arm in missing if arm.needs_responses}
+    makers = [arm for arm in _first_of_each_file(runs) if arm.responses in files]
+    processes = Processes()
 
     def train(arm: Arm) -> None:
         note(f"{arm.name}, seed {arm.seed}")
-        _train(arm)
+        _train(arm, runs, processes)
+        done(arm)
 
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        for future in as_completed([pool.submit(train, arm) for arm in missing]):
-            future.result()
-            done()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with StopSignals() as stop:
+        deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
+
+        def is_over() -> bool:
+            return stop.requested or (deadline is not None and time.monotonic() >= deadline)
+
+        try:
+            _in_turn([partial(_respond, arm, note, processes) for arm in makers], 1, processes, is_over, False)
+            _in_turn([partial(train, arm) for arm in missing], jobs, processes, is_over, keep_going)
+        finally:
+            processes.stop()  # after a second Ctrl-C
+        if stop.requested:
+            finished = sum(arm.done for arm in chosen)
+            raise stop.error(f"{finished} of {len(chosen)} runs are finished; to go on, repeat the command")
+
+
+def _in_turn(
+    calls: Sequence[Callable[[], None]],
+    jobs: int,
+    processes: Processes,
+    is_over: Callable[[], bool],
+    keep_going: bool,
+) -> None:
+    """Make the calls, `jobs` at a time, until it is over; then the processes are stopped.
+
+    Raises:
+        WorkerError: that of the first call that failed, once no other is in progress.
+    """
+    errors: list[BaseException] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(call) for call in calls}
+        while waiting:
+            if is_over():
+                processes.stop()
+            if processes.stopping or (errors and not keep_going):
+                waiting = {future for future in waiting if not future.cancel()}
+            ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            failures = [error for future in ended if (error := future.exception())]
+            errors += [error for error in failures if not isinstance(error, StopRequested)]
+    if errors:
+        raise errors[0] if len(errors) == 1 else WorkerError(f"{errors[0]}; {len(errors) - 1} more failed")
 
 
 def _responses_record(arm: Arm) -> Path:
@@ -200,7 +265,7 @@ def _respond_fields(respond: RespondConfig) -> dict[str, Any]:
     return {f"respond.{name}": value for name, value in respond}
 
 
-def _respond(arm: Arm, note: Callable[[str], None]) -> None:
+def _respond(arm: Arm, note: Callable[[str], None], processes: Processes) -> None:
     file, record = arm.responses, _responses_record(arm)
     if file.exists():
         return
@@ -208,13 +273,28 @@ def _respond(arm: Arm, note: Callable[[str], None]) -> None:
     base = _write_config(arm.config, record.parent)
     replace_text(record, json.dumps(_responses_made_with(arm), indent=2) + "\n")
     options = [part for name, value in arm.respond for part in (f"--{name.replace('_', '-')}", str(value))]
-    _command(["respond", str(base), "--output", str(file), *options], record.parent / "output.log")
+    processes.run(["respond", str(base), "--output", str(file), *options], record.parent / "output.log")
 
 
-def _train(arm: Arm) -> None:
+def _train(arm: Arm, runs: list[Arm], processes: Processes) -> None:
+    """Train and evaluate; the checkpoints that the run could go on from are removed in the end."""
     folder = arm.config.run_dir
     config = _write_config(arm.config, folder.with_name(f"{folder.name}.config"))
-    _command(["train", str(config), "--resume", "auto"], config.parent / "output.log")
+    if alike := [other.config.run_dir for other in runs if _holds_out_alike(arm.config, other.config)]:
+        share_held_out(alike, folder)
+    processes.run(["train", str(config), "--resume", "auto"], config.parent / "output.log")
+    for checkpoint in (folder / "checkpoints").glob("batch-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _holds_out_alike(config: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs hold out the same prompts and have the same original answer them."""
+    read = [
+        (c.seed, c.model, c.teacher_paths, c.evaluation.held_out_prompts, c.evaluation.held_out_tokens,
+         c.data.model_dump(exclude={"responses"}))
+        for c in (config, other)
+    ]  # fmt: skip
+    return config.evaluation.held_out_prompts > 0 and read[0] == read[1]
 
 
 def _write_config(config: RunConfig, folder: Path) -> Path:
@@ -222,17 +302,6 @@ def _write_config(config: RunConfig, folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(written(config.model_dump(mode="json")))
     return path
-
-
-def _command(arguments: list[str], log: Path) -> None:
-    """Run this program again: each run has its own process tree, so that nothing of one is left in the next."""
-    with log.open("a") as output:
-        output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(arguments)}\n")
-        output.flush()
-        command = [sys.executable, "-m", "deploy", *arguments]
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment()).returncode
-    if status:
-        raise WorkerError(f"`opdlm {' '.join(arguments)}` ended with status {status}; its output is in {log}")
 
 
 def _slug(name: str) -> str:

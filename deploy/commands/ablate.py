@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
+from rich.console import Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from common.config.errors import ConfigError
+from deploy.argument_checks import finite
 from deploy.commands.console import console, say
 from deploy.named_files import check_writable
 
@@ -23,24 +29,50 @@ def ablate(
     jobs: Annotated[
         int, typer.Option("--jobs", min=1, help="how many runs at a time, each with all of its processes")
     ] = 1,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            "--arms",
+            metavar="A,B,...",
+            help="train these arms only, by name; one with a comma in its name is written as its folders are named",
+        ),
+    ] = None,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(
+            "--stop-after",
+            metavar="SECONDS",
+            min=0,
+            callback=finite,
+            help="then stop the runs in progress, each after the batch at hand and with a checkpoint",
+        ),
+    ] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="go on with other runs where one fails")] = False,
 ) -> None:
     """Train every arm of an ablation with every seed, and write a report with tables, curves and verdicts.
 
-    The report is written after every run. To continue an interrupted ablation, repeat the command.
+    The report is written after every run. To continue an interrupted ablation, repeat the command: finished runs stay,
+    interrupted ones go on from their newest checkpoint. Runs made at a time share the GPU, and must fit it together.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
         opdlm ablate deploy/presets/ablation.yaml
+        opdlm ablate deploy/presets/ablation-smollm2.yaml --jobs 3 --stop-after 1500 --arms OPDLM,SFT
     """
-    from deploy.ablation.runs import arms_of, check_runs, load_ablation, run_all
+    from deploy.ablation.runs import Arm, arms_named, arms_of, check_runs, load_ablation, run_all
 
     settings = load_ablation(ablation)
     check_writable("output_dir", settings.output_dir)
     check_writable("report", settings.report.parent)
     runs = arms_of(settings)
+    names = arms_named(settings, arms) if arms is not None else list(settings.arms)
+    chosen = [arm for arm in runs if arm.name in names]
+    from deploy.ablation.progress import runs_table, standing
     from deploy.ablation.report import write_report
 
     if report_only:
+        if arms is not None:
+            raise ConfigError("--arms chooses what is trained, and --report-only trains nothing; leave one out")
         finished = sum(arm.done for arm in runs)
         if finished:
             write_report(settings, runs, ablation)
@@ -52,19 +84,37 @@ def ablate(
     check_runs(settings, runs)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=console,
+        TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
-    with bar:
-        task = bar.add_task("runs", total=len(runs))
+    found = sum(arm.done for arm in chosen)
+    task = bar.add_task("runs", total=len(chosen), completed=found)
+    if found:
+        write_report(settings, runs, ablation)
 
-        def note(text: str) -> None:
-            bar.update(task, description=text)
-            if not console.is_terminal:
-                say(text)
+    def shown() -> Group:
+        now = [(arm, standing(arm)) for arm in chosen]
+        return Group(bar, runs_table([(arm, state) for arm, state in now if state.in_progress]))
 
-        def done() -> None:
-            bar.advance(task)
+    def note(text: str) -> None:
+        bar.update(task, description=text)
+        if not console.is_terminal:
+            say(text)
+
+    lock = threading.Lock()
+
+    def done(arm: Arm) -> None:
+        bar.advance(task)
+        with lock:  # runs may end together
             write_report(settings, runs, ablation)
 
-        run_all(settings, runs, note, done, jobs)
-    say(f"all {len(runs)} runs are finished; the report is {settings.report}")
+    live = Live(get_renderable=shown, console=console, refresh_per_second=1, transient=True)
+    try:
+        with live if console.is_terminal else nullcontext():
+            run_all(runs, note, done, jobs, chosen=chosen, stop_after_s=stop_after, keep_going=keep_going)
+    finally:
+        console.print(runs_table([(arm, standing(arm)) for arm in chosen]))
+    finished = sum(arm.done for arm in chosen)
+    if finished < len(chosen):
+        say(f"--stop-after: {finished} of {len(chosen)} runs are finished; to go on, repeat the command")
+        return
+    say(f"all {len(chosen)} runs are finished; the report is {settings.report}")

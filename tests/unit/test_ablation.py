@@ -1,40 +1,52 @@
 """Ablations: all configs are checked before the first run, finished runs are not repeated, verdicts follow metrics."""
 
+import io
 import json
 import math
+import os
+import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 import yaml
 from matplotlib.figure import Figure
+from rich.console import Console
 from typer.testing import CliRunner
 
 from common.config.errors import ConfigError
+from common.config.file import load_config
 from deploy import cli
 from deploy.ablation.config import AblationConfig, Claim
+from deploy.ablation.processes import Processes
+from deploy.ablation.progress import runs_table, standing
 from deploy.ablation.report import Result, holm, plot_curves, verdicts, write_report
 from deploy.ablation.runs import (
     _respond,
     _responses_made_with,
     _write_config,
+    arms_named,
     arms_of,
     check_runs,
     load_ablation,
     run_all,
 )
-from deploy.errors import WorkerError
+from deploy.errors import Stopped, WorkerError
 from deploy.preflight import identity
+from deploy.run_lock import RunLock
+
+RUN = Processes.run
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_started(monkeypatch):
     """A mistake here must not train for minutes."""
 
-    def command(arguments, log):
+    def run(self, arguments, log):
         raise AssertionError(f"started {arguments}")
 
-    monkeypatch.setattr("deploy.ablation.runs._command", command)
+    monkeypatch.setattr(Processes, "run", run)
 
 
 def ablation(tmp_path, **changes) -> AblationConfig:
@@ -115,8 +127,8 @@ def test_finished_runs_are_not_made_again(tmp_path):
     for arm in runs:
         finish(arm, 0.9, 0.8)
     calls = []
-    run_all(settings, runs, calls.append, lambda: calls.append("done"))
-    assert calls == ["done"] * len(runs)
+    run_all(runs, calls.append, calls.append)
+    assert not calls
     assert not runs[1].responses.exists()
 
 
@@ -171,8 +183,8 @@ def test_a_report_only_says_which_runs_it_leaves_out(tmp_path):
 def test_responses_of_another_config_are_refused(tmp_path, monkeypatch):
     settings = ablation(tmp_path)
     runs = arms_of(settings)
-    monkeypatch.setattr("deploy.ablation.runs._command", lambda *_: runs[1].responses.write_bytes(b"made"))
-    _respond(runs[1], lambda text: None)
+    monkeypatch.setattr(Processes, "run", lambda *_: runs[1].responses.write_bytes(b"made"))
+    _respond(runs[1], lambda text: None, Processes())
     finish(runs[1], 0.9, 0.8)
     check_runs(settings, runs)
     edited = ablation(tmp_path, respond={"temperature": 0.5}, overrides={"data.limit": 100})
@@ -193,13 +205,13 @@ def test_an_arm_may_have_responses_of_its_own(tmp_path, monkeypatch):
     assert [arm.responses.name for arm in runs] == ["responses.parquet", "responses-BRTS.parquet"]
     commands = []
 
-    def command(arguments, log):
+    def run(self, arguments, log):
         commands.append(arguments)
         if arguments[0] == "respond":
             (tmp_path / "runs" / "small").joinpath(arguments[3].rpartition("/")[2]).write_bytes(b"made")
 
-    monkeypatch.setattr("deploy.ablation.runs._command", command)
-    run_all(settings, runs, lambda text: None, lambda: None)
+    monkeypatch.setattr(Processes, "run", run)
+    run_all(runs, lambda text: None, lambda arm: None)
     made = [c for c in commands if c[0] == "respond"]
     assert [c[3] for c in made] == [str(arm.responses) for arm in runs]
     options = ["--temperature", "1.0", "--top-p", "0.95", "--samples", "2", "--keep", "best"]
@@ -325,7 +337,7 @@ def test_a_failed_run_is_named_and_stops_those_that_have_not_started(tmp_path, m
     runs = arms_of(settings)
     started = []
 
-    def train(arm):
+    def train(arm, *_):
         started.append(arm)
         if len(started) == 2:
             raise WorkerError("rollout-0 died")
@@ -335,11 +347,146 @@ def test_a_failed_run_is_named_and_stops_those_that_have_not_started(tmp_path, m
     monkeypatch.setattr("deploy.ablation.runs._respond", lambda *_: None)
     monkeypatch.setattr("deploy.ablation.runs._train", train)
     with pytest.raises(WorkerError, match="rollout-0 died"):
-        run_all(settings, runs, lambda text: None, lambda: None)
+        run_all(runs, lambda text: None, lambda arm: None)
     assert len(started) < len(runs)
-    done = []
-    run_all(settings, runs, lambda text: None, lambda: done.append(1), jobs=3)
-    assert len(done) == len(runs) and all(arm.done for arm in runs)
+    done, before = [], sum(arm.done for arm in runs)
+    run_all(runs, lambda text: None, done.append, jobs=3)
+    assert before >= 1 and len(done) == len(runs) - before and all(arm.done for arm in runs)
+
+
+def test_other_runs_may_go_on_where_one_fails(tmp_path, monkeypatch):
+    runs = arms_of(ablation(tmp_path))
+
+    def train(arm, *_):
+        if arm.name == "SFT":
+            raise WorkerError(f"seed {arm.seed} failed")
+        finish(arm, 0.9, 0.8)
+
+    monkeypatch.setattr("deploy.ablation.runs._respond", lambda *_: None)
+    monkeypatch.setattr("deploy.ablation.runs._train", train)
+    with pytest.raises(WorkerError, match=r"seed \d failed; 2 more failed"):
+        run_all(runs, lambda text: None, lambda arm: None, keep_going=True)
+    assert [arm.done for arm in runs] == [True, False] * 3
+
+
+_STUB = """
+import json, pathlib, signal, sys, time
+def stop(number, frame):
+    path.write_text("stopped")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+path = pathlib.Path(sys.argv[1])
+path.write_text("begun")
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def stubborn(tmp_path, monkeypatch):
+    """Real processes in place of `opdlm train`: each runs for half a minute, and a SIGTERM ends it in its own way."""
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "__main__.py").write_text(_STUB)
+    monkeypatch.setattr("deploy.ablation.processes.child_environment", lambda: {"PYTHONPATH": str(tmp_path)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Processes, "run", RUN)
+    monkeypatch.setattr("deploy.ablation.runs._respond", lambda *_: None)
+
+    def train(arm, runs, processes):
+        processes.run([str(tmp_path / f"{arm.name}{arm.seed}")], tmp_path / "log")
+
+    monkeypatch.setattr("deploy.ablation.runs._train", train)
+    return tmp_path
+
+
+def test_a_spent_time_stops_the_runs_in_progress_and_begins_no_more(stubborn):
+    begin = time.monotonic()
+    run_all(arms_of(ablation(stubborn)), lambda text: None, lambda arm: None, jobs=2, stop_after_s=1.5)
+    assert time.monotonic() - begin < 15
+    assert {file.name: file.read_text() for file in stubborn.glob("*[0-9]")} == {"OPDLM0": "stopped", "SFT0": "stopped"}
+
+
+def test_a_signal_reaches_the_runs_in_progress(stubborn):
+    def signal_when_begun() -> None:
+        while not (stubborn / "OPDLM0").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=signal_when_begun)
+    thread.start()
+    with pytest.raises(Stopped, match=r"^0 of 6 runs are finished; to go on, repeat the command$") as stopped:
+        run_all(arms_of(ablation(stubborn)), lambda text: None, lambda arm: None)
+    thread.join()
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
+    assert (stubborn / "OPDLM0").read_text() == "stopped" and not (stubborn / "SFT0").exists()
+
+
+def test_arms_are_chosen_by_name_and_use_the_responses_of_all(tmp_path, monkeypatch):
+    """Those of the first seed, even where the arm that is chosen has another."""
+    arms = {"OPDLM": {}, "a": {"objective.method": "sft"}, "b, jumped to": {"objective.method": "sft", "seeds": [1]}}
+    settings = ablation(tmp_path, arms=arms, claims=[], seeds=[0, 1])
+    assert arms_named(settings, "b-jumped-to, OPDLM") == ["OPDLM", "b, jumped to"]
+    with pytest.raises(ConfigError, match=r"^--arms: 'b' is no arm; choose from OPDLM, a, b-jumped-to$"):
+        arms_named(settings, "b, jumped to")
+    runs = arms_of(settings)
+    started = []
+
+    def run(self, arguments, log):
+        started.append(arguments)
+        if arguments[0] == "respond":
+            runs[0].responses.write_bytes(b"made")
+
+    monkeypatch.setattr(Processes, "run", run)
+    (chosen,) = [arm for arm in runs if arm.name == "b, jumped to"]
+    run_all(runs, lambda text: None, lambda arm: None, chosen=[chosen])
+    assert [arguments[0] for arguments in started] == ["respond", "train"]
+    assert load_config(started[0][1]).seed == 0 and load_config(started[1][1]).seed == 1
+    check_runs(settings, runs)
+
+
+def test_a_run_begins_with_what_another_of_its_seed_has_held_out(tmp_path, monkeypatch):
+    held_out = {"evaluation.problems": None, "evaluation.held_out_prompts": 16}
+    other = {"teacher.path": "elsewhere"}
+    arms = {"OPDLM": {}, "SFT": {"objective.method": "sft"}, "another teacher": other}
+    runs = arms_of(ablation(tmp_path, arms=arms, claims=[], seeds=[0, 1], overrides=held_out))
+    monkeypatch.setattr("deploy.ablation.runs._respond", lambda *_: None)
+
+    def run(self, arguments, log):
+        folder = load_config(arguments[1]).run_dir
+        folder.mkdir(exist_ok=True)
+        (folder / "seen").write_text(str((folder / "held_out.json").exists()))
+        (folder / "held_out.json").write_text(f"of {folder.name}")
+        (folder / "checkpoints" / "batch-000002").mkdir(parents=True)
+        (folder / "checkpoints" / "final").mkdir()
+
+    monkeypatch.setattr(Processes, "run", run)
+    run_all(runs, lambda text: None, lambda arm: None)
+    seen = {(arm.name, arm.seed): (arm.config.run_dir / "seen").read_text() for arm in runs}
+    assert {key for key, value in seen.items() if value == "True"} == {("SFT", 0), ("SFT", 1)}
+    left = {path.name for arm in runs for path in (arm.config.run_dir / "checkpoints").iterdir()}
+    assert left == {"final"}  # nothing of a finished run could be gone on with
+
+
+def test_the_table_of_runs_says_how_far_each_is(tmp_path):
+    runs = arms_of(ablation(tmp_path, seeds=[0, 1]))
+    states = ["finished", "training", "stopped"]
+    for arm, state in zip(runs, states, strict=False):
+        folder = arm.config.run_dir
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(json.dumps({"state": state, "batch": 2, "batches": 40}))
+        rows = [{"kl": 0.5, "eval/held_out_kl": 0.25}, {"kl": 0.4, "eval/held_out_kl": None}]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"kl": 0.3, "ev')
+    console = Console(width=100, file=io.StringIO())
+    console.print(runs_table([(arm, standing(arm)) for arm in runs]))
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert rows[1:] == [
+        ["OPDLM", "0", "finished", "2/40", "0.4000", "0.2500"],
+        ["SFT", "0", "interrupted", "2/40", "0.4000", "0.2500"],  # no process works on it
+        ["OPDLM", "1", "stopped", "2/40", "0.4000", "0.2500"],
+        ["SFT", "1", "not", "begun"],
+    ]
+    with RunLock(runs[1].config.run_dir):
+        assert standing(runs[1]).in_progress and standing(runs[1]).state == "training"
 
 
 def drawn(tmp_path, monkeypatch, arms) -> dict[str, tuple[str, str]]:
