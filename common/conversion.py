@@ -189,6 +189,11 @@ def counted_tokens(student: Conversion, teacher_path: str) -> int | None:
     return min(token_count(load_tokenizer(teacher_path)), int(teacher.vocab_size))
 
 
+def own_head(config: RunConfig, student: Conversion) -> dict[str, int | None]:
+    """What a learner that teaches itself needs to know of its LM head, as a field of its BatchBuilder; else nothing."""
+    return {"teacher_tokens": counted_tokens(student, config.teacher_path)} if config.teaches_itself else {}
+
+
 def checked(path: str, conversion: Conversion) -> Conversion:
     """The conversion of the ARLM at `path`, after all that can be checked without loading the weights.
 

@@ -6,7 +6,7 @@ response tokens trained on:
 
 | role | FLOPs |
 | --- | --- |
-| teacher | 2 · N_teacher · T, of several each with its own N and T; hard labels have no teacher |
+| teacher | 2 · N_teacher · T, of several each with its own N and T; 0 with hard labels and `teacher.backend` self |
 | learner | 6 · N_student · T; with adapters of n parameters (4 · N_student + 6 · n) · T: the base has no gradient |
 | rollout | 2 · N_student · (token rows of prefills, denoising forwards and commits) |
 

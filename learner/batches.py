@@ -19,7 +19,7 @@ from common.prompts import part_of
 from common.seeds import stream_key, uniform
 from common.trajectory import Trajectory, TrajectoryMeta
 from learner.alignment import ClearRows, clear_rows
-from learner.objective import HiddenTarget, LabelTarget, SeveralTeachers, Target, TopKTarget
+from learner.objective import CleanStream, HiddenTarget, LabelTarget, SeveralTeachers, Target, TopKTarget
 from learner.packing import (
     MicroBatch,
     assign_ranks,
@@ -59,7 +59,7 @@ class TrainingBatch:
     mask: Any
     loss_index: Tensor
     coefficient: Tensor
-    target: Target
+    target: Target | CleanStream
     objective: ObjectiveConfig
     tokens: int
     labels: Tensor
@@ -100,7 +100,8 @@ class BatchBuilder:
     one for a domain.
     The kind `none` trains on the tokens of x0 as hard labels. `windows` comes from attention_windows of the student.
     With `graphs` rows come in few widths, and without masks. `seed` is the run's; `scale` is
-    the weight of the whole loss; `context` is what clean tokens see.
+    the weight of the whole loss; `context` is what clean tokens see. With `teaches_itself` targets are those of the
+    clean tokens, of which the first `teacher_tokens` rows of the student's own LM head count.
     """
 
     meta: TrajectoryMeta
@@ -120,6 +121,7 @@ class BatchBuilder:
     other_heads: tuple[TeacherHead, ...] = ()
     teacher_of: Callable[[str], int] = lambda domain: 0
     context: AttentionContext = "block"
+    teaches_itself: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, meta: TrajectoryMeta, **device_and_models: Any) -> BatchBuilder:
@@ -135,6 +137,7 @@ class BatchBuilder:
             seed=config.seed,
             teacher_of=config.teacher_of,
             context=config.attention.context,
+            teaches_itself=config.teaches_itself,
             **device_and_models,
         )
 
@@ -149,7 +152,8 @@ class BatchBuilder:
         Every rank gets the same number of micro-batches, since ZeRO-3 forwards are collective; those that are missing
         hold one document that trains nothing.
         """
-        masked = [document(t, self.meta.block_size, self.meta.mask_token_id, self.context) for t in trajectories]
+        form = self.meta.block_size, self.meta.mask_token_id, self.context, self._reads_targets
+        masked = [document(t, *form) for t in trajectories]
         causal = [causal_document(t) for t in trajectories] if self.objective.terms.autoregressive else []
         documents = dict(enumerate(masked + causal))
         weights = coefficients(masked, self.normalization) + coefficients(causal, self.normalization)
@@ -265,7 +269,15 @@ class BatchBuilder:
             pair_ends=pair_ends,
         )
 
-    def _target(self, batch: MicroBatch, trajectories: list[Trajectory]) -> Target:
+    @property
+    def _reads_targets(self) -> bool:
+        """Whether this loss has its targets from the student's own clean tokens."""
+        return self.teaches_itself and self.objective.target.kind == "teacher"
+
+    def _target(self, batch: MicroBatch, trajectories: list[Trajectory]) -> Target | CleanStream:
+        if self._reads_targets:
+            index = self._moved(torch.from_numpy(batch.before_index))
+            return CleanStream(index, self.objective.shape, self.teacher_tokens)
         if self.meta.target_kind == "none" or self.objective.target.kind == "hard":
             return LabelTarget(self._moved(torch.from_numpy(batch.loss_label)))
         order = list(dict.fromkeys(batch.loss_doc.tolist()))

@@ -100,6 +100,25 @@ class HiddenTarget(Target):
 
 
 @dataclass(frozen=True)
+class CleanStream:
+    """Targets of the forward under way, whose clean tokens the original reads: gated adapters leave these alone, and
+    context-causal attention shows them what stands before them.
+
+    `index` int64 [L] points at the clean token before each position, among the R*W tokens; `shape` and `tokens` as in
+    HiddenTarget.
+    """
+
+    index: Tensor
+    shape: TeacherTarget = AS_IT_IS
+    tokens: int | None = None
+
+    def of(self, hidden: Tensor, head: Tensor) -> HiddenTarget:
+        """The targets, without gradient, from the student's final hidden states [R, W, d] and its LM head [V, d]."""
+        states = hidden.detach().reshape(-1, hidden.shape[-1])[self.index]
+        return HiddenTarget(states, head.detach(), self.shape, self.tokens)
+
+
+@dataclass(frozen=True)
 class SeveralTeachers(Target):
     """Positions of which each has one of several teachers, whose hidden states may differ in width.
 

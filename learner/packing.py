@@ -43,6 +43,7 @@ class Document:
     loss_*: of the L masked tokens that are trained. `loss_index` int64 points at them, `loss_target` int64 at their
     rows in the trajectory's targets; `loss_weight` float32 is w, not normalised; `loss_label` int64 is the token of
     x0, `loss_round` int16 the round that revealed it; `loss_group` int64 numbers the (state, block) that it is in.
+    `before_index` int64 [L] points at the clean token before each, where the student is its own teacher; else empty.
     next_*: of a causal document, which has nothing masked. `next_index` int64 [A] points at the token before each
     response token, `next_label` int64 [A] is that response token.
     """
@@ -57,6 +58,7 @@ class Document:
     loss_label: np.ndarray = _column()
     loss_round: np.ndarray = _column(np.int16)
     loss_group: np.ndarray = _column(moves_with="groups")
+    before_index: np.ndarray = _column(moves_with="tokens")
     next_index: np.ndarray = _column(moves_with="tokens")
     next_label: np.ndarray = _column()
 
@@ -113,9 +115,17 @@ def joined(parts: Sequence[Part]) -> Part:
 
 
 def document(
-    trajectory: Trajectory, block_size: int, mask_token_id: int, context: AttentionContext = "block"
+    trajectory: Trajectory,
+    block_size: int,
+    mask_token_id: int,
+    context: AttentionContext = "block",
+    with_targets: bool = False,
 ) -> Document:
-    """The training document of a trajectory whose states were selected; `context`: what its clean tokens see."""
+    """The training document of a trajectory whose states were selected; `context`: what its clean tokens see.
+
+    `with_targets`: its clean tokens, which see what stands before them, go on to the last one that predicts a trained
+    token.
+    """
 
     def numbers(positions: np.ndarray, copy: np.ndarray) -> np.ndarray:
         return block_numbers(positions, copy, block_size, context)
@@ -123,7 +133,9 @@ def document(
     x0 = trajectory.x0.astype(np.int64)
     prompt = len(trajectory.prompt_ids)
     absolute = prompt + trajectory.masked_offsets.astype(np.int64)
-    clean = np.arange((absolute.max() // block_size) * block_size if len(absolute) else 0)
+    last_block = (absolute.max() // block_size) * block_size if len(absolute) else 0
+    last_trained = absolute[trajectory.loss_weight > 0].max(initial=0) if with_targets else 0
+    clean = np.arange(max(last_block, last_trained))
     unmasked = np.zeros_like(clean)
     parts = [Document(ids=x0[clean], positions=clean, copy=unmasked, block=numbers(clean, unmasked))]
     for state in range(trajectory.state_count):
@@ -151,7 +163,9 @@ def document(
                 loss_group=np.searchsorted(blocks, trained // block_size),
             )
         )
-    return joined(parts)
+    whole = joined(parts)
+    # the clean tokens stand first, each at the place of its position
+    return replace(whole, before_index=whole.positions[whole.loss_index] - 1) if with_targets else whole
 
 
 def causal_document(trajectory: Trajectory) -> Document:

@@ -25,7 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig
-from common.conversion import load_converted, save_student, student_of, teacher_heads_of
+from common.conversion import load_converted, own_head, save_student, student_of, teacher_heads_of
 from common.device import device_for
 from common.lora import add_adapters
 from common.memory_budget import MemoryBudget
@@ -188,6 +188,7 @@ class LearnerRank:
             self.engine.module.alignment = LayerAlignment(self.student, base, self.config.objective.terms)
         self.attention = attention
         self.teacher_heads = teacher_heads_of(self.config, self.conversion, self.device)
+        self.own_head = own_head(self.config, self.conversion)
         self.transport: WeightsTransport = ObjectStoreTransport()
         if on_gpu or learner.compile:
             self._warm_up()
@@ -370,6 +371,7 @@ class LearnerRank:
             attention=self.attention,
             device=self.device,
             **of_heads(self.teacher_heads),
+            **self.own_head,
             windows=attention_windows(self.conversion.config),
             graphs=self.engine.graphs,
         )

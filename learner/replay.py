@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.config.errors import ConfigError, explain
 from common.config.run import RunConfig
-from common.conversion import student_of, teacher_heads_of
+from common.conversion import own_head, student_of, teacher_heads_of
 from common.prompts import part_of
 from common.student import attention_windows, default_attention, load_model
 from common.trajectory import Trajectory, read_spool
@@ -89,6 +89,7 @@ def replay(folder: Path) -> Replay:
         device=device,
         windows=attention_windows(student.config),
         **of_heads(teacher_heads_of(config, student, device)),
+        **own_head(config, student),
     )
     builders = builder.with_extra(config.objective, facts["extra_weights"])
     return Replay(

@@ -14,10 +14,12 @@ from learner.alignment import LayerAlignment
 from learner.batches import TrainingBatch
 from learner.objective import (
     ChunkedDivergence,
+    CleanStream,
     HiddenTarget,
     LabelTarget,
     LossSums,
     SeveralTeachers,
+    Target,
     empty_sums,
     token_logprobs,
 )
@@ -52,10 +54,11 @@ class TrainingModule(nn.Module):
             head = head.detach()
         if sums is None:
             return token_logprobs(rows, head, batch.labels, self.chunk)
+        target = batch.target.of(hidden, head) if isinstance(batch.target, CleanStream) else batch.target
         loss = ChunkedDivergence.apply(
-            rows, head, batch.target, batch.coefficient, batch.objective.divergence, self.chunk, sums, batch.terms
+            rows, head, target, batch.coefficient, batch.objective.divergence, self.chunk, sums, batch.terms
         )
-        for term in self._added(batch, hidden, rows, head):
+        for term in self._added(batch, target, hidden, rows, head):
             loss = loss + term
             sums.loss += term.detach().double()
         return loss
@@ -64,14 +67,16 @@ class TrainingModule(nn.Module):
         masked = noised_masks(self.student, batch.ids, batch.copy)
         return hidden_states(self.student, batch.ids, batch.positions, batch.mask, masked)
 
-    def _added(self, batch: TrainingBatch, hidden: Tensor, rows: Tensor, head: Tensor) -> Iterator[Tensor]:
+    def _added(
+        self, batch: TrainingBatch, target: Target, hidden: Tensor, rows: Tensor, head: Tensor
+    ) -> Iterator[Tensor]:
         """The terms that need more than the logits at the masked positions."""
         terms = batch.objective.terms
         if self.alignment and batch.clear:
             aligned = self.alignment.loss(hidden, batch.loss_index, batch.clear, batch.coefficient)
             yield terms.alignment * aligned
-        elif isinstance(batch.target, HiddenTarget | SeveralTeachers) and terms.alignment and not terms.aligns_layers:
-            yield terms.alignment * misalignment(rows, batch.target.hidden, batch.coefficient)
+        elif isinstance(target, HiddenTarget | SeveralTeachers) and terms.alignment and not terms.aligns_layers:
+            yield terms.alignment * misalignment(rows, target.hidden, batch.coefficient)
         if batch.next_tokens:
             before = hidden.reshape(-1, hidden.shape[-1])[batch.next_tokens.index]
             labels, unseen = LabelTarget(batch.next_tokens.label), empty_sums(hidden.device)

@@ -127,7 +127,12 @@ class RunConfig(Section):
     @property
     def target_kind(self) -> Literal["none", "topk", "hidden"]:
         """What the teacher adds to trajectories; none: no teacher is started."""
-        return self.teacher.target if self.objective.needs_teacher else "none"
+        return self.teacher.target if self.objective.needs_teacher and not self.teaches_itself else "none"
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the learner's own forward gives the targets: its clean tokens are read as the ARLM reads them."""
+        return self.objective.needs_teacher and self.teacher.backend == "self"
 
     @property
     def weights_transport(self) -> Literal["object_store", "broadcast"]:
@@ -166,7 +171,7 @@ class RunConfig(Section):
     def _anchors_teach(self) -> RunConfig:
         if not self.block_growth.anchor:
             return self
-        if self.target_kind == "none":
+        if not self.objective.needs_teacher:
             raise ValueError(
                 "block_growth.anchor makes the student the teacher, and the objective has none; set it to false, or "
                 "objective.target.kind to 'teacher'"
@@ -255,6 +260,31 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _original_is_in_the_student(self) -> RunConfig:
+        backends = {f"teacher.{place}backend": t.backend for place, t in self.teacher.pools.items()}
+        if not self.objective.needs_teacher or "self" not in backends.values():
+            return self
+        field = next(name for name, backend in backends.items() if backend == "self")
+        aware = max(part.shape.block_aware for part in self.objective.parts)
+        terms, path = self.objective.terms, self.teacher.path
+        for name, value, on, remedy in (
+            ("teacher.others", len(self.teacher.others), bool(self.teacher.others), "give one teacher"),
+            ("adapter.rank", self.adapter.rank, not self.adapter.rank, "set it to e.g. 32, and adapter.gate to 'mask'"),
+            ("adapter.gate", self.adapter.gate, not self.adapter.gated, "set it to 'mask'"),
+            ("attention.context", self.attention.context, self.attention.context != "causal", "set it to 'causal'"),
+            ("teacher.path", path, path not in (None, self.model.path), "leave it out"),
+            ("teacher.target", self.teacher.target, self.teacher.target != "hidden", "set it to 'hidden'"),
+            ("objective.target.block_aware", aware, bool(aware), "set it to 0"),
+            ("objective.terms.alignment_of", terms.alignment_of, terms.aligns_layers, "set it to 'final'"),
+        ):
+            if on:
+                raise ValueError(
+                    f"{field} 'self' takes targets from the student's clean tokens, which the one original must read, "
+                    f"and {name} is {value!r}; {remedy}, or set {field} to 'transformers'"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _gate_is_measured(self) -> RunConfig:
         if not self.curriculum.gated or self.curriculum.gate_on != "held_out":
             return self
@@ -302,7 +332,7 @@ class RunConfig(Section):
             ("outliers", objective.routes),
             ("terms.alignment", objective.terms.alignment > 0 and not objective.terms.aligns_layers),
         ):
-            if on and self.target_kind != "hidden":
+            if on and self.target_kind != "hidden" and not self.teaches_itself:
                 raise ValueError(
                     f"objective.{name} needs the teacher's whole distribution or hidden states, teacher.target is "
                     f"{self.teacher.target!r}; set teacher.target to 'hidden', or turn objective.{name} off"

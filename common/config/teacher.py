@@ -28,7 +28,11 @@ class TeacherConfig(Section):
         description="prefix: an ARLM, the clean tokens before each position; state: a student's folder, a diffusion "
         "teacher that reads the same masked state, with its own block size (BARD)",
     )
-    backend: Literal["vllm", "transformers"] = Field("vllm", description="the engine that reads trajectories")
+    backend: Literal["vllm", "transformers", "self"] = Field(
+        "vllm",
+        description="the engine that reads trajectories; self: none, targets are of the learner's own forward, whose "
+        "clean tokens the ARLM reads where adapter.gate is 'mask' and attention.context 'causal'",
+    )
     target: Literal["topk", "hidden"] = Field(
         "hidden",
         description="topk: the K best tokens and the log of the remaining mass; hidden: the final hidden state, "

@@ -54,7 +54,9 @@ def show(config: RunConfig, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     console.rule("payload of one rollout batch, at most")
     used = {"trajectories", "weights", f"targets ({config.target_kind})"}
-    why = "labels are hard" if config.target_kind == "none" else f"teacher.target is {config.target_kind}"
+    why = f"teacher.target is {config.target_kind}"
+    if config.target_kind == "none":
+        why = "the learner's own forward gives them" if config.teaches_itself else "labels are hard"
     for name, nbytes in placement.payload.items():
         style = None if name in used else "dim"
         unused = "" if name in used else f"  not used: {why}"

@@ -58,7 +58,7 @@ def train(
         --rollout.actors               rollout processes; likewise teacher.actors and learner.ranks
         --rollout.prompts_per_batch    prompts per rollout batch
         --learner.lr                   learning rate
-        --teacher.backend              vllm or transformers
+        --teacher.backend              vllm, transformers or self
         --teacher.target               hidden (full vocabulary) or topk
         --curriculum.max_tokens        length limit of responses, tokens
         --evaluation.problems          held-out problems with answers; null: no evaluation

@@ -218,7 +218,7 @@ def test_deepspeed_keys_that_are_free():
         ("--name={{ x }}", "name: '{{ x }}' is no name of a run"),
         ("--model.path={{ MODEL }}", "model.path: '{{ MODEL }}' is a placeholder of a template"),
         ("--model.path=" + "x" * 5000, "' is too long for a path; use at most 255 bytes a name and 3800 in all"),
-        ("--teacher.backend=" + "x" * 5000, "xxx' is unknown; choose vllm, transformers"),
+        ("--teacher.backend=" + "x" * 5000, "xxx' is unknown; choose vllm, transformers, self"),
         ("--" + "x" * 5000 + "=1", "xxx...: unknown field (value 1); the fields here are adapter"),
         ("--rollout.actors=" + "x" * 5000, "xxx' is not accepted"),
     ],
