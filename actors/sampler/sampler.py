@@ -16,75 +16,38 @@ prompts are short beside its responses, and the shapes of passes would no longer
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.sampler import attention
-from actors.sampler.attention import MOST_QUERIES
 from actors.sampler.cache import CacheRows, SlotCache
-from actors.sampler.fused_decoder import FusedDecoder
+from actors.sampler.cached_model import CachedModel
+from actors.sampler.device_pass import DevicePass
 from actors.sampler.graphs import PassGraphs
+from actors.sampler.pass_plan import pass_rows
 from actors.sampler.prefixes import PrefixCache
-from actors.sampler.projections import pack_projections
 from actors.sampler.request import Request
-from actors.sampler.sampling import Candidates, Decoding, sample_tokens
+from actors.sampler.request_queue import More, RequestQueue
+from actors.sampler.sampling import Decoding
 from actors.sampler.slots import SlotState, WrittenBlock
 from actors.sampler.stop_strings import StopStrings
-from actors.sampler.unmasking import choose, revised, revision, tokens_revealed, without_threshold
-from actors.sampler.verification import (
-    Verdicts,
-    drafting,
-    needs_draft_distributions,
-    rule_of,
-    speculate,
-    verdicts,
-    verification_noise,
-)
-from common.config.unmasking import SpeculativeUnmasking, Unmasking
+from actors.sampler.unmasking import revision, tokens_revealed, without_threshold
+from common.config.unmasking import SpeculativeUnmasking
 from common.grid import grid_ceil
-from common.lora import gate_of
 from common.memory_budget import MemoryBudget
 from common.padded_batches import padded_batches
-from common.seeds import stream_key, uniform
-from common.student import attention_context, full_precision_logits, hidden_states
+from common.seeds import stream_key
 from common.trajectory import EndTokens, Trajectory
 
-FEWEST_ROWS = 8  # of a pass on CUDA: with fewer it takes as long
 FEW_ROWS = 32  # passes of so few rows, or fewer, have room for all commits and masked positions
 MOST_GRAPHED_DECODINGS = 16  # decoding settings whose passes are graphs: clients of a server may bring any number
 MOST_GRAPHED_TOKENS = 4096  # of a prefill that is a graph: one of more keeps the GPU busy for longer than its launches
-# further requests that have come, where the argument is true after waiting for some; None: no more will come
-More = Callable[[bool], list[Request] | None]
-
-
-@dataclass
-class RequestQueue:
-    """Requests that wait for a slot; `more` tells of those that come later, until it says that there are no more."""
-
-    requests: deque[Request]
-    more: More | None
-
-    def __bool__(self) -> bool:
-        return bool(self.requests or self.more)
-
-    def receive(self, idle: bool) -> None:
-        """Take in what has come; where nothing else is to be done, wait for it."""
-        if self.more:
-            came = self.more(idle and not self.requests)
-            self.requests.extend(came or ())
-            self.more = None if came is None else self.more
-
-
-_log = logging.getLogger(__name__)
 
 
 class Sampler:
@@ -168,31 +131,16 @@ class Sampler:
         self.ahead = int(self.on_cuda)  # passes in progress while the host reads an earlier one
         self.few_shapes = self.on_cuda  # passes and prefills are padded, so that few graphs serve all
         self._use_graphs = self.on_cuda and cuda_graphs
-        self.causal = attention_context(model.config) == "causal"  # clean tokens see nothing behind them
-        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # who sees what is in CacheRows
         self._cache: SlotCache | None = None
         self._prefixes: PrefixCache | None = None
         self._state: SlotState | None = None
         self._graphs: PassGraphs | None = None
-        self._decodings: dict[int, Decoding] = {}  # by slot, without their thresholds; equal ones are one object
         self._settings: dict[Decoding, Decoding] = {}
         self._graphed: set[Decoding] = set()
         self._together = 0  # tokens of several prompts that are being cached together
-        self._end_tokens = torch.tensor(eos_token_id, device=self.device).reshape(-1)
-        self._plan: Callable[..., Any] = plan
-        self._unmask: Callable[..., Any] = unmask
-        self._fused: FusedDecoder | None = None
-        model.set_attn_implementation(attention.register())
-        if self.on_cuda:
-            pack_projections(model)
-            if reason := FusedDecoder.misfit(model):
-                _log.warning("passes run transformers' layers, not the fused ones, since %s", reason)
-            else:
-                self._fused = FusedDecoder(model, compiled)
-        if self.on_cuda and compiled:
-            for layer in model.model.layers:  # one compiled layer serves all
-                layer.compile(dynamic=True)
-            self._plan, self._unmask = (torch.compile(part, dynamic=True) for part in (plan, unmask))
+        on_device = self.on_cuda and compiled
+        self.cached_model = CachedModel(model, on_device)
+        self.device_pass = DevicePass(self.cached_model, mask_token_id, eos_token_id, token_count, on_device)
 
     @property
     def slots(self) -> int:
@@ -317,7 +265,7 @@ class Sampler:
             raise ValueError("requests with stop strings need a sampler with a tokenizer")
 
     def _check_speculative(self, requests: Iterable[Request]) -> None:
-        if not self.causal:
+        if not self.cached_model.causal:
             raise ValueError(
                 "unmasking.rule 'speculative' needs a student with attention_context 'causal', this one's is 'block'"
             )
@@ -350,7 +298,7 @@ class Sampler:
                 if state.speculative.any() and not state.speculative[state.running].all():
                     raise ValueError("requests of unmasking.rule 'speculative' do not run beside those of other rules")
                 for slot, d in asked.items():
-                    self._decodings[slot] = self._same(replace(d, unmasking=rules[slot][0]))
+                    state.decodings[slot] = self._same(state, replace(d, unmasking=rules[slot][0]))
                 self._prefill(state, cache, admitted)
             in_use = int(state.running.sum())
             self._launch(state)
@@ -385,33 +333,12 @@ class Sampler:
             self._graphs = PassGraphs() if self._use_graphs else None
         self._cache.attach(self.model)  # another sampler of this model may have run since
         self._state.clear()  # an earlier caller may have left before the end
-        self._decodings.clear()
         return self._state, self._cache
 
-    def _forward(self, ids: Tensor, positions: Tensor, rows: CacheRows, masked: Tensor | None = None) -> Tensor:
-        """Hidden states [N, Q, d] of ids [N, Q] at `positions` [N, Q], over the cache; gated adapters act where bool
-        `masked` [N, Q] says."""
-        return hidden_states(self.model, ids, positions, self._no_mask, masked, cache_rows=rows)
-
-    def _decode(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor, masked: Tensor | None) -> Tensor:
-        """Hidden states [len(wanted), d] at `wanted` int64, places in the flattened ids [N, Q]; `masked` as in
-        `_forward`."""
-        if self._fused and self.block_size <= MOST_QUERIES:
-            return self._fused(ids, positions, rows, wanted, masked)
-        return self._forward(ids, positions, rows, masked).flatten(0, 1)[wanted]
-
-    def _masked(self, state: SlotState, slots: Tensor, rows: int) -> Tensor | None:
-        """bool [rows, B], the mask positions of a pass over `slots`; behind them are rows of clean tokens. None where
-        no adapter asks for them."""
-        if gate_of(self.model) is None:
-            return None
-        masked = state.masked[slots]
-        return torch.cat([masked, masked.new_zeros(rows - len(slots), self.block_size)])
-
-    def _same(self, decoding: Decoding) -> Decoding:
+    def _same(self, state: SlotState, decoding: Decoding) -> Decoding:
         """The object that stands for all equal settings: comparing those of all slots takes time in every pass."""
         if len(self._settings) > 2 * self.slots:  # clients of a server may bring any number
-            self._settings = {d: d for d in self._decodings.values()}
+            self._settings = {d: d for d in state.decodings if d}
         return self._settings.setdefault(decoding, decoding)
 
     def _keys(self, admitted: dict[int, Request]) -> list[int]:
@@ -478,8 +405,8 @@ class Sampler:
             rows, first, last = prompts
             positions = first[:, None] + torch.arange(width, device=self.device)
             positions = torch.where(positions < last[:, None], positions, -1)
-            cache_rows = CacheRows(rows, positions, self.block_size, causal=self._causal_from(0, count))
-            return self._forward(state.ids[rows[:, None], positions.clamp(min=0)], positions, cache_rows)
+            cache_rows = CacheRows(rows, positions, self.block_size, causal=self.cached_model.causal_from(0, count))
+            return self.cached_model.forward(state.ids[rows[:, None], positions.clamp(min=0)], positions, cache_rows)
 
         if graphs:
             graphs.run(("prompts", count, width), device_pass)
@@ -490,13 +417,13 @@ class Sampler:
         """Start a pass of all running sequences."""
         self.forwards += 1
         running = np.flatnonzero(state.running)
-        decodings = tuple({id(d): d for d in map(self._decodings.__getitem__, running.tolist())}.values())
+        decodings = state.running_decodings()
         revealed, exactly = zip(*(tokens_revealed(d.unmasking, self.block_size) for d in decodings), strict=True)
         commits, masked = state.expected(min(revealed), all(exactly) and min(revealed) == max(revealed))
         revises = any(revision(d.unmasking) for d in decodings)  # whole blocks are sampled
         masked = len(running) * self.block_size if revises else masked
         if not self.few_shapes:
-            state.launched(running, self._on_device(state, decodings, torch.from_numpy(running), commits, masked))
+            state.launched(running, self.device_pass(state, decodings, torch.from_numpy(running), commits, masked))
             return
         # few shapes, so that there are few graphs
         rows = pass_rows(state.running)
@@ -507,7 +434,7 @@ class Sampler:
         slots = state.rows_on_device(rows)
 
         def device_pass() -> Tensor:
-            return self._on_device(state, decodings, slots, commits, masked)
+            return self.device_pass(state, decodings, slots, commits, masked)
 
         graphed = len(decodings) == 1 and (decodings[0] in self._graphed or len(self._graphed) < MOST_GRAPHED_DECODINGS)
         if not (self._graphs and graphed):
@@ -515,219 +442,6 @@ class Sampler:
             return
         self._graphed.add(decodings[0])
         state.launched(rows, self._graphs.run((count, commits, masked, decodings[0]), device_pass))
-
-    def _on_device(
-        self, state: SlotState, decodings: tuple[Decoding, ...], slots: Tensor, commits: int, tokens: int
-    ) -> Tensor:
-        """The device's part of a pass over `slots` int64 [R]; the host does not wait. Returns what `SlotState.reveal`
-        returns.
-
-        There is room for the commits of `commits` blocks and for sampling at `tokens` masked positions. Slots that need
-        more wait; room that nobody needs is padding.
-        """
-        revises = any(revision(d.unmasking) for d in decodings)
-        work = self._plan(state, slots, commits, tokens, revises)
-        causal = self._causal_from(len(slots), len(work.rows))
-        cache_rows = CacheRows(work.rows, work.positions, self.block_size, work.partner, causal)
-        wanted = work.sampled.clamp(max=len(slots) * self.block_size - 1)
-        if isinstance(decodings[0].unmasking, SpeculativeUnmasking):
-            return self._speculate(state, decodings, slots, work, cache_rows, wanted)
-        masked = self._masked(state, slots, len(work.rows))
-        hidden = self._decode(work.ids, work.positions, cache_rows, wanted, masked)
-        logits = full_precision_logits(hidden, self.model.get_output_embeddings().weight)
-        if len(decodings) == 1:
-            (decoding,) = decodings
-            candidates = sample_tokens(logits, work.noise, decoding, self.mask_token_id, self.token_count)
-            unmask_pass, which = self._unmask, None
-        else:
-            which = self._which(slots, decodings)
-            candidates = self._sample_each(logits, work, decodings, which)
-            unmask_pass = unmask
-        rules = tuple(d.unmasking for d in decodings)
-        return unmask_pass(state, rules, slots, work.sampled, candidates, work.waits, self._end_tokens, which)
-
-    def _speculate(
-        self,
-        state: SlotState,
-        decodings: tuple[Decoding, ...],
-        slots: Tensor,
-        work: PassPlan,
-        cache_rows: CacheRows,
-        wanted: Tensor,
-    ) -> Tensor:
-        """The rest of a pass in which what is committed is verified and what is masked is drafted; returns what
-        `SlotState.reveal` returns."""
-        if len(decodings) > 1:
-            raise ValueError("requests of unmasking.rule 'speculative' that run together need equal decoding settings")
-        (decoding,) = decodings
-        rule = rule_of(decoding.unmasking)
-        size, count = self.block_size, len(slots)
-        head = self.model.get_output_embeddings().weight
-        committed = torch.arange(count * size, len(work.rows) * size, device=self.device)
-        masked = self._masked(state, slots, len(work.rows))
-        hidden = self._decode(work.ids, work.positions, cache_rows, torch.cat([wanted, committed]), masked)
-        logits = full_precision_logits(hidden, head)
-        drafts = sample_tokens(
-            logits[: len(wanted)], work.noise, drafting(decoding), self.mask_token_id, self.token_count
-        )
-        drafts = Candidates(*(_placed(x, work.sampled, count, size) for x in drafts))
-        there = work.done.clamp(max=count - 1)  # of padding, any
-        done = slots[there]
-        found = Verdicts(
-            torch.zeros(count, size, dtype=torch.int64, device=self.device),
-            torch.zeros(count, size, device=self.device),
-            torch.zeros(count, size, dtype=torch.bool, device=self.device),
-        )
-        draft_logits = None
-        if needs_draft_distributions(decoding) and state.draft_hidden is None:
-            state.draft_hidden = hidden.new_zeros(len(state.block_host), size, hidden.shape[-1])
-        if len(done):
-            if needs_draft_distributions(decoding) and state.draft_hidden is not None:
-                draft_logits = full_precision_logits(state.draft_hidden[done], head).roll(-1, 1)
-            column = torch.arange(size, device=self.device)
-            tested = (column + 1 >= state.kept[done, None]) & (column + 1 < size)
-            of_rows = verdicts(
-                logits[len(wanted) :].unflatten(0, (-1, size)),
-                work.ids[count:].roll(-1, 1),
-                draft_logits,
-                tested,
-                verification_noise(state, done, state.block[done] - 1),
-                decoding,
-                self.mask_token_id,
-                self.token_count,
-            )
-            found = Verdicts(*(_by_slot(x, work.done, count) for x in of_rows))
-        if state.draft_hidden is not None and needs_draft_distributions(decoding):
-            new = _placed(hidden[: len(wanted)], work.sampled, count, size)
-            drawn = (state.masked[slots] & ~work.waits[:, None])[..., None]
-            state.draft_hidden[slots] = torch.where(drawn, new, state.draft_hidden[slots])
-        return speculate(state, rule, slots, drafts, found, work.waits, self._end_tokens, self.mask_token_id)
-
-    def _causal_from(self, first_clean: int, rows: int) -> Tensor | None:
-        """bool [rows] for CacheRows: which rows are causal, of which those from `first_clean` on hold clean tokens."""
-        return torch.arange(rows, device=self.device) >= first_clean if self.causal else None
-
-    def _which(self, slots: Tensor, decodings: tuple[Decoding, ...]) -> Tensor:
-        """int64 [R]: the place among `decodings` of that of each slot, int64 [R]; any for a slot that does not run."""
-        place = {d: i for i, d in enumerate(decodings)}
-        own = {slot: place.get(decoding, 0) for slot, decoding in self._decodings.items()}
-        of_slot = [own.get(slot, 0) for slot in range(self.slots)]
-        return torch.tensor(of_slot, device=self.device)[slots]
-
-    def _sample_each(
-        self, logits: Tensor, work: PassPlan, decodings: tuple[Decoding, ...], which: Tensor
-    ) -> Candidates:
-        """Candidates of a pass whose slots have several settings: each setting at its own positions."""
-        of_row = torch.cat([which, which.new_tensor([-1])])  # the last one is padding's
-        chosen = of_row[work.sampled // self.block_size]
-        tokens, zeros = torch.zeros_like(work.sampled), torch.zeros_like(work.noise)
-        candidates = Candidates(tokens, zeros, zeros.clone())
-        for number, decoding in enumerate(decodings):
-            at = (chosen == number).nonzero()[:, 0]
-            own = sample_tokens(logits[at], work.noise[at], decoding, self.mask_token_id, self.token_count)
-            for whole, part in zip(candidates, own, strict=True):
-                whole[at] = part
-        return candidates
-
-
-def pass_rows(running: np.ndarray) -> np.ndarray:
-    """The slots int64 [R] of a pass on CUDA: all of bool `running` [slots], then idle ones up to the least R that holds
-    the running ones, among all slots, half of them, a quarter and so on, down to FEWEST_ROWS."""
-    count = len(running)
-    while count // 2 >= max(int(running.sum()), FEWEST_ROWS):
-        count //= 2
-    return np.concatenate([np.flatnonzero(running), np.flatnonzero(~running)])[:count]
-
-
-class PassPlan(NamedTuple):
-    """What a pass over R slots computes: a row of B positions for each slot, then one for each commit."""
-
-    ids: Tensor  # int64 [R + commits, B]
-    positions: Tensor  # int64 [R + commits, B]
-    rows: Tensor  # int64 [R + commits], the slot of each row
-    partner: Tensor  # int64 [R], see CacheRows
-    sampled: Tensor  # int64 [tokens], which of the R * B positions get a token; R * B: padding
-    noise: Tensor  # float32 [tokens], the uniform numbers for them
-    waits: Tensor  # bool [R], slots for which there is no room
-    done: Tensor  # int64 [commits], the place among the slots of each commit's; R: padding
-
-
-def plan(state: SlotState, slots: Tensor, commits: int, tokens: int, revises: bool = False) -> PassPlan:
-    """The plan of a pass over `slots` int64 [R] with room for so many commits and sampled tokens; with `revises` those
-    are sampled too that the blocks have revealed."""
-    size, count = state.block_size, len(slots)
-    current = positions = state.block[slots, None] * size + torch.arange(size, device=slots.device)
-    rows, waits, partner = slots, state.uncommitted[slots], torch.full((count + 1,), -1, device=slots.device)
-    done = slots[:0]
-    if commits:
-        done, waits = _first(waits, commits)
-        partner = partner.scatter(0, done, torch.arange(count, count + commits, device=slots.device))
-        there, at = done < count, done.clamp(max=count - 1)
-        positions = torch.cat([current, torch.where(there[:, None], current[at] - size, -1)])
-        rows = torch.cat([slots, slots[at]])
-    ids = state.ids[rows[:, None], positions.clamp(min=0)]
-    masked = state.masked[slots]
-    if revises:  # but of a sequence that has ended nothing
-        masked = state.open_positions(slots) & masked.any(dim=1, keepdim=True)
-    sampled, left_out = _first(masked.flatten(), tokens)
-    waits = waits | left_out.view_as(masked).any(dim=1)
-    noise = uniform(state.key[slots, None], current, state.round[slots, None]).flatten()
-    noise = noise[sampled.clamp(max=count * size - 1)]
-    return PassPlan(ids, positions, rows, partner[:count], sampled, noise, waits, done)
-
-
-def unmask(
-    state: SlotState,
-    rules: tuple[Unmasking, ...],
-    slots: Tensor,
-    sampled: Tensor,
-    candidates: Candidates,
-    waits: Tensor,
-    end_tokens: Tensor,
-    which: Tensor | None = None,
-) -> Tensor:
-    """Reveal the candidates that the rule of each slot, with its threshold, chooses; `sampled` and `waits` as in
-    PassPlan. `which` int64 [R] says which of the rules is a slot's, where there are several. Returns what
-    `SlotState.reveal` returns."""
-    masked = state.masked[slots]
-    token, confidence, entropy = (_placed(x, sampled, *masked.shape) for x in candidates)
-    revealed, threshold = state.revealed_confidence(slots), state.threshold[slots, None]
-
-    def changed(rule: Unmasking) -> Tensor:
-        chosen = choose(rule, masked, confidence, entropy, revealed, threshold)
-        if not revision(rule):
-            return chosen
-        return chosen | revised(rule, revealed, token != state.present_ids(slots), confidence)
-
-    reveal = changed(rules[0])
-    if which is not None:
-        for number, rule in enumerate(rules[1:], start=1):
-            reveal = torch.where(which[:, None] == number, changed(rule), reveal)
-    return state.reveal(slots, reveal, token, confidence, waits, end_tokens)
-
-
-def _placed(values: Tensor, sampled: Tensor, rows: int, size: int) -> Tensor:
-    """`values` [tokens, ...] at the positions `sampled` of a PassPlan, [R, B, ...], zeros elsewhere."""
-    placed = values.new_zeros(rows * size + 1, *values.shape[1:])
-    placed[sampled] = values
-    return placed[:-1].unflatten(0, (rows, size))
-
-
-def _by_slot(values: Tensor, done: Tensor, rows: int) -> Tensor:
-    """`values` [commits, ...] at the places `done` of a PassPlan, [R, ...], zeros elsewhere."""
-    placed = values.new_zeros(rows + 1, *values.shape[1:])
-    placed[done] = values
-    return placed[:-1]
-
-
-def _first(chosen: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """The indices of the first `room` that are chosen, int64 [room], filled up with N; and who is chosen but has no
-    room, bool [N]. `chosen` is bool [N]."""
-    rank = chosen.cumsum(0)
-    late = chosen & (rank > room)
-    at = torch.where(chosen & ~late, rank - 1, room)
-    index = torch.full((room + 1,), len(chosen), device=chosen.device)
-    return index.scatter(0, at, torch.arange(len(chosen), device=chosen.device))[:room], late
 
 
 def _round_up(count: int, step: int, most: int) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.sampler.request import Request
+from actors.sampler.sampling import Decoding
 from actors.sampler.stop_strings import StopStrings, reach
 from common.trajectory import EndTokens, Trajectory, finish_reason, until_end, without_end
 
@@ -77,6 +78,7 @@ class SlotState:
         self.block_size = block_size
         self.device = device
         self.active: dict[int, Request] = {}
+        self.decodings: list[Decoding | None] = [None] * slots  # of the last request; equal ones are one object
         self.running = np.zeros(slots, bool)  # has a request in `active` that has not ended
         self.block_host = np.zeros(slots, np.int64)
         self.masked_host = np.zeros(slots, np.int64)  # masked positions of the block
@@ -124,6 +126,7 @@ class SlotState:
         """Forget all sequences."""
         self.in_progress.clear()
         self.active.clear()
+        self.decodings = [None] * len(self.decodings)
         self.advanced = []
         self.running[:] = self.uncommitted_host[:] = self.speculative[:] = False
         self.grown = []
@@ -195,6 +198,11 @@ class SlotState:
         """A copy of `array` on the device, for which the host does not wait while passes are in progress."""
         host = torch.from_numpy(array)
         return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+
+    def running_decodings(self) -> tuple[Decoding, ...]:
+        """The different settings of the sequences that run."""
+        settings = (self.decodings[slot] for slot in np.flatnonzero(self.running).tolist())
+        return tuple({id(d): d for d in settings if d}.values())
 
     def expected(self, at_least: int, exactly: bool) -> tuple[int, int]:
         """The commits and the masked positions of the next pass.

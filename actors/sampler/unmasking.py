@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from actors.sampler.pass_plan import placed
+from actors.sampler.sampling import Candidates
+from actors.sampler.slots import SlotState
 from common.config.unmasking import (
     AdaptiveUnmasking,
     DynamicUnmasking,
@@ -80,6 +83,36 @@ def choose(
         sure = confidence >= _adaptive_threshold(rule, masked, confidence, revealed)
         return (masked & sure) | _most(confidence, masked, 1)
     raise TypeError(f"unknown unmasking rule {rule!r}")
+
+
+def unmask(
+    state: SlotState,
+    rules: tuple[Unmasking, ...],
+    slots: Tensor,
+    sampled: Tensor,
+    candidates: Candidates,
+    waits: Tensor,
+    end_tokens: Tensor,
+    which: Tensor | None = None,
+) -> Tensor:
+    """Reveal the candidates that the rule of each slot, with its threshold, chooses; `sampled` and `waits` as in
+    PassPlan. `which` int64 [R] says which of the rules is a slot's, where there are several. Returns what
+    `SlotState.reveal` returns."""
+    masked = state.masked[slots]
+    token, confidence, entropy = (placed(x, sampled, *masked.shape) for x in candidates)
+    revealed, threshold = state.revealed_confidence(slots), state.threshold[slots, None]
+
+    def changed(rule: Unmasking) -> Tensor:
+        chosen = choose(rule, masked, confidence, entropy, revealed, threshold)
+        if not revision(rule):
+            return chosen
+        return chosen | revised(rule, revealed, token != state.present_ids(slots), confidence)
+
+    reveal = changed(rules[0])
+    if which is not None:
+        for number, rule in enumerate(rules[1:], start=1):
+            reveal = torch.where(which[:, None] == number, changed(rule), reveal)
+    return state.reveal(slots, reveal, token, confidence, waits, end_tokens)
 
 
 def _adaptive_threshold(rule: AdaptiveUnmasking, masked: Tensor, confidence: Tensor, revealed: Tensor) -> Tensor:

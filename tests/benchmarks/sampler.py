@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from actors.sampler.cache import CacheRows
+from actors.sampler.device_pass import DevicePass
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
@@ -90,15 +91,23 @@ def _uneven(model: Any, fast: bool, sequences: int, prompt: int, new_tokens: int
 class SeparateCommits(Sampler):
     """What the fused commit replaces: a forward of its own for the blocks that are done."""
 
-    def _on_device(
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **options)
+        tokens = self.mask_token_id, self.eos_token_id, self.token_count
+        self.device_pass = CommitsFirst(self.cached_model, *tokens, compiled=False)
+
+
+class CommitsFirst(DevicePass):
+    def __call__(
         self, state: Any, decodings: tuple[Decoding, ...], slots: torch.Tensor, commits: int, tokens: int
     ) -> torch.Tensor:
         if commits:
             rows = slots[state.uncommitted[slots]]
-            positions = (state.block[rows, None] - 1) * self.block_size + torch.arange(self.block_size)
-            self._forward(state.ids[rows[:, None], positions], positions, CacheRows(rows, positions, self.block_size))
+            positions = (state.block[rows, None] - 1) * state.block_size + torch.arange(state.block_size)
+            cache_rows = CacheRows(rows, positions, state.block_size)
+            self.model.forward(state.ids[rows[:, None], positions], positions, cache_rows)
             state.uncommitted[rows] = False
-        return super()._on_device(state, decodings, slots, 0, tokens)
+        return super().__call__(state, decodings, slots, 0, tokens)
 
 
 class TimedPrefill(Sampler):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actors.evaluation.generation import load_student
 from actors.sampler.cache import CacheRows
+from actors.sampler.cached_model import CachedModel
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
@@ -38,14 +39,20 @@ class OneTokenSampler(Sampler):
     """Plain autoregressive decoding: with blocks of one token all that verified decoding writes is the verifier's own.
     The rows of masks, which draft nothing then, are left out of the forward."""
 
-    def _decode(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor, masked: Tensor | None) -> Tensor:
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.cached_model = self.device_pass.model = CommitsOnly(model, self.on_cuda)
+
+
+class CommitsOnly(CachedModel):
+    def decode(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor, masked: Tensor | None) -> Tensor:
         assert rows.partner is not None and rows.causal is not None
         first = len(rows.partner)
         count = len(ids) - first
         alone = torch.full((count,), -1, device=ids.device)
         clean = CacheRows(rows.slots[first:], positions[first:], 1, alone, rows.causal[first:])
         every = torch.arange(count, device=ids.device)
-        hidden = super()._decode(ids[first:], positions[first:], clean, every, None)
+        hidden = super().decode(ids[first:], positions[first:], clean, every, None)
         return torch.cat([hidden.new_zeros(len(wanted) - count, hidden.shape[-1]), hidden])
 
 

@@ -60,7 +60,7 @@ def expected(folder: Path, asked: list[dict[str, Any]]) -> list[list[int]]:
     for one in asked:
         sampler = sampler_of(model, tokenizer, block_size=one["block_size"], slots=1, seed=SEED)
         sampler.eos_token_id = one["eos_token_id"]
-        sampler._end_tokens = torch.tensor(one["eos_token_id"])
+        sampler.device_pass._end_tokens = torch.tensor(one["eos_token_id"])
         rule = unmasking_of(one["rule"], THRESHOLD, draft_rounds=one["draft_rounds"])
         decoding = Decoding(rule, one["temperature"], one["top_k"], one["top_p"])
         (made,) = sampler.generate([Request(0, 0, np.array(one["prompt"]), LIMIT)], decoding)

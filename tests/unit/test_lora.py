@@ -217,7 +217,7 @@ def test_fused_passes_write_the_originals_text_too(tmp_path):
     student = with_adapters(context_causal(path)).requires_grad_(False)
     fused = sampler(student)
     pack_projections(student)
-    fused._fused = FusedDecoder(student, compiled=False)
+    fused.cached_model.fused = FusedDecoder(student, compiled=False)
     made = list(fused.generate(asked, Decoding(SpeculativeUnmasking(), 0.0)))
     assert {t.ordinal: t.response_ids.tolist() for t in made} == expected
     unfused = sampler(with_adapters(context_causal(path))).generate(asked, Decoding(SpeculativeUnmasking(), 0.0))

@@ -118,7 +118,7 @@ def test_of_one_prefix_the_end_is_forgotten_first(model):
 def test_where_memory_runs_out_fewer_prefixes_are_kept(model):
     plain, of = sampler(model, slots=8), sampler(model, slots=8, prefix_tokens=256)
     expected = chats(plain, STATIC)
-    limited(of, "_decode", lambda ids, *_: ids.numel(), most=16)
+    limited(of.cached_model, "decode", lambda ids, *_: ids.numel(), most=16)
     assert chats(of, STATIC) == expected
     assert of.slots < 8
     assert of.prefix_tokens == 256 * of.slots // 8 and of._prefixes.tokens <= of.prefix_tokens

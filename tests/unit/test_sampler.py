@@ -10,8 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from actors.sampler.pass_plan import pass_rows
 from actors.sampler.request import Request
-from actors.sampler.sampler import Sampler, pass_rows
+from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding, sample_tokens
 from actors.sampler.slots import PATIENCE, SlotState
 from common.config.rollout import RolloutConfig
@@ -103,7 +104,7 @@ def test_trajectories_do_not_depend_on_slots_or_order(model, slots):
         np.testing.assert_allclose(t.confidence, other[ordinal].confidence, atol=1e-5)
 
 
-def limited(of: Sampler, method: str, tokens, most: int) -> Sampler:
+def limited(of, method: str, tokens, most: int) -> None:
     """Memory runs out where `tokens` of a call's arguments are more than `most`."""
     whole = getattr(of, method)
 
@@ -113,13 +114,13 @@ def limited(of: Sampler, method: str, tokens, most: int) -> Sampler:
         return whole(*arguments)
 
     setattr(of, method, call)
-    return of
 
 
 def test_passes_that_memory_does_not_hold_are_made_again_with_fewer_slots(model):
     decoding = Decoding(DynamicUnmasking(threshold=0.2), 1.0)
     base = {t.ordinal: t for t in sampler(model, slots=8).generate(requests(), decoding)}
-    of = limited(sampler(model, slots=8), "_decode", lambda ids, *_: ids.numel(), most=20)
+    of = sampler(model, slots=8)
+    limited(of.cached_model, "decode", lambda ids, *_: ids.numel(), most=20)
     made = list(of.generate(requests(), decoding))
     assert sorted(t.ordinal for t in made) == sorted(base), "each once"
     for t in made:
@@ -143,14 +144,16 @@ def test_prompts_that_memory_does_not_hold_together_are_cached_in_smaller_forwar
     def tokens(state, slots, starts, ends):
         return len(slots) * max(ends)
 
-    of = limited(sampler(model, slots=8), "_cache_together", tokens, most=16)
+    of = sampler(model, slots=8)
+    limited(of, "_cache_together", tokens, most=16)
     assert {t.ordinal: t.response_ids.tolist() for t in of.generate(requests(), decoding)} == base
     assert (of.slots, of.prefill_budget.value) == (8, 12)
     assert all("max_batched_tokens is" in note for note in of.take_notes())
 
 
 def test_memory_for_no_sequence_is_an_error_that_says_what_to_do(model):
-    of = limited(sampler(model, slots=8), "_decode", lambda ids, *_: ids.numel(), most=3)
+    of = sampler(model, slots=8)
+    limited(of.cached_model, "decode", lambda ids, *_: ids.numel(), most=3)
     with pytest.raises(
         torch.OutOfMemoryError, match=r"does not hold one sequence of 40 tokens: lower curriculum\.max_"
     ):
@@ -174,7 +177,7 @@ def test_prompts_cached_in_several_forwards_change_nothing(model, most):
 @pytest.mark.parametrize("unmasking", [rule for rule, _ in RULES])
 def test_padded_shapes_as_graphs_need_them_change_nothing(model, unmasking, monkeypatch):
     """What CUDA does, on CPU: passes of all slots, of half of them and so on, prefills of powers of two."""
-    monkeypatch.setattr("actors.sampler.sampler.FEWEST_ROWS", 2)
+    monkeypatch.setattr("actors.sampler.pass_plan.FEWEST_ROWS", 2)
     monkeypatch.setattr("actors.sampler.sampler.MOST_GRAPHED_TOKENS", 60)
     decoding = Decoding(unmasking, 1.0)
     twins = [*requests(20), *(replace(r, sample=1) for r in requests(5))]
