@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.config.unmasking import DynamicUnmasking
+from common.conversion import TeacherHead
 from common.prompts import Prompt
 from common.responses import offline_trajectory
 from common.seeds import state_rng
@@ -14,7 +15,7 @@ from common.trajectory import TrajectoryMeta
 from deploy.ablation.runs import Arm, arms_of, load_ablation
 from deploy.curriculum import extra_weights
 from learner.alignment import LayerAlignment
-from learner.batches import BatchBuilder, update_shares
+from learner.batches import BatchBuilder, of_heads, update_shares
 from learner.difficulty import kept, label_logprobs
 from learner.objective import empty_sums
 from learner.training_module import TrainingModule
@@ -52,6 +53,20 @@ def test_the_papers_methods_have_three_seeds_and_the_others_one(runs):
         assert arm.config.learner.model_copy(update=alike) == base.learner
 
 
+def test_every_arm_fits_one_gpu_with_all_its_pools(runs):
+    for arm in runs:
+        config = arm.config
+        pools = [(t.actors, t.resources.gpus) for t in config.teacher.pools.values()]
+        roles = [
+            (config.rollout.actors, config.rollout.resources.gpus),
+            (config.learner.ranks, config.learner.resources.gpus),
+        ]
+        assert 0.9 < sum(count * gpus for count, gpus in pools + roles) <= 1, arm.name
+    (several,) = [arm.config for arm in runs if arm.name == "several teachers"]
+    assert list(several.teacher_paths.values()) == [several.model.path] * 2
+    assert [several.teacher_of(domain) for domain in ("", "math")] == [0, 1]
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_an_update_of_every_arm_is_finite(runs, models, name):
     """Rollouts or offline responses, as the arm has them, through state selection, packing, loss and gradient."""
@@ -68,6 +83,7 @@ def test_an_update_of_every_arm_is_finite(runs, models, name):
             own = [offline_trajectory(p, 0, 14, 4, tokenizer.mask_token_id, end) for p in prompts]
         for t in own:
             t.sample = number
+            t.domain = "math" if t.ordinal % 2 else ""
             select_states(t, part, 4, end, state_rng(0, t.ordinal, number), noise)
         rows += own
     if config.target_kind == "hidden":
@@ -76,7 +92,8 @@ def test_an_update_of_every_arm_is_finite(runs, models, name):
         set_topk(teacher, rows)
     width = {"hidden": student.config.hidden_size, "topk": K, "none": 0}[config.target_kind]
     meta = TrajectoryMeta(4, tokenizer.mask_token_id, "test", config.target_kind, width)
-    builder = BatchBuilder.of(config, meta, attention="sdpa", device=CPU, teacher_head=teacher.lm_head.weight)
+    heads = (TeacherHead(teacher.lm_head.weight),) * len(config.teacher.pools)
+    builder = BatchBuilder.of(config, meta, attention="sdpa", device=CPU, **of_heads(heads))
     builders = builder.with_extra(config.objective, extra_weights(config.objective, 0))
     module = TrainingModule(student, config)
     if config.objective.terms.aligns_layers:
