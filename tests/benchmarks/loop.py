@@ -4,19 +4,18 @@ Weights are random, in the shape of the size, unless a model is given; random we
 prompt has a length limit of its own, drawn from a log-normal distribution: each of 64 limits is a domain of the prompts
 file, and `data.domain_max_tokens` gives the domain its limit, as it would in any run.
 
-Two runs are made: the first finds empty caches of compiled code, the second, of as many batches as the warm-up, those
-that the first has left.
+Two runs are made: the first finds empty caches of compiled code; the second, of one batch, those that the first has
+left. With a time budget the first run ends early enough for the second, which is taken to need as long to its first
+batch as the first run did. Neither writes a final model.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -25,19 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from common.config.file import REPOSITORY
 from common.datasets.rows import open_rows
-from common.gguf_files import model_folder
-from deploy.child_environment import child_environment
-from deploy.demo.real_model import packaged_gguf
 from deploy.roles import ROLES
 from learner.phase_clock import PHASES
 from tests.benchmarks.learner_step import useful_flops
 from tests.benchmarks.lengths import quantiles
 from tests.benchmarks.models import matmul_rate, random_model
+from tests.benchmarks.mps import multi_process_service
+from tests.benchmarks.tokenizers import benchmark_tokenizer
+from tests.benchmarks.train_run import Row, TrainRun, train
 
 WARM_UP = 2  # batches: the first compiles, the second meets what it did not
 MEDIAN = 0.3  # of the lengths, as a share of the longest
@@ -48,10 +46,11 @@ _SAMPLE_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Setting:
-    """Of a size: the longest response, prompts per rollout actor and rows per rank, and the token budgets of the
-    learner's and the teacher's forwards."""
+    """Of a size: the longest response, slots and prompts per rollout actor, rows per rank, and the token budgets of the
+    learner's and the teacher's forwards. Twice as many prompts as slots keep the slots in use."""
 
     longest: int
+    slots: int
     prompts: int
     rows: int
     learner_tokens: int
@@ -60,10 +59,10 @@ class Setting:
 
 
 SETTINGS = {
-    "tiny": Setting(64, 8, 4, 2048, 2048),
-    "135m": Setting(1024, 128, 16, 32768, 32768),
-    "0.6b": Setting(1024, 128, 16, 16384, 16384),
-    "4b": Setting(1024, 128, 16, 16384, 8192, recompute=True),
+    "tiny": Setting(64, 4, 8, 4, 2048, 2048),
+    "135m": Setting(1024, 256, 512, 16, 32768, 32768),
+    "0.6b": Setting(1024, 128, 256, 16, 16384, 16384),
+    "4b": Setting(512, 64, 128, 16, 16384, 8192, recompute=True),  # shorter, so that 22 batches take minutes
 }
 # whole GPUs of learner, rollout actors and teachers; without a teacher's own it shares with the rollout actors, and
 # without theirs with the learner
@@ -72,9 +71,10 @@ SPLITS = {1: "1:0:0", 2: "1:1:0", 3: "1:1:1", 4: "2:1:1", 8: "4:3:1"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line chooses: splits of the GPUs (default: by their number), a folder with the tokenizer
-    (default: the packaged SmolLM2's), or with tokenizer and weights, a file of prompts (default: the repository's word
-    problems), and fields of the run."""
+    """What the command line chooses: splits of the GPUs (default: by their number), the tokenizer's folder or file
+    (default: by size, tests/benchmarks/tokenizers.py), or a folder with tokenizer and weights, a file of prompts
+    (default: the repository's word problems), fields of the run, seconds for a split's two runs (default: as long as
+    they take), and whether they share GPUs by MPS."""
 
     gpus: int = 1
     splits: tuple[str, ...] = ()
@@ -82,14 +82,18 @@ class Wanted:
     model: str | None = None
     prompts: str | None = None
     fields: tuple[str, ...] = ()
+    seconds: float | None = None
+    mps: bool = False
 
 
-def measure(size: str, device: str, batches: int, wanted: Wanted = Wanted()) -> Iterator[dict[str, Any]]:
-    """A row per split, of `batches` rollout batches after the warm-up.
+def measure(size: str, device: str, batches: int, wanted: Wanted = Wanted()) -> Iterator[Row]:
+    """A row per split, of `batches` rollout batches after the warm-up or as many as the time budget allows, one at
+    least. Each row comes twice: after the first run, and, with `*_cached_s`, after the second.
 
     `gpu_busy` is NVML's share of the time in which a kernel ran, by GPU; None without GPUs. `learner_seconds` says
     where a batch's training goes (learner/phase_clock.py). `loading_*_s` is from the command to the start of training,
-    `first_batch_*_s` from there to the end of the first batch.
+    `first_batch_*_s` from there to the end of the first batch. `learner_mfu` is the useful products over what all ranks
+    could have made in their training seconds at the rate of a large product.
 
     Raises:
         CalledProcessError: a run failed; its output was shown.
@@ -102,21 +106,48 @@ def measure(size: str, device: str, batches: int, wanted: Wanted = Wanted()) -> 
         for split in wanted.splits or (SPLITS[wanted.gpus],):
             parts = _parts(split) if device == "cuda" else (1, 1, 1)
             gpus = sum(parts) if device == "cuda" else 0
+            fields = ["--cache_dir", str(folder / f"caches-{split.replace(':', '-')}")]
+            fields += ["--pipeline.max_batches", str(WARM_UP + batches), *wanted.fields]
             config = _config(size, model, folder, batches, parts, gpus)
-            caches = folder / f"caches-{split.replace(':', '-')}"
-            with GpuUse(gpus) as use:
-                cold = _run(config, WARM_UP + batches, caches, gpus, wanted.fields)
-            cached = _run(config, WARM_UP, caches, gpus, wanted.fields)
-            card = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0] if gpus else "cpu"
-            row = {"size": size, "gpus": gpus, "split": split if gpus else None, "card": card}
-            row |= {"fields": " ".join(wanted.fields), "weights": "real" if wanted.model else "random"}
-            row |= metrics(cold.rows[WARM_UP:])
-            row["gpu_busy"] = use.shares(cold.rows[WARM_UP - 1]["time"], cold.rows[-1]["time"])
-            for name, run in (("cold", cold), ("cached", cached)):
-                row[f"loading_{name}_s"] = run.loading
-                row[f"first_batch_{name}_s"] = run.rows[0]["seconds/batch"]
-            row["learner_mfu"] = _mfu(model, cold.rows[WARM_UP:], rate * parts[0]) if rate else None
-            yield row
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
+            with multi_process_service(wanted.mps) as shared:
+                with GpuUse(gpus) as use:
+                    cold = train(config, fields, environment | shared, _all_of(WARM_UP + batches, wanted.seconds))
+                row = _facts(size, model, split, gpus, wanted) | metrics(cold.rows[WARM_UP:])
+                row["gpu_busy"] = use.shares(cold.rows[WARM_UP - 1]["time"], cold.rows[-1]["time"])
+                row["learner_mfu"] = _mfu(model, cold.rows[WARM_UP:], rate * parts[0])
+                row |= {"loading_cold_s": cold.loading, "first_batch_cold_s": cold.first_batch}
+                yield row
+                cached = train(config, fields, environment | shared, lambda run: True)
+                row |= {"loading_cached_s": cached.loading, "first_batch_cached_s": cached.first_batch}
+                yield row
+
+
+def _facts(size: str, model: str, split: str, gpus: int, wanted: Wanted) -> Row:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return {
+        "size": size,
+        "gpus": gpus,
+        "split": split if gpus else None,
+        "card": torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0] if gpus else "cpu",
+        "fields": " ".join(wanted.fields),
+        "mps": wanted.mps,
+        "weights": "real" if wanted.model else "random",
+        "vocabulary": AutoConfig.from_pretrained(model).vocab_size,
+        "tokenizer_entries": len(tokenizer),
+    }
+
+
+def _all_of(batches: int, seconds: float | None) -> Callable[[TrainRun], bool]:
+    """Whether a run has made so many, or must end for a second one that takes as long to its first batch."""
+
+    def enough(run: TrainRun) -> bool:
+        if len(run.rows) <= WARM_UP:
+            return False
+        spent, first = time.time() - run.start, run.loading + run.first_batch
+        return len(run.rows) >= batches or (seconds is not None and spent + first > seconds)
+
+    return enough
 
 
 def metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -150,14 +181,6 @@ def metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def length_limits(longest: int) -> list[int]:
     """The drawn limits, the shortest first: quantiles of the log-normal distribution, `longest` at most."""
     return np.ceil(np.clip(longest * MEDIAN * quantiles(_LIMITS), 1, longest)).astype(int).tolist()
-
-
-@dataclass(frozen=True)
-class _Run:
-    """`loading` is the seconds from the command to the start of training; `rows` are the run's metrics."""
-
-    loading: float
-    rows: list[dict[str, Any]]
 
 
 class GpuUse:
@@ -195,12 +218,12 @@ class GpuUse:
         pynvml.nvmlShutdown()
 
 
-def _prepare(size: str, device: str, wanted: Wanted, out: Path) -> tuple[str, float | None]:
-    """The folder of the model, written to `out` where none is given, and FLOP/s of a large product on a GPU."""
-    rate = matmul_rate() if device == "cuda" else None
+def _prepare(size: str, device: str, wanted: Wanted, out: Path) -> tuple[str, float]:
+    """The folder of the model, written to `out` where none is given, and FLOP/s of a large product."""
+    rate = matmul_rate(device)
     if wanted.model:
         return wanted.model, rate
-    tokenizer = AutoTokenizer.from_pretrained(wanted.tokenizer or model_folder(str(packaged_gguf())))
+    tokenizer = benchmark_tokenizer(size, wanted.tokenizer)
     vocabulary = {"vocab_size": len(tokenizer)} if size == "tiny" else {}
     random_model(size, device, **vocabulary).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -250,7 +273,7 @@ def _config(
         },
         "rollout": {
             "actors": max(rollout, 1),
-            "slots": s.prompts,
+            "slots": s.slots,
             "prompts_per_batch": prompts,
             "dtype": dtype,
             "max_batched_tokens": 16384,
@@ -275,30 +298,12 @@ def _config(
             "resources": resources(of_learner),
         },
         "publish": {"transport": "auto"},
-        "pipeline": {"staleness": 1},
+        "pipeline": {"staleness": 1, "checkpoint_every_minutes": 0},
     }
 
 
-def _run(config: dict[str, Any], batches: int, caches: Path, gpus: int, fields: tuple[str, ...]) -> _Run:
-    """So many batches in a process and a Ray of its own, which find and leave compiled code in `caches`."""
-    environment = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", **child_environment()}
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
-    with tempfile.TemporaryDirectory() as out:
-        file = Path(out) / "loop.yaml"
-        file.write_text(yaml.safe_dump(config))
-        command = [
-            sys.executable, "-m", "deploy", "train", str(file), "--output_dir", out, "--cache_dir", str(caches),
-            "--pipeline.max_batches", str(batches), *fields,
-        ]  # fmt: skip
-        start = time.time()
-        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
-        rows = [json.loads(line) for line in (Path(out) / "loop" / "metrics.jsonl").read_text().splitlines()]
-    return _Run(rows[0]["time"] - rows[0]["seconds/batch"] - start, rows)
-
-
 def _mfu(model: str, rows: list[dict[str, Any]], rate: float) -> float:
-    """Useful products of the batches' updates over what all ranks could have made in their training seconds."""
+    """Of the batches' updates; `rate` is that of all ranks together, FLOP/s."""
     config = AutoConfig.from_pretrained(model)
     seconds = sum(row["seconds/learner"] for row in rows)
     tokens = sum(row["learner/tokens_per_second"] * row["seconds/learner"] for row in rows)

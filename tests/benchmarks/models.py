@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import cache
 
 import torch
@@ -47,10 +48,14 @@ def save_random_model(size: str, device: str, folder: str) -> None:
 
 
 @cache
-def matmul_rate(seconds: float = 2.0) -> float:
-    """bfloat16 FLOP/s of a large square product once it has run for so long: power, not the clock of a cold GPU, sets
-    it. A GPU at rest reaches up to a fifth more for some milliseconds, and what follows depends on what came before.
+def matmul_rate(device: str = "cuda", seconds: float = 2.0) -> float:
+    """FLOP/s of a large square product, bfloat16 on CUDA and float32 on one thread on CPU.
+
+    On CUDA once it has run for so long: power, not the clock of a cold GPU, sets it. A GPU at rest reaches up to a
+    fifth more for some milliseconds, and what follows depends on what came before.
     """
+    if device == "cpu":
+        return _cpu_matmul_rate()
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
 
     def seconds_of(products: int) -> float:
@@ -66,6 +71,18 @@ def matmul_rate(seconds: float = 2.0) -> float:
     products = math.ceil(10 * seconds / seconds_of(10))
     seconds_of(products)
     return products * 2 * 8192**3 / seconds_of(products)
+
+
+def _cpu_matmul_rate() -> float:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    a, times = torch.randn(1024, 1024), []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return 2 * 1024**3 / min(times)
 
 
 def copy_bandwidth() -> float:

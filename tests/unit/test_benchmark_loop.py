@@ -1,14 +1,30 @@
-"""The benchmark of the whole loop, without its runs: limits, configs, means, and the tables that are made from rows."""
+"""The benchmark of the whole loop: limits, configs, means, and the tables that are made from rows; its runs as a long
+test."""
 
+import base64
 import json
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
+from common.config.model import ModelShape
 from common.config.run import RunConfig
+from deploy.placement import plan
 from learner.phase_clock import PHASES
+from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks import loop, loop_page
 from tests.benchmarks.lengths import SIGMA, uneven_lengths
+from tests.benchmarks.models import SIZES, matmul_rate
+from tests.benchmarks.mps import multi_process_service
+from tests.benchmarks.tokenizers import _PATTERN, benchmark_tokenizer
+from tests.benchmarks.train_run import TrainRun, train
+
+H200_GIB = 139
 
 
 def test_limits_are_those_of_the_log_normal_distribution_cut_at_the_longest():
@@ -41,11 +57,25 @@ def test_a_split_takes_all_of_its_gpus_and_no_more(tmp_path, split, gpus, transp
     assert config.learner.batch_rows == 16 * config.learner.ranks
 
 
+@pytest.mark.parametrize("size", ["135m", "0.6b", "4b"])
+def test_all_roles_of_every_size_have_room_on_one_gpu(tmp_path, size):
+    config = loop._config(size, "m", tmp_path, 20, (1, 0, 0), 1)
+    s = SIZES[size]
+    shape = {"layers": s["num_hidden_layers"], "heads": s["num_attention_heads"], "kv_heads": s["num_key_value_heads"]}
+    same = ("hidden_size", "head_dim", "intermediate_size", "vocab_size")
+    config["model"]["shape"] = ModelShape(
+        **shape, **{name: s[name] for name in same}, tied_embeddings=True
+    ).model_dump()
+    needed = sum(process.total_bytes for process in plan(RunConfig.model_validate(config)).processes)
+    assert 5 < needed / 2**30 < 0.95 * H200_GIB
+
+
 def row(index: int, seconds: float) -> dict[str, float]:
     stages = {f"seconds/{stage}": seconds / 2 for stage in ("rollout", "teacher", "learner", "publish")}
     busy = {"busy/rollout": 0.5, "busy/teacher": 0.1, "busy/learner": index / 10, "overhead": 0.01}
     phases = {f"learner/{phase}_s": 0.25 for phase in PHASES}
     made = {"seconds/batch": seconds, "updates": 8.0 * index, "response_length": 100.0, "queue/rollout": 64.0}
+    made |= {"time": 1000.0 + index, "learner/tokens_per_second": 2000.0, "trained_positions": 300.0}
     return {**made, **stages, **busy, **phases, "rollout/slots_in_use": 0.25 * index}
 
 
@@ -57,6 +87,121 @@ def test_means_count_batches_by_their_seconds():
     assert made["update_s"] == pytest.approx(1.5 / 8)  # eight updates between the two rows
     assert made["learner_seconds"] == dict.fromkeys(PHASES, 0.25)
     assert loop.metrics([{**row(1, 1.0), "rollout/slots_in_use": None}])["slots_in_use"] is None
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The rows of runs in place of the runs; what each was asked."""
+    asked = []
+
+    def made(config, fields, environment, enough):
+        asked.append((config, fields, environment))
+        run = TrainRun(990.0, [row(1, 2.0)])
+        while not enough(run):
+            run.rows.append(row(len(run.rows) + 1, 2.0))
+        return run
+
+    monkeypatch.setattr(loop, "train", made)
+    monkeypatch.setattr(loop, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    return asked
+
+
+def test_a_row_of_the_loop_comes_after_the_first_run_and_whole_after_the_second(runs, tmp_path):
+    out, file = tmp_path / "out.json", tmp_path / "rows.json"
+    file.write_text('[{"size": "earlier"}]')
+    options = ["--device", "cpu", "--parts", "loop", "--batches", "3", "--out", str(out), "--rows", str(file)]
+    assert benchmarks.main([*options, "--", "--learner.lr", "1e-5"]) == 0
+    earlier, measured = json.loads(file.read_text())
+    assert earlier == {"size": "earlier"} and json.loads(out.read_text())["loop tiny"] == [
+        {name: value for name, value in measured.items() if name != "torch"}
+    ]
+    absent = {name for name, value in measured.items() if value is None}
+    assert absent == {"gpu_busy", "split"}  # of GPUs
+    assert measured["size"] == "tiny" and measured["card"] == "cpu" and measured["fields"] == "--learner.lr 1e-5"
+    assert (measured["tokenizer_entries"], measured["vocabulary"], measured["weights"]) == (49152, 49152, "random")
+    assert (measured["batches"], measured["tokens_per_second"]) == (3, 3200.0)
+    assert measured["loading_cold_s"] == measured["loading_cached_s"] == 1001 - 2 - 990
+    assert measured["first_batch_cold_s"] == measured["first_batch_cached_s"] == 2.0
+    assert 0 < measured["learner_mfu"] < 1
+    (first, fields, _), second = runs
+    assert second[0] is first and second[1] is fields and fields[-2:] == ["--learner.lr", "1e-5"]
+    assert fields[fields.index("--pipeline.max_batches") + 1] == "5"
+
+
+def test_the_first_row_stays_where_the_second_run_fails(runs, tmp_path, monkeypatch):
+    made = loop.train
+
+    def fails_with_caches(*asked):
+        if runs:
+            raise subprocess.CalledProcessError(1, ["train"])
+        return made(*asked)
+
+    monkeypatch.setattr(loop, "train", fails_with_caches)
+    out = tmp_path / "out.json"
+    assert benchmarks.main(["--device", "cpu", "--parts", "loop", "--batches", "1", "--out", str(out)]) == 1
+    (measured,) = json.loads(out.read_text())["loop tiny"]
+    assert measured["first_batch_cold_s"] == 2.0 and "first_batch_cached_s" not in measured
+
+
+def test_a_time_budget_leaves_the_second_run_as_long_as_the_first_took_to_its_first_batch():
+    def run(batches: int) -> TrainRun:  # 40 s to the first batch, by now 100 s
+        start = time.time() - 100
+        return TrainRun(start, [row(1, 10.0) | {"time": start + 40} for _ in range(batches)])
+
+    assert not loop._all_of(22, 150.0)(run(3)) and loop._all_of(22, 130.0)(run(3))
+    assert not loop._all_of(22, 130.0)(run(2)), "without a batch after the warm-up there is nothing to measure"
+    assert loop._all_of(22, None)(run(22)) and not loop._all_of(22, None)(run(21))
+
+
+def test_a_run_that_cannot_start_is_an_error(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        train({"name": "loop", "block_size": 0}, [], {}, lambda run: True)
+
+
+@pytest.mark.long
+@pytest.mark.integration
+def test_the_loop_is_measured_on_cpu_with_a_real_tokenizer(tmp_path):
+    file = tmp_path / "rows.json"
+    options = ["--device", "cpu", "--parts", "loop", "--batches", "1", "--rows", str(file)]
+    assert benchmarks.main(options) == 0
+    (measured,) = json.loads(file.read_text())
+    assert measured["batches"] == 1 and measured["tokens_per_second"] > 0 and 0 < measured["learner_mfu"] < 1
+    assert measured["first_batch_cold_s"] > 0 and measured["first_batch_cached_s"] > 0
+    assert all(seconds > 0 for seconds in measured["learner_seconds"].values())
+
+
+def test_processes_under_mps_know_its_folder_and_it_ends_with_them(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-cuda-mps-control"
+    program.write_text(f'#!/bin/sh\necho "$@ $CUDA_MPS_PIPE_DIRECTORY $(head -n 1)" >> {tmp_path}/calls\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with multi_process_service(False) as nothing:
+        assert nothing == {}
+    with multi_process_service(True) as places:
+        folder = places["CUDA_MPS_PIPE_DIRECTORY"]
+        assert Path(folder).is_dir()
+        assert (tmp_path / "calls").read_text().strip() == f"-d {folder}"
+    assert (tmp_path / "calls").read_text().splitlines()[1].strip() == f"{folder} quit -t 20"
+
+
+def test_a_file_of_byte_pairs_is_a_tokenizer_with_chats(tmp_path):
+    pairs = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell", b"12"]
+    file = tmp_path / "qwen.tiktoken"
+    file.write_bytes(b"".join(base64.b64encode(pair) + b" %d\n" % i for i, pair in enumerate(pairs)))
+    tokenizer = benchmark_tokenizer("0.6b", str(file))
+    text = "hello, 12 hells\n"
+    ranks = {pair: i for i, pair in enumerate(pairs)}
+    expected = tiktoken.Encoding("pairs", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={}).encode(text)
+    assert tokenizer(text).input_ids == expected and tokenizer.decode(expected) == text
+    assert len(tokenizer) == 263 and tokenizer.eos_token == "<|im_end|>"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_rate_of_a_product_on_cpu_is_that_of_one_thread():
+    assert 1e9 < matmul_rate("cpu") < 1e13
 
 
 def test_shares_of_a_gpu_are_means_between_two_times():
