@@ -29,7 +29,8 @@ KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
-_MAX_RAYJOB_NAME = 47  # the operator appends six characters for the cluster, whose limit is 53
+_UPGRADES = ("NewCluster", "None", "NewClusterWithIncrementalUpgrade")
+_MAX_RAYJOB_NAME = 47  # and a RayService's: the operator appends six characters for the cluster, whose limit is 53
 _DNS_LABEL = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")
 _LABEL_PART = re.compile(r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")
 _LABEL_PREFIX = re.compile(r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")
@@ -79,9 +80,12 @@ def crd_folder() -> Path:
 
 
 @functools.cache
-def rayjob_schema() -> Object:
-    """The schema of a v1 RayJob that refuses unknown fields."""
-    (crd,) = load(crd_folder() / "ray.io_rayjobs.yaml")
+def schema_of(kind: str) -> Object:
+    """The schema of KubeRay's v1 kind, such as RayJob, that refuses unknown fields."""
+    file = crd_folder() / f"ray.io_{kind.lower()}s.yaml"
+    if not file.is_file():
+        pytest.skip(f"no schema of a {kind} in {file.parent}")
+    (crd,) = load(file)
     (version,) = [v for v in crd["spec"]["versions"] if v["name"] == "v1"]
     schema: Object = _strict(version["schema"]["openAPIV3Schema"])
     return schema
@@ -126,9 +130,16 @@ def quantity(text: str | int | float) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def groups(job: Object) -> dict[str, Object]:
+def cluster_of(owner: Object) -> Object:
+    """The Ray cluster of a RayJob or a RayService."""
+    field = "rayClusterConfig" if owner["kind"] == "RayService" else "rayClusterSpec"
+    cluster: Object = owner["spec"][field]
+    return cluster
+
+
+def groups(owner: Object) -> dict[str, Object]:
     """Head and worker groups by name."""
-    cluster = job["spec"]["rayClusterSpec"]
+    cluster = cluster_of(owner)
     return {"head": cluster["headGroupSpec"]} | {g["groupName"]: g for g in cluster["workerGroupSpecs"]}
 
 
@@ -147,6 +158,26 @@ def ray_container(group: Object) -> Object:
 def broken_rules(job: Object) -> list[str]:
     """What the operator, or Kueue, would refuse or misread although the schema allows it."""
     return [*_job_rules(job), *_cluster_rules(job), *_kueue_rules(job)]
+
+
+def broken_service_rules(service: Object) -> list[str]:
+    """The same of a RayService."""
+    return [*_service_rules(service), *_cluster_rules(service)]
+
+
+def _service_rules(service: Object) -> Iterator[str]:
+    name, spec = service["metadata"]["name"], service["spec"]
+    if len(name) > _MAX_RAYJOB_NAME or not _DNS_LABEL.match(name):
+        yield f"name {name!r} is no DNS label of at most {_MAX_RAYJOB_NAME} characters"
+    if (upgrade := spec.get("upgradeStrategy", {}).get("type", "NewCluster")) not in _UPGRADES:
+        yield f"upgradeStrategy {upgrade!r} is none of {_UPGRADES}"
+    if cluster_of(service).get("authOptions", {}).get("mode") not in (None, "token", "disabled"):
+        yield "a RayService has no Kubernetes tokens"
+    port = yaml.safe_load(spec["serveConfigV2"]).get("http_options", {}).get("port", 8000)
+    for group, of in groups(service).items():
+        ports = {p["name"]: p["containerPort"] for p in ray_container(of)["ports"]}
+        if ports.get("serve", 8000) != port:  # the operator's Service and probes go there
+            yield f"{group}: port serve is not the {port} of http_options"
 
 
 def _job_rules(job: Object) -> Iterator[str]:
@@ -183,8 +214,8 @@ def _job_rules(job: Object) -> Iterator[str]:
         yield "entrypointNumCpus cannot be had on a head with num-cpus 0"
 
 
-def _cluster_rules(job: Object) -> Iterator[str]:
-    cluster = job["spec"]["rayClusterSpec"]
+def _cluster_rules(owner: Object) -> Iterator[str]:
+    cluster = cluster_of(owner)
     head, workers = cluster["headGroupSpec"], cluster.get("workerGroupSpecs", [])
     names = [g["groupName"] for g in workers]
     if len(names) != len(set(names)):

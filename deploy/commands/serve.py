@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -25,16 +26,27 @@ from deploy.evaluation.decoding_options import (
     Temperature,
     Threshold,
 )
-from deploy.serving.options import LONGEST, MOST_REPLICAS, ServingOptions
+from deploy.serving.options import LONGEST, Replicas, ServingOptions
 
 _LEAST_KEY = 16
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # of the click that typer brings
+
+
+class Asked(NamedTuple):
+    """The options of the command, read and checked."""
+
+    options: ServingOptions
+    replicas: Replicas
+    port: int
+    drain_seconds: int
+    ray_address: str | None
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(serve)
+    app.command("serve")(serve)
 
 
-def serve(
+def asked(
     model: Student,
     host: Annotated[str, typer.Option(help="address to listen on; any but loopback needs an API key")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")] = 8000,
@@ -75,11 +87,13 @@ def serve(
     ] = 600.0,
     drain: Annotated[int, typer.Option(min=0, help="seconds that running requests get when the server ends")] = 30,
     replicas: Annotated[
-        int,
+        str,
         typer.Option(
-            min=1, max=MOST_REPLICAS, help="processes that serve behind the port, each on a GPU where there are any"
+            metavar="N|LEAST:MOST",
+            help="processes that serve behind the port, each on a GPU where there are any; two numbers: between them, "
+            "as many as the requests need",
         ),
-    ] = 1,
+    ] = "1",
     ray_address: Annotated[
         str | None,
         typer.Option(help="Ray cluster of the replicas, auto or HOST:PORT; default: started here"),
@@ -96,7 +110,7 @@ def serve(
     dtype: DtypeName = "float32",
     thinking: Thinking = None,
     system: System = None,
-) -> None:
+) -> Asked:
     """Serve a student: OpenAI's API and a page to chat with it, decoded by block diffusion.
 
     Requests may bring settings of their own.
@@ -119,9 +133,9 @@ def serve(
             f"--host: {host!r} can be reached from other machines, so an API key is required: give --api-key-file, or "
             "bind 127.0.0.1 and forward the port (ssh -L)"
         )
-    from deploy.dashboard.process import address, free_port
+    count = Replicas.parsed(replicas)
     from deploy.model_checks import check_model_folder, check_student_folder
-    from deploy.serving.loading import check_options, load_server
+    from deploy.serving.loading import check_options
 
     check_student_folder("MODEL", model)
     if compare is not None:
@@ -146,18 +160,62 @@ def serve(
         system=system,
     )
     check_options(options)
-    port = free_port(host, port, "--port")
-    where = f"{options.name} is at {address(host, port)} (API: /v1, metrics: /metrics; Ctrl-C ends this)"
-    if replicas > 1 or ray_address:
+    return Asked(options, count, port, drain, ray_address)
+
+
+@functools.wraps(asked)
+def serve(**given: Any) -> None:
+    from deploy.dashboard.process import address, free_port
+
+    options, replicas, port, drain, ray_address = asked(**given)
+    port = free_port(options.host, port, "--port")
+    where = f"{options.name} is at {address(options.host, port)} (API: /v1, metrics: /metrics; Ctrl-C ends this)"
+    if replicas.most > 1 or ray_address:
         from deploy.serving.replicas import serve_replicas
 
         serve_replicas(options, replicas, port, drain, ray_address, ready=lambda: say(where))
         return
+    from deploy.serving.loading import load_server
     from deploy.serving.process import serve as run
 
     server = load_server(options)
     say(where)
     run(server, port, drain)
+
+
+def application(args: dict[str, Any]) -> Any:
+    """What Ray Serve's config files name as `import_path`: the replicas of `opdlm serve`."""
+    from deploy.serving.replicas import application as application_of
+
+    read = asked_in_file(args)
+    return application_of(read.options, read.replicas, read.drain_seconds)
+
+
+def asked_in_file(args: dict[str, Any]) -> Asked:
+    """The `args` of an application in a config file of Ray Serve: options of `opdlm serve`, and `model` for its
+    argument. The file itself has the port, in `http_options`.
+
+    Raises:
+        ConfigError: there is no model, or an option is none, has a wrong value, or does not fit the model.
+    """
+    if "model" not in args:
+        raise ConfigError("args: there is no model; name the student's folder")
+    if elsewhere := {"port", "ray_address"} & args.keys():
+        raise ConfigError(f"args: {', '.join(sorted(elsewhere))}: the config file has it itself; see http_options")
+    words = []
+    for name, value in args.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif name != "model":
+            words.append(f"--{option}={value}")
+    command = typer.Typer(add_completion=False)
+    command.command()(asked)
+    try:
+        read: Asked = typer.main.get_command(command).main([*words, "--", str(args["model"])], standalone_mode=False)
+    except _USAGE_ERROR as error:
+        raise ConfigError(f"args: {error.format_message()}") from error
+    return read
 
 
 def _key(given: str | None, file: str | None) -> str | None:

@@ -55,9 +55,9 @@ def longest_of(options: ServingOptions, config: Any) -> int:
     return longest
 
 
-def slots_of(options: ServingOptions) -> int:
-    """Sequences that a server on this machine decodes at the same time."""
-    return options.slots or (_SLOTS_ON_GPU if torch.cuda.is_available() else _SLOTS)
+def slots_of(options: ServingOptions, on_gpu: bool) -> int:
+    """Sequences that a server decodes at the same time."""
+    return options.slots or (_SLOTS_ON_GPU if on_gpu else _SLOTS)
 
 
 def load_server(options: ServingOptions) -> Server:
@@ -74,7 +74,7 @@ def load_server(options: ServingOptions) -> Server:
     engine = Engine(
         student,
         tokenizer,
-        slots=slots_of(options),
+        slots=slots_of(options, torch.cuda.is_available()),
         longest=longest,
         queue_limit=options.queue,
         metrics=ServingMetrics(),

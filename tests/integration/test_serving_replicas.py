@@ -1,4 +1,5 @@
-"""Two servers behind one port: the answers of one, also while one of them is replaced."""
+"""Servers behind one port: the answers of one, also while one of them is replaced; and the application of a config file
+of Ray Serve, which starts another one where there is much to do."""
 
 import asyncio
 import json
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
+import yaml
 
 from actors.evaluation.generation import load_student, sampler_of
 from actors.sampler.request import Request
@@ -46,44 +49,104 @@ def expected(student, prompts: list[list[int]]) -> list[str]:
     return [tokenizer.decode(without_end(made[i].response_ids, ends)) for i in range(len(prompts))]
 
 
-def test_two_replicas_answer_like_one(student):
-    prompts = [list(range(5 + i, 25 + 2 * i)) for i in range(12)]
-    texts = expected(student, prompts)
+PROMPTS = [list(range(5 + i, 25 + 2 * i)) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def texts(student):
+    return expected(student, PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def server(student):
+    """The process of `opdlm serve --replicas 2` and its address."""
     port = free_port("127.0.0.1", 0)
-    address = f"http://127.0.0.1:{port}"
     options = ["--port", port, "--name", "tiny", "--api-key", KEY, "--rule", "static", "--replicas", 2, "--slots", 4]
-    server = subprocess.Popen([*map(str, [sys.executable, "-m", "deploy", "serve", student, *options])])
+    process = subprocess.Popen([*map(str, [sys.executable, "-m", "deploy", "serve", student, *options])])
+    address = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: answers(address), 120)
-        assert httpx.post(f"{address}/v1/completions", json={}).status_code == 401
-
-        async def ask(client: httpx.AsyncClient, ids: list[int]) -> str:
-            body = {"prompt": ids, "max_tokens": TOKENS, "temperature": 0}
-            reply = await client.post(f"{address}/v1/completions", json=body, headers=HEADERS)
-            assert reply.status_code == 200, reply.text
-            return reply.json()["choices"][0]["text"]
-
-        async def ask_all() -> list[str]:
-            async with httpx.AsyncClient(timeout=60) as client:
-                return list(await asyncio.gather(*(ask(client, ids) for ids in prompts)))
-
-        assert asyncio.run(ask_all()) == texts
-        streamed = {"prompt": prompts[0], "max_tokens": TOKENS, "temperature": 0, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/completions", json=streamed, headers=HEADERS) as reply:
-            events = [line.removeprefix("data: ") for line in reply.iter_lines() if line.startswith("data: {")]
-        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == texts[0] and len(events) > 2
-
-        one, other = replicas(server.pid)
-        os.kill(one, signal.SIGKILL)
-        wait_until(lambda: len(alive := set(replicas(server.pid)) - {one}) == 2 and other in alive, 60)
-        wait_until(lambda: asyncio.run(ask_all()) == texts, 30)
-
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 128 + signal.SIGTERM
-        assert not psutil.pid_exists(other)
+        yield process, address
     finally:
-        server.kill()
-        server.wait()
+        process.kill()
+        process.wait()
+
+
+def ask_all(address: str, prompts: list[list[int]], tokens: int = TOKENS) -> list[str]:
+    async def ask(client: httpx.AsyncClient, ids: list[int]) -> str:
+        body = {"prompt": ids, "max_tokens": tokens, "temperature": 0}
+        reply = await client.post(f"{address}/v1/completions", json=body, headers=HEADERS)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]["text"]
+
+    async def ask_together() -> list[str]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            return list(await asyncio.gather(*(ask(client, ids) for ids in prompts)))
+
+    return asyncio.run(ask_together())
+
+
+def test_two_replicas_answer_like_one(server, texts):
+    process, address = server
+    assert httpx.post(f"{address}/v1/completions", json={}).status_code == 401
+    assert ask_all(address, PROMPTS) == texts
+    streamed = {"prompt": PROMPTS[0], "max_tokens": TOKENS, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/completions", json=streamed, headers=HEADERS) as reply:
+        events = [line.removeprefix("data: ") for line in reply.iter_lines() if line.startswith("data: {")]
+    assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == texts[0] and len(events) > 2
+
+    one, other = replicas(process.pid)
+    os.kill(one, signal.SIGKILL)
+    wait_until(lambda: len(alive := set(replicas(process.pid)) - {one}) == 2 and other in alive, 60)
+    wait_until(lambda: ask_all(address, PROMPTS) == texts, 30)
+
+
+def test_the_application_of_a_config_file_grows_with_the_requests(server, student, texts, tmp_path):
+    """As KubeRay hands a config to Ray Serve: on a Serve that runs, here that of the command."""
+    process, address = server
+    scaling = {"target_ongoing_requests": 2, "upscale_delay_s": 0.5, "look_back_period_s": 1}
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": int(address.rpartition(":")[2])},
+        "applications": [
+            {
+                "name": "opdlm",
+                "route_prefix": "/",
+                "import_path": "deploy.commands.serve:application",
+                "args": {
+                    "model": str(student), "name": "grown", "api_key": KEY, "rule": "static", "slots": 4,
+                    "replicas": "1:2",
+                },
+                "deployments": [
+                    {"name": "opdlm", "autoscaling_config": {"min_replicas": 1, "max_replicas": 2} | scaling}
+                ],
+            }
+        ],
+    }  # fmt: skip
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    before = set(replicas(process.pid))
+    program, log = Path(sys.executable).parent / "serve", (tmp_path / "log").open("w")
+    command = [program, "run", "--address", ray_of(process.pid), tmp_path / "serve.yaml"]
+    deployed = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
+    try:
+        wait_until(lambda: served(address) == "grown" and not before & set(replicas(process.pid)), 90)
+        assert len(replicas(process.pid)) == 1
+        assert ask_all(address, PROMPTS) == texts
+        end = time.monotonic() + 60
+        while len(replicas(process.pid)) < 2:
+            assert time.monotonic() < end
+            ask_all(address, 2 * PROMPTS, tokens=300)
+        assert ask_all(address, PROMPTS) == texts
+    finally:
+        deployed.kill()
+        deployed.wait()
+
+
+def test_all_end_on_a_signal(server):
+    process, _ = server
+    before = replicas(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert before and not any(map(psutil.pid_exists, before))
 
 
 def answers(address: str) -> bool:
@@ -91,6 +154,18 @@ def answers(address: str) -> bool:
         return httpx.get(f"{address}/health").status_code == 200
     except httpx.TransportError:
         return False
+
+
+def served(address: str) -> str | None:
+    """The model's name; None: nobody answers just now."""
+    reply = httpx.get(f"{address}/v1/models", headers=HEADERS)
+    return reply.json()["data"][0]["id"] if reply.status_code == 200 else None
+
+
+def ray_of(server: int) -> str:
+    """The address of the Ray that a server started."""
+    words = [word for process in psutil.Process(server).children(recursive=True) for word in process.cmdline()]
+    return next(word for word in words if word.startswith("--gcs-address=")).partition("=")[2]
 
 
 def wait_until(true, seconds: float) -> None:

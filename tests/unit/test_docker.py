@@ -63,7 +63,7 @@ def test_installs_as_the_makefile_does(image: str) -> None:
     assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
     variables = dict(setting.split("=", 1) for setting in settings)
     assert all(re.search(rf"^{name} \?=", makefile, flags=re.MULTILINE) for name in variables)
-    assert variables["EXTRA"] == image and image in project["optional-dependencies"]
+    assert variables["EXTRA"] == f"{image},serve" and {image, "serve"} <= project["optional-dependencies"].keys()
     assert variables["VENV"] == "/opt/venv"
     assert ("COPY", "--from=" + f"{image}-environment /opt/venv /opt/venv") in lineage(image)
     # pip makes an editable install: both stages must agree on where the packages lie

@@ -33,8 +33,8 @@ from tests.manifests import (
     quantity,
     ray_container,
     rayjob_of,
-    rayjob_schema,
     render,
+    schema_of,
     with_defaults,
 )
 
@@ -66,7 +66,7 @@ def config_of(job: Object) -> RunConfig:
 
 
 def schema_errors(job: Object) -> list[str]:
-    schema = rayjob_schema()
+    schema = schema_of("RayJob")
     found = jsonschema.Draft202012Validator(schema).iter_errors(with_defaults(schema, job))
     return [f"{error.json_path}: {error.message[:200]}" for error in found]
 

@@ -15,7 +15,7 @@ import typer
 from deploy.cli import app
 from deploy.serving.grafana import FILE, dashboard, queries
 from deploy.serving.metrics import ServingMetrics
-from tests.manifests import KUBERAY, REPOSITORY, Object, load, of_kind, quantity, rayjob_of, rayjob_schema, render
+from tests.manifests import KUBERAY, REPOSITORY, Object, load, of_kind, quantity, rayjob_of, render, schema_of
 from tests.prometheus import check_alerts, check_layout, check_queries, expressions
 
 OVERLAYS = ["serving/base", "serving/h200"]
@@ -50,7 +50,7 @@ def serve_options(deployment: Object) -> dict[str, Any]:
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_pods_fit_the_schema(folder: str) -> None:
     deployment = one(render(folder), "Deployment")
-    groups = rayjob_schema()["properties"]["spec"]["properties"]["rayClusterSpec"]["properties"]
+    groups = schema_of("RayJob")["properties"]["spec"]["properties"]["rayClusterSpec"]["properties"]
     pod_schema = groups["headGroupSpec"]["properties"]["template"]  # a pod is a pod
     errors = jsonschema.Draft202012Validator(pod_schema).iter_errors(deployment["spec"]["template"])
     assert [f"{error.json_path}: {error.message[:200]}" for error in errors] == []
