@@ -18,6 +18,7 @@ from common.config.errors import ConfigError
 from common.prompts import PromptError
 from deploy.commands import (
     ablate,
+    choose,
     convert,
     dashboard,
     eval,
@@ -50,8 +51,8 @@ app = typer.Typer(
 )
 # in the order of the help
 for command in (
-    train, eval, score, generate, serve, lm_eval, convert, merge, export, fields, prompts, respond, replay, ablate,
-    dashboard, jobs, make_tiny_arlm,
+    train, eval, score, generate, serve, lm_eval, convert, merge, export, fields, prompts, respond, choose, replay,
+    ablate, dashboard, jobs, make_tiny_arlm,
 ):  # fmt: skip
     command.register(app)
 
