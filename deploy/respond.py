@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from actors.teacher.responder import ResponseRequest, Sampling
+from actors.responder import ResponseRequest, Sampling
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from common.end_tokens import response_text

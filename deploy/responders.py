@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.teacher import overlap, responder
-from actors.teacher.responder import ResponseRequest, Sampling
+from actors import responder
+from actors.responder import ResponseRequest, Sampling
+from actors.teacher import overlap
 from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from deploy.errors import StuckError

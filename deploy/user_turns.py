@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from actors.teacher.responder import ResponseRequest, Sampling
+from actors.responder import ResponseRequest, Sampling
 from common.chat import TEMPLATE_ERRORS, ChatTemplate
 from common.config.errors import ConfigError
 from common.config.run import RunConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from actors.evaluation.responses import Response, student_responses
+from actors.evaluation.responses import Response, responses
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
@@ -90,7 +90,7 @@ def evaluate_shard(
     answers = {p.ordinal: p.answer for p in problems}
     requests = [Request(p.ordinal, 0, p.ids, max_new_tokens, p.domain) for p in problems]
     evaluation = Evaluation()
-    for response in student_responses(sampler, tokenizer, requests, decoding):
+    for response in responses(sampler, tokenizer, requests, decoding):
         evaluation.add(response, is_correct(response.text, answers[response.ordinal] or "", answer_format))
     evaluation.seconds = time.perf_counter() - start
     return evaluation

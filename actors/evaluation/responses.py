@@ -37,7 +37,7 @@ class Response:
         return self.finish_reason != "length"
 
 
-def student_responses(
+def responses(
     sampler: Sampler, tokenizer: PreTrainedTokenizerBase, requests: Iterable[Request], decoding: Decoding
 ) -> Iterator[Response]:
     """The responses of the sampler's current weights, as they end."""

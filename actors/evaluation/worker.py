@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from actors.evaluation.autoregressive import autoregressive_responses, load_autoregressive
+from actors.evaluation.autoregressive import autoregressive_sampler, load_autoregressive
 from actors.evaluation.generation import load_student, sampler_of
-from actors.evaluation.responses import Response, student_responses
+from actors.evaluation.responses import Response, responses
+from actors.sampler.autoregressive import token_by_token
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from common.config.resources import Resources
@@ -82,6 +83,7 @@ class EvaluationWorker:
             self.sampler = sampler_of(self.model, self.tokenizer, block_size=None, slots=spec.slots)
         else:
             self.model, self.tokenizer = load_autoregressive(spec.path, device, spec.dtype, spec.ends)
+            self.sampler = autoregressive_sampler(self.model, self.tokenizer, slots=spec.slots)
 
     def ready(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name() if self.model.device.type == "cuda" else "cpu"
@@ -97,12 +99,12 @@ class EvaluationWorker:
     ) -> Iterator[Answered]:
         """The chunks as they are done; `unmasking` and `block_size` are for a student."""
         if self.spec.kind == "original":
-            yield from self._autoregressive(chunks, temperature, seed)
-            return
-        assert unmasking and block_size
-        self.sampler.set_block_size(block_size)
+            decoding = token_by_token(temperature)
+        else:
+            assert unmasking and block_size
+            self.sampler.set_block_size(block_size)
+            decoding = Decoding(unmasking, temperature)
         self.sampler.seed = seed
-        decoding = Decoding(unmasking, temperature)
         requests = [request for chunk in chunks for request in chunk.requests]
         if self.sampler.on_cuda:  # capture the graphs before anything is timed
             short = [replace(r, max_new_tokens=min(r.max_new_tokens, _WARM_UP_TOKENS)) for r in requests]
@@ -110,7 +112,7 @@ class EvaluationWorker:
         chunk_of = {(r.ordinal, r.sample): chunk for chunk in chunks for r in chunk.requests}
         done: dict[int, dict[tuple[int, int], Response]] = {chunk.index: {} for chunk in chunks}
         start = time.perf_counter()
-        for response in student_responses(self.sampler, self.tokenizer, requests, decoding):
+        for response in responses(self.sampler, self.tokenizer, requests, decoding):
             key = response.ordinal, response.sample
             chunk = chunk_of[key]
             answered = done[chunk.index]
@@ -119,19 +121,6 @@ class EvaluationWorker:
                 ordered = [answered[r.ordinal, r.sample] for r in chunk.requests]
                 yield Answered(chunk.index, ordered, time.perf_counter() - start)
                 start = time.perf_counter()
-
-    def _autoregressive(self, chunks: Sequence[Chunk], temperature: float, seed: int) -> Iterator[Answered]:
-        for chunk in chunks:
-            start = time.perf_counter()
-            responses = autoregressive_responses(
-                self.model,
-                self.tokenizer,
-                chunk.requests,
-                temperature=temperature,
-                seed=seed,
-                batch_size=self.spec.slots,
-            )
-            yield Answered(chunk.index, list(responses), time.perf_counter() - start)
 
 
 def as_remote(resources: Resources) -> Any:

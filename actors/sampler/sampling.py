@@ -87,6 +87,6 @@ def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
 def _choices(logits: Tensor, mask_token_id: int, token_count: int | None) -> Tensor:
     """The logits of what may be written; of all else -inf."""
     choices = logits.clone()
-    choices[..., mask_token_id] = -torch.inf
+    choices[..., mask_token_id : mask_token_id + 1] = -torch.inf  # a model that has no mask token has no such row
     choices[..., token_count if token_count is not None else choices.shape[-1] :] = -torch.inf
     return choices

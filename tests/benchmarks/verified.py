@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from actors.evaluation.generation import load_student
-from actors.sampler.cache import CacheRows
-from actors.sampler.cached_model import CachedModel
+from actors.sampler.autoregressive import AutoregressiveSampler
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
@@ -35,27 +33,6 @@ _RANDOM_BLOCK = 8
 _NOTHING = Wanted()
 
 
-class OneTokenSampler(Sampler):
-    """Plain autoregressive decoding: with blocks of one token all that verified decoding writes is the verifier's own.
-    The rows of masks, which draft nothing then, are left out of the forward."""
-
-    def __init__(self, model: Any, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.cached_model = self.device_pass.model = CommitsOnly(model, self.on_cuda)
-
-
-class CommitsOnly(CachedModel):
-    def decode(self, ids: Tensor, positions: Tensor, rows: CacheRows, wanted: Tensor, masked: Tensor | None) -> Tensor:
-        assert rows.partner is not None and rows.causal is not None
-        first = len(rows.partner)
-        count = len(ids) - first
-        alone = torch.full((count,), -1, device=ids.device)
-        clean = CacheRows(rows.slots[first:], positions[first:], 1, alone, rows.causal[first:])
-        every = torch.arange(count, device=ids.device)
-        hidden = super().decode(ids[first:], positions[first:], clean, every, None)
-        return torch.cat([hidden.new_zeros(len(wanted) - count, hidden.shape[-1]), hidden])
-
-
 def measure(
     size: str, device: str, most: int, prompt: int, new_tokens: int, wanted: Wanted = _NOTHING
 ) -> Iterator[dict[str, Any]]:
@@ -73,7 +50,9 @@ def measure(
             asked = requests[: max(16, 2 * sequences)]
             fast = {"slots": sequences, "cuda_graphs": device == "cuda", "compiled": device == "cuda", **options}
             verified, made = _timed(Sampler(student, block_size=block, **fast), asked)
-            plain, expected = _timed(OneTokenSampler(original, block_size=1, **fast), asked)
+            alone = {name: value for name, value in fast.items() if name != "mask_token_id"}
+            one_token = AutoregressiveSampler(original, never_written=options["mask_token_id"], **alone)
+            plain, expected = _timed(one_token, asked)
             tokens = sum(len(t.response_ids) for t in made)
             kept, tested = acceptance(made, block)
             yield facts | {

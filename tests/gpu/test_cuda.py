@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from actors.evaluation.held_out import HeldOutTargets
 from actors.sampler.attention import slot_attention_reference
+from actors.sampler.autoregressive import AutoregressiveSampler, token_by_token
 from actors.sampler.cache import AttentionInputs
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
@@ -59,6 +60,23 @@ def rollouts(path, device, dtype=torch.float32, decoding=None, **options):
     first = {t.ordinal: t for t in sampler.generate(requests(), decoding)}
     again = {t.ordinal: t for t in sampler.generate(requests(), decoding)}  # now from graphs
     return model, first, again
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_autoregressive_decoding_is_the_greedy_loop(path, compiled):
+    """The second round comes from graphs; beside the sampler the model still gives its own causal forward."""
+    model = load_model(path, torch.float32, "sdpa").to("cuda")
+    sampler = AutoregressiveSampler(model, eos_token_id=EOS, slots=16, seed=0, compiled=compiled)
+    for _ in range(2):
+        found = {t.ordinal: t.response_ids.tolist() for t in sampler.generate(requests(), token_by_token(0.0))}
+    for request in requests()[::6]:
+        ids = torch.tensor([request.prompt_ids.tolist()], device="cuda")
+        for token in found[request.ordinal]:
+            with torch.no_grad():
+                logits = model(ids).logits[0, -1]
+            assert logits[token] >= logits.max() - 1e-3  # near ties may go either way
+            ids = torch.cat([ids, torch.tensor([[token]], device="cuda")], dim=1)
+    assert all(len(ids) == 40 or ids[-1] == EOS for ids in found.values())
 
 
 @pytest.mark.parametrize(

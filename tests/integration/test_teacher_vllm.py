@@ -16,9 +16,9 @@ import pytest
 import ray
 import torch
 
+from actors.responder import ResponseRequest, Sampling
 from actors.teacher import responder
 from actors.teacher.actor import as_remote, build_backend
-from actors.teacher.responder import ResponseRequest, Sampling
 from actors.teacher.targets import TargetRequest
 from common.config.data import DataConfig
 from common.config.model import ModelConfig

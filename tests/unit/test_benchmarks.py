@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from actors.sampler.autoregressive import AutoregressiveSampler
 from common.student import load_model
 from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks import learner_step, sampler, serve, teacher, verified
@@ -106,8 +107,8 @@ def test_verified_decoding_is_measured_against_one_token_decoding_of_the_same_te
 def test_one_token_decoding_reads_clean_tokens_alone_and_writes_the_greedy_text(tmp_path):
     path = tiny_qwen3(tmp_path, seed=2)
     plain, asked = load_model(path, torch.float32, "sdpa"), requests(9)
-    sampled = verified.OneTokenSampler(
-        context_causal(path), block_size=1, mask_token_id=MASK, eos_token_id=EOS, token_count=TOKENS, slots=3, seed=0
+    sampled = AutoregressiveSampler(
+        context_causal(path), never_written=MASK, eos_token_id=EOS, token_count=TOKENS, slots=3, seed=0
     )
     rows: list[int] = []
     sampled.model.model.register_forward_hook(lambda module, given, out: rows.append(out[0].shape[:2].numel()))

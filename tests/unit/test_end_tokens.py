@@ -12,10 +12,10 @@ from transformers import GenerationConfig
 from actors.evaluation.autoregressive import evaluate_autoregressive, load_autoregressive
 from actors.evaluation.evaluation import evaluate_shard
 from actors.evaluation.generation import load_student, sampler_of
+from actors.responder import ResponseRequest, SamplerEngine, Sampling
 from actors.rollout import RolloutActor
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
-from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
 from common.config.objective import ObjectiveConfig
 from common.config.run import RunConfig
 from common.config.teacher import TeacherConfig
@@ -158,7 +158,7 @@ def test_the_teacher_is_evaluated_with_those_of_the_run(model, tmp_path):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_teacher_responses_end_at_any(model, temperature):
-    engine = TransformersEngine(TeacherConfig(dtype="float32"), model)
+    engine = SamplerEngine(TeacherConfig(dtype="float32"), model)
     requests = [ResponseRequest(p.ordinal, 0, p.ids) for p in PROMPTS]
     made = engine.respond(requests, Sampling(40, temperature, 1.0, [TURN, END]), seed=0)
     ends_rightly([ids for ids in made if len(ids) < 40])
@@ -191,7 +191,7 @@ def test_a_penalty_in_the_generation_config_is_no_part_of_greedy_decoding(model,
     ids = torch.tensor([[START, 10, 20, 30]])
     assert torch.equal(plain.generate(ids, max_new_tokens=20), penalised.generate(ids, max_new_tokens=20))
     request, sampling = [ResponseRequest(0, 0, PROMPTS[0].ids)], Sampling(20, 0.0, 1.0, [TURN, END])
-    plain_engine, engine = (TransformersEngine(TeacherConfig(dtype="float32"), str(p)) for p in (model, path))
+    plain_engine, engine = (SamplerEngine(TeacherConfig(dtype="float32"), str(p)) for p in (model, path))
     expected, found = (e.respond(request, sampling, 0)[0].tolist() for e in (plain_engine, engine))
     assert expected == found
 

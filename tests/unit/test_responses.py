@@ -9,7 +9,7 @@ import torch
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
+from actors.responder import ResponseRequest, SamplerEngine, Sampling
 from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.file import load_config
@@ -275,14 +275,14 @@ def test_the_loss_on_offline_responses_equals_the_direct_loop(model_and_tokenize
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_transformers_engine_pads_without_a_trace_and_is_seeded(tmp_path, temperature):
+def test_the_samplers_engine_answers_many_as_one_and_is_seeded(tmp_path, temperature):
     config = load_config("tiny", ["--teacher.max_batched_tokens", "512"]).teacher
     path = tiny_qwen3(tmp_path, seed=3)
     eos = load_tokenizer(path).eos_token_id
     lengths = (3, 30, 12, 7)
     requests = [ResponseRequest(i, 0, np.arange(10, 10 + n, dtype=np.int32)) for i, n in enumerate(lengths)]
     sampling = Sampling(12, temperature, 1.0, [eos])
-    engine = TransformersEngine(config, path)
+    engine = SamplerEngine(config, path)
     together = [ids.tolist() for ids in engine.respond(requests, sampling, seed=5)]
     assert together == [ids.tolist() for ids in engine.respond(requests, sampling, seed=5)]
     for ids in together:

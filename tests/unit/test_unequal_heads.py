@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.evaluation.generation import sampler_of
+from actors.responder import ResponseRequest, SamplerEngine, Sampling
 from actors.rollout import RolloutActor
 from actors.sampler.request import Request
 from actors.sampler.sampling import Decoding
 from actors.teacher.actor import build_backend
-from actors.teacher.responder import ResponseRequest, Sampling, TransformersEngine
 from common.config.divergences import ForwardKL, ReverseKL
 from common.config.errors import ConfigError
 from common.config.file import load_config
@@ -122,13 +122,13 @@ def test_rollouts_hold_tokens_alone(pair):
     model.config.mask_token_id, model.config.block_size = 262, 4
     model.generation_config.eos_token_id = [258]
     sampler = sampler_of(model, actor.tokenizer, block_size=4, slots=4)
-    sampler.token_count = None
+    sampler.device_pass.token_count = None
     free = np.concatenate([t.x0 for t in sampler.generate(prompts, Decoding(DynamicUnmasking(), 1.0))])
     assert free.max() >= TOKENS, "the test could not fail"
 
 
 def test_teacher_responses_hold_tokens_alone(loud):
-    engine = TransformersEngine(TeacherConfig(dtype="float32"), loud, TOKENS)
+    engine = SamplerEngine(TeacherConfig(dtype="float32"), loud, TOKENS)
     made = engine.respond([ResponseRequest(0, 0, np.arange(5, dtype=np.int32))], Sampling(20, 1.0, 1.0, [258]), 0)
     assert made[0].max() < TOKENS
 

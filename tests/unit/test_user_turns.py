@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from actors.teacher.responder import TransformersEngine
+from actors.responder import SamplerEngine
 from common.config.data import DataConfig
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY
@@ -119,7 +119,7 @@ def in_this_process(monkeypatch):
     dealt: list[int] = []
 
     def generated(config, chunks, actors, sampling, tokens):
-        engine = TransformersEngine(config.teacher, config.teacher_path, tokens)
+        engine = SamplerEngine(config.teacher, config.teacher_path, tokens)
         for index, requests in chunks:
             dealt.append(index)
             yield index, engine.respond(requests, sampling, config.seed)

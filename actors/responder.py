@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from transformers import GenerationConfig
 
+from actors.sampler.autoregressive import AutoregressiveSampler, token_by_token
+from actors.sampler.request import Request
 from actors.teacher.vllm_backend import build_llm, cut_vocabulary, whole_prompts
 from common.config.run import RunConfig
 from common.config.teacher import TeacherConfig
@@ -20,7 +21,6 @@ from common.device import device_for
 from common.ray_actor import as_ray_actor
 from common.seeds import stream_key
 from common.student import load_model
-from common.trajectory import until_end
 
 
 @dataclass(frozen=True)
@@ -82,51 +82,39 @@ class VllmEngine(ResponseEngine):
         return [np.asarray(o.outputs[0].token_ids, np.int32) for o in outputs]
 
 
-class TransformersEngine(ResponseEngine):
-    """transformers' `generate` on left-padded batches of at most `max_batched_tokens` tokens with padding.
+class SamplerEngine(ResponseEngine):
+    """Our sampler, token by token; every response has its own seed.
 
-    A batch is seeded by its first response, so another batch size gives other responses.
+    On CUDA many sequences cost a pass hardly more than few, so it begins with `CUDA_SLOTS`, fewer where memory does not
+    hold them; on CPU those run together whose tokens make `max_batched_tokens` at most.
     """
 
+    CUDA_SLOTS = 256
+
     def __init__(self, config: TeacherConfig, model_path: str, tokens: int | None = None) -> None:
-        self.device = device_for("teacher", config.resources)
-        self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(self.device)
-        padding = [] if tokens is None else list(range(tokens, self.model.config.vocab_size))
-        # in place of its own, which may hold a repetition penalty and the like
-        self.model.generation_config = GenerationConfig(suppress_tokens=padding or None)
+        device = device_for("teacher", config.resources)
+        self.model = load_model(model_path, getattr(torch, config.dtype), "sdpa").to(device)
+        self.tokens = tokens
         self.max_batched_tokens = config.max_batched_tokens
+        self.sampler: AutoregressiveSampler | None = None
 
-    @torch.inference_mode()
     def respond(self, requests: Sequence[ResponseRequest], sampling: Sampling, seed: int) -> list[np.ndarray]:
-        longest = max(len(r.prompt_ids) for r in requests) + sampling.max_new_tokens
-        rows = max(1, self.max_batched_tokens // longest)
-        return [
-            ids
-            for first in range(0, len(requests), rows)
-            for ids in self._batch(requests[first : first + rows], sampling, seed)
-        ]
-
-    def _batch(self, requests: Sequence[ResponseRequest], sampling: Sampling, seed: int) -> list[np.ndarray]:
-        width = max(len(r.prompt_ids) for r in requests)
-        ids = torch.full((len(requests), width), sampling.eos_token_id[0])
-        attention = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
-            attention[row, width - len(request.prompt_ids) :] = 1
-        torch.manual_seed(requests[0].seed(seed))
-        greedy = sampling.temperature == 0
-        out = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=attention.to(self.device),
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else 0,
-            eos_token_id=sampling.eos_token_id,
-            pad_token_id=sampling.eos_token_id[0],
-        )
-        return [until_end(row, sampling.eos_token_id) for row in out[:, width:].cpu().numpy().astype(np.int32)]
+        if self.sampler is None:
+            longest = max(len(r.prompt_ids) for r in requests) + sampling.max_new_tokens
+            on_cuda = self.model.device.type == "cuda"
+            self.sampler = AutoregressiveSampler(
+                self.model,
+                eos_token_id=sampling.eos_token_id,
+                token_count=self.tokens,
+                slots=self.CUDA_SLOTS if on_cuda else max(1, self.max_batched_tokens // longest),
+                seed=seed,
+                longest=longest,
+            )
+        self.sampler.seed = seed
+        asked = [Request(r.ordinal, r.sample, r.prompt_ids, sampling.max_new_tokens) for r in requests]
+        made = self.sampler.generate(asked, token_by_token(sampling.temperature, sampling.top_p))
+        found = {(t.ordinal, t.sample): t.response_ids for t in made}
+        return [found[r.ordinal, r.sample] for r in requests]
 
 
 class ResponderActor:
@@ -135,7 +123,7 @@ class ResponderActor:
     def __init__(self, config: TeacherConfig, model_path: str, seed: int, tokens: int | None = None) -> None:
         torch.set_num_threads(config.resources.threads)
         self.seed = seed
-        engine = VllmEngine if config.backend == "vllm" else TransformersEngine
+        engine = VllmEngine if config.backend == "vllm" else SamplerEngine
         self.engine: ResponseEngine = engine(config, model_path, tokens)
 
     def ready(self) -> dict[str, Any]:
