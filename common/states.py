@@ -93,8 +93,9 @@ def select_states(
         if drawn.all_positions:
             copies = [(np.isin(block, block[masked]), ratio, trained) for masked, ratio, trained in copies]
     offsets = [np.flatnonzero(masked) for masked, _, _ in copies]
+    decay = state.decay if isinstance(state, SuffixState) else 1.0
     weights = [
-        np.where(trained[o], 1.0 / ratio[o] if objective.weight == "inverse_t" else 1.0, 0.0)
+        np.where(trained[o], _decayed(decay, block[o]) / (ratio[o] if objective.weight == "inverse_t" else 1.0), 0.0)
         for o, (_, ratio, trained) in zip(offsets, copies, strict=True)
     ]
     trajectory.state_count = len(copies)
@@ -155,7 +156,8 @@ def _lowest(score: np.ndarray, group: np.ndarray, share: np.ndarray) -> np.ndarr
 
 def state_of(trajectory: Trajectory, objective: ObjectiveConfig) -> StateSelection:
     """How the states of this trajectory are selected: offline responses in a mixture have a selection of their own."""
-    if trajectory.is_offline and isinstance(objective.source, MixtureSource):
+    of_rollouts = not isinstance(objective.state, SuffixState)  # which needs no rounds, so that it is of both
+    if trajectory.is_offline and of_rollouts and isinstance(objective.source, MixtureSource):
         return objective.source.offline_state
     return objective.state
 
@@ -259,6 +261,13 @@ def _weighted_choice(
     rank = np.empty(len(weight), np.int64)
     rank[order] = np.arange(len(weight)) - first[index]
     return rank < count[index]
+
+
+def _decayed(decay: float, block: np.ndarray) -> np.ndarray:
+    """float [n]: decay to the power of how many masked positions of the same block are before it; `block` int [n] is
+    that of each masked position, in order."""
+    power: np.ndarray = decay ** (np.arange(len(block)) - np.searchsorted(block, block))
+    return power
 
 
 def _share(masked: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -14,8 +14,16 @@ from pydantic import Field, model_validator
 
 from common.config.divergences import Divergence, ForwardKL, MixedKL, NoOutliers, Outliers, ReverseKL
 from common.config.section import Section
-from common.config.sources import NEED_RESPONSES, ContinuedSource, OfflineSource, ReplaySource, Source, StudentSource
-from common.config.states import LiftState, PerBlockState, StateSelection, needs_rounds
+from common.config.sources import (
+    NEED_RESPONSES,
+    ContinuedSource,
+    MixtureSource,
+    OfflineSource,
+    ReplaySource,
+    Source,
+    StudentSource,
+)
+from common.config.states import LiftState, PerBlockState, StateSelection, SuffixState, needs_rounds
 from common.config.targets import AS_IT_IS, HardTarget, TargetChoice, TeacherTarget
 from common.config.terms import ExtraTerms
 
@@ -65,7 +73,7 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {"source": ("offline",), "state": ("random", "complementary"), "target": ("hard",)},
     "lift": {"source": ("offline",), "state": ("lift",), "target": ("hard",), "weight": ("inverse_t",)},
     "tabom": {"source": ("replay", "student"), "state": ("per_block", "global", "all_rounds"), "target": ("hard",)},
-    "drafter": {"source": ("offline",), "state": ("suffix",), "target": ("teacher",)},
+    "drafter": {"source": ("offline", "mixture"), "state": ("suffix",), "target": ("teacher",)},
     "tropd": {**_cell(("student",), _ROLLED_OUT, "reverse_kl"), "outliers": ("forward_kl", "left_out")},
     # the four cells of prefixes from teacher or student times forward or reverse KL (arXiv 2605.16826)
     "kd": _cell(("offline",), ("random", "complementary"), "forward_kl"),
@@ -237,6 +245,13 @@ class ObjectiveConfig(Section):
         ):
             if on and teacherless:
                 raise ValueError(f"{name} compares with a teacher, and target.kind 'hard' has none; turn it off")
+        if isinstance(self.source, MixtureSource) and isinstance(self.state, SuffixState):
+            if given := self.source.offline_state.model_dump(exclude_defaults=True):
+                name = min(given)
+                raise ValueError(
+                    f"source.offline_state.{name} ({given[name]!r}) is not used: state.kind 'suffix' is also that of "
+                    "offline responses; leave offline_state out"
+                )
         window = getattr(self.state, "window", 0)
         if window and self.terms.rank_window > window:
             raise ValueError(

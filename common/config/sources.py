@@ -48,7 +48,8 @@ class MixtureSource(Section):
     end: float = Field(0.0, ge=0, le=1, description="offline share from rollout batch `batches` on")
     batches: int = Field(100, ge=1, description="rollout batches until the share is `end`")
     offline_state: RandomState = Field(
-        RandomState(), description="states of the offline responses; objective.state is that of the rollouts"
+        RandomState(),
+        description="states of the offline responses; objective.state is that of the rollouts, and suffix that of both",
     )
 
 

@@ -116,6 +116,13 @@ class SuffixState(Section):
     whole_share: float = Field(
         0.5, ge=0, le=1, description="probability that a block is masked whole, as drafts of the next block find it"
     )
+    decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="weight of a masked token of a block, relative to the one before it: a draft is kept only where "
+        "all before it are",
+    )
 
 
 class MixtureState(Section):

@@ -1,6 +1,7 @@
 """State selection: what is masked, what is trained, and with what weight."""
 
 import math
+from dataclasses import replace
 from itertools import permutations
 from math import comb
 
@@ -14,7 +15,7 @@ from common.config.objective import ObjectiveConfig
 from common.prompts import Prompt
 from common.responses import offline_trajectory
 from common.states import NoiseTokens, select_states
-from common.trajectory import Trajectory
+from common.trajectory import OFFLINE, Trajectory
 from tests.trajectories import EOS, random_trajectory, trajectory
 
 BLOCK = 4
@@ -224,6 +225,39 @@ def test_the_drafter_method_is_the_originals_responses_at_suffix_states():
     assert (objective.source.kind, objective.state.kind, objective.target.kind) == ("offline", "suffix", "teacher")
     with pytest.raises(ValidationError, match=r"means state\.kind suffix, but it is 'random'"):
         ObjectiveConfig(method="drafter", state={"kind": "random"})
+
+
+def test_a_drafter_may_mix_rollouts_in_with_the_same_states():
+    mixed = {"kind": "mixture", "schedule": "constant", "start": 0.8}
+    objective = ObjectiveConfig(method="drafter", source=mixed)
+    assert objective.state.kind == "suffix"
+    rng = np.random.default_rng(5)
+    rollout = random_trajectory(rng, BLOCK, 40)
+    offline = replace(rollout, weights_version=OFFLINE)
+    found = []
+    for t in (rollout, offline):
+        select_states(t, objective, BLOCK, EOS, np.random.default_rng(0))
+        found.append((t.masked_offsets.tolist(), t.loss_weight.tolist()))
+        for b in np.unique(blocks_of(t)):  # masked from a position on
+            assert (np.diff(masks(t)[0][blocks_of(t) == b].astype(int)) >= 0).all()
+    assert found[0] == found[1]
+    with pytest.raises(ValidationError, match=r"source\.offline_state\.min_ratio \(0\.5\) is not used: state\.kind"):
+        ObjectiveConfig(method="drafter", source={**mixed, "offline_state": {"min_ratio": 0.5}})
+    with pytest.raises(ValidationError, match=r"means source\.kind offline or mixture, but it is 'student'"):
+        ObjectiveConfig(method="drafter", source={"kind": "student"})
+
+
+@given(trajectory(), st.integers(0, 99), st.sampled_from(["one", "inverse_t"]))
+def test_later_drafts_of_a_block_have_less_weight(t, seed, weight):
+    selected(t, seed, state={"kind": "suffix"}, weight=weight)
+    plain = t.masked_offsets.tolist(), t.loss_weight
+    selected(t, seed, state={"kind": "suffix", "decay": 0.5}, weight=weight)
+    assert t.masked_offsets.tolist() == plain[0]
+    before: dict[int, int] = {}
+    for offset, w, of_plain in zip(t.masked_offsets, t.loss_weight, plain[1], strict=True):
+        b = int(blocks_of(t)[offset])
+        assert w == np.float32(of_plain * 0.5 ** before.get(b, 0))
+        before[b] = before.get(b, 0) + 1
 
 
 def noised(t, seed=0, **masks):

@@ -219,6 +219,7 @@ def test_normalisation(student_teacher_rows, normalization, weight):
 OPTIONS = [
     {"state": {"kind": "all_rounds"}},
     {"state": {"kind": "complementary"}, "weight": "inverse_t"},
+    {"state": {"kind": "suffix", "decay": 0.5}},
     {"state": {"kind": "random", "uniform_share": 0.5}},
     {"state": {"kind": "random", "uniform_share": 0.3, "all_positions": True}, "weight": "inverse_t"},
     {"divergence": {"kind": "reverse_kl"}},
