@@ -75,6 +75,7 @@ class FeedbackFields(_Manifest):
     stopped: bool = False
     growths: Count = 0
     divergences: list[float] = []
+    acceptances: list[float] = []
 
 
 class Manifest(_Manifest):

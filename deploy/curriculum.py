@@ -13,7 +13,7 @@ from common.annealing import annealed
 from common.config.objective import ObjectiveConfig
 from common.config.rollout import RolloutConfig
 from common.config.run import RunConfig
-from common.config.schedule import CurriculumConfig, PlateauGrowth, StepGrowth
+from common.config.schedule import AcceptanceGrowth, CurriculumConfig, PlateauGrowth, StepGrowth
 from common.config.unmasking import DynamicUnmasking, Unmasking
 from common.grid import grid_floor
 
@@ -21,12 +21,14 @@ from common.grid import grid_floor
 @dataclass
 class Feedback:
     """What training has told the schedules: steps of the gated length, whether it has stopped growing, block size
-    growths, and the divergences, nats, of the last rollout batches since the last growth."""
+    growths, and since the last growth the divergences, nats, of the last rollout batches, and the shares of held-out
+    drafts that were kept, from the best one on."""
 
     gates: int = 0
     stopped: bool = False
     growths: int = 0
     divergences: list[float] = field(default_factory=list)
+    acceptances: list[float] = field(default_factory=list)
 
     def after_batch(self, config: RunConfig, divergence: float, entropy: float) -> None:
         """Take in the mean divergence and student entropy, nats per trained position, of a rollout batch."""
@@ -38,10 +40,24 @@ class Feedback:
             if _plateau(self.divergences, growth):
                 self.growths, self.divergences = self.growths + 1, []
 
-    def after_evaluation(self, config: CurriculumConfig, divergence: float, entropy: float) -> None:
-        """Take in the held-out KL and the student's held-out entropy, nats per token."""
-        if config.gate_on == "held_out":
-            self._pass_gate(config, divergence, entropy)
+    def after_evaluation(
+        self, config: RunConfig, block_size: int, divergence: float, entropy: float, accepted: float | None
+    ) -> None:
+        """Take in the held-out KL and the student's held-out entropy, nats per token, and the share of held-out drafts
+        that are kept with this block size."""
+        if config.curriculum.gate_on == "held_out":
+            self._pass_gate(config.curriculum, divergence, entropy)
+        growth = config.block_growth
+        if not isinstance(growth, AcceptanceGrowth) or accepted is None or self.growths == len(growth.sizes):
+            return
+        if block_size != config.block_sizes[self.growths]:  # of a batch that was in flight when the blocks grew
+            return
+        since_best = [*self.acceptances, accepted]
+        since_best = since_best[since_best.index(max(since_best)) :]
+        if accepted >= growth.accepted or len(since_best) > growth.patience > 0:
+            self.growths, self.acceptances = self.growths + 1, []
+        else:
+            self.acceptances = since_best[: max(growth.patience, 1)]
 
     def _pass_gate(self, config: CurriculumConfig, divergence: float, entropy: float) -> None:
         """One step on where the gate is open; where it is closed and that stops the ladder, back to the step before,

@@ -519,7 +519,11 @@ class Pipeline:
         if self.prepared.held_out:
             found.append(f"held-out KL {metrics['eval/held_out_kl']:.4f}")
             self.state.feedback.after_evaluation(
-                self.config.curriculum, metrics["eval/held_out_kl"], metrics["eval/held_out_entropy"]
+                self.config,
+                self.state.block_size,
+                metrics["eval/held_out_kl"],
+                metrics["eval/held_out_entropy"],
+                metrics.get("eval/held_out_accepted"),
             )
         self.observers.note(f"after {done} batches: {', '.join(found)}", state="training")
         return metrics

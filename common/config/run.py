@@ -26,7 +26,7 @@ from common.config.pipeline import PipelineConfig
 from common.config.publish import PublishConfig
 from common.config.recovery import RecoveryConfig
 from common.config.rollout import RolloutConfig
-from common.config.schedule import BlockGrowth, CurriculumConfig, NoGrowth
+from common.config.schedule import AcceptanceGrowth, BlockGrowth, CurriculumConfig, NoGrowth
 from common.config.section import OPERATION, Section
 from common.config.shown import shown
 from common.config.sources import NEED_RESPONSES
@@ -285,16 +285,25 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _gate_is_measured(self) -> RunConfig:
-        if not self.curriculum.gated or self.curriculum.gate_on != "held_out":
-            return self
-        for field, remedy in (("held_out_prompts", "256"), ("every_batches", "10")):
-            if not getattr(self.evaluation, field):
-                raise ValueError(
-                    f"curriculum.schedule {self.curriculum.schedule!r} measures held-out prompts, but "
-                    f"evaluation.{field} is 0; set evaluation.{field} to e.g. {remedy}, or curriculum.gate_on to "
-                    "'training'"
-                )
+    def _held_out_prompts_are_measured(self) -> RunConfig:
+        curriculum, growth = self.curriculum, self.block_growth
+        gate = f"curriculum.schedule {curriculum.schedule!r}", "curriculum.gate_on to 'training'"
+        blocks = f"block_growth.kind {growth.kind!r}", "block_growth.kind to 'plateau'"
+        for (who, other), measures in (
+            (gate, curriculum.gated and curriculum.gate_on == "held_out"),
+            (blocks, isinstance(growth, AcceptanceGrowth)),
+        ):
+            for field, remedy in (("held_out_prompts", "256"), ("every_batches", "10")):
+                if measures and not getattr(self.evaluation, field):
+                    raise ValueError(
+                        f"{who} measures held-out prompts, but evaluation.{field} is 0; set evaluation.{field} to e.g. "
+                        f"{remedy}, or {other}"
+                    )
+        if isinstance(growth, AcceptanceGrowth) and self.block_size == 1:
+            raise ValueError(
+                "block_size (1) leaves nothing to draft, and block_growth.kind 'acceptance' measures drafts; set "
+                "block_size to 2 or more, or block_growth.kind to 'plateau'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -124,7 +124,27 @@ class PlateauGrowth(Section):
         return self.sizes
 
 
-BlockGrowth = Annotated[NoGrowth | StepGrowth | PlateauGrowth, Field(discriminator="kind")]
+class AcceptanceGrowth(Section):
+    """To the next of `sizes` when the drafts of the present block size are good, or get no better.
+
+    That is when `eval/held_out_accepted` is at least `accepted`, or has not been above its best for `patience`
+    evaluations; only those with the present block size count.
+    """
+
+    kind: Literal["acceptance"] = "acceptance"
+    sizes: tuple[int, ...] = Field((8, 16), min_length=1, description="the later block sizes, growing")
+    accepted: float = Field(0.7, gt=0, le=1, description="share of held-out drafts kept at which blocks grow")
+    patience: int = Field(
+        0, ge=0, description="blocks also grow after so many evaluations without a better share; 0: they wait for it"
+    )
+    anchor: bool = _anchor()
+
+    @property
+    def later_sizes(self) -> tuple[int, ...]:
+        return self.sizes
+
+
+BlockGrowth = Annotated[NoGrowth | StepGrowth | PlateauGrowth | AcceptanceGrowth, Field(discriminator="kind")]
 
 
 class ThresholdRamp(Section):

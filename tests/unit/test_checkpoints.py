@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +53,10 @@ def save(checkpoints: Checkpoints, state: RunState, name: str = "", notes: Notes
 def test_the_newest_are_kept_and_resumed_from(tmp_path):
     checkpoints = checkpoints_of(tmp_path, 2)
     assert checkpoints.latest() is None
-    states = [RunState(batches=b, updates=8 * b, block_size=4, feedback=Feedback(gates=b)) for b in (5, 10, 15)]
+    feedback = Feedback(stopped=True, growths=1, divergences=[0.3, 0.2], acceptances=[0.5, 0.4])
+    states = [
+        RunState(batches=b, updates=8 * b, block_size=4, feedback=replace(feedback, gates=b)) for b in (5, 10, 15)
+    ]
     assert [save(checkpoints, s) for s in states] == ["batch-000005", "batch-000010", "batch-000015"]
     assert [p.name for p in checkpoints.complete()] == ["batch-000010", "batch-000015"]
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["batch-000010", "batch-000015"]

@@ -103,6 +103,47 @@ def test_the_feedback_of_a_long_run_stays_short():
     assert feedback.growths == 0 and feedback.divergences == [0.8**batch for batch in range(94, 100)]
 
 
+def grown(shares: list[float], feedback: Feedback, **growth) -> list[int]:
+    """The block size of the rollout batch behind each evaluation, of which each is measured one batch late."""
+    fields = {"kind": "acceptance", "sizes": [8, 16], **growth}
+    config = run(block_growth=fields, evaluation={"held_out_prompts": 8, "every_batches": 1})
+    sizes = [block_size_at(config, 0, feedback)]
+    for share in shares:
+        measured = sizes[-2] if len(sizes) > 1 else sizes[-1]
+        feedback.after_evaluation(config, measured, 0.1, 0.1, share)
+        sizes.append(block_size_at(config, len(sizes), feedback))
+    return sizes[1:]
+
+
+def test_blocks_grow_when_drafts_are_kept():
+    feedback = Feedback()
+    # the evaluation behind a growth is still of the size before, however good it is
+    assert grown([0.3, 0.69, 0.7, 0.9, 0.2, 0.75, 0.9, 1.0], feedback, accepted=0.7) == [4, 4, 8, 8, 8, 16, 16, 16]
+    assert (feedback.growths, feedback.acceptances) == (2, [])
+
+
+def test_blocks_grow_when_drafts_get_no_better():
+    feedback = Feedback()
+    shares = [0.3, 0.4, 0.35, 0.4, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4]
+    assert grown(shares, feedback, accepted=0.9, patience=3) == [4] * 7 + [8] * 3
+    assert feedback.acceptances == [0.4]
+    waiting = Feedback()
+    assert grown(shares * 3, waiting, accepted=0.9) == [4] * 30
+    assert waiting.acceptances == [0.5]  # of a long run no more is kept
+
+
+def test_acceptance_must_be_measured():
+    growth = {"kind": "acceptance", "sizes": [8]}
+    for field in ("held_out_prompts", "every_batches"):
+        evaluation = {"held_out_prompts": 8, "every_batches": 1} | {field: 0}
+        with pytest.raises(
+            ValidationError, match=rf"block_growth\.kind 'acceptance' measures .* evaluation\.{field} is 0"
+        ):
+            run(block_growth=growth, evaluation=evaluation)
+    with pytest.raises(ValidationError, match=r"block_size \(1\) leaves nothing to draft"):
+        run(block_size=1, block_growth=growth, evaluation=HELD_OUT)
+
+
 ANCHORED = {"kind": "steps", "sizes": [8, 16], "at_batches": [1, 2], "anchor": True}
 
 
@@ -180,9 +221,9 @@ def limits(config: RunConfig, divergences: list[float], entropies: list[float]) 
     for divergence, entropy in zip(divergences, entropies, strict=True):
         if config.curriculum.gate_on == "held_out":
             feedback.after_batch(config, 100 * divergence, 100 * entropy)
-            feedback.after_evaluation(config.curriculum, divergence, entropy)
+            feedback.after_evaluation(config, 4, divergence, entropy, None)
         else:
-            feedback.after_evaluation(config.curriculum, 100 * divergence, 100 * entropy)
+            feedback.after_evaluation(config, 4, 100 * divergence, 100 * entropy, None)
             feedback.after_batch(config, divergence, entropy)
         found.append(response_limit(config.curriculum, 7, 4, feedback.gates))
     return found
