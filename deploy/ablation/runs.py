@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,7 +180,8 @@ def run_all(
     keep_going: bool = False,
 ) -> None:
     """Make what is missing of the `chosen` runs (default: of all), `jobs` at a time; `done` is called for each of them
-    that ends well.
+    that ends well. Offline responses are made first, each file as one of the jobs; of a seed, the runs that wait for
+    them come last.
 
     After `stop_after_s` seconds those in progress are stopped with a checkpoint, and no more are begun. A run that
     fails keeps others from beginning, unless `keep_going`; those in progress go on.
@@ -193,24 +194,37 @@ def run_all(
     missing = [arm for arm in chosen if not arm.done]
     files = {arm.responses for arm in missing if arm.needs_responses}
     makers = [arm for arm in _first_of_each_file(runs) if arm.responses in files]
+    made: dict[Path, Future[None]] = {arm.responses: Future() for arm in makers if not arm.responses.exists()}
     processes = Processes()
 
+    def respond(arm: Arm) -> None:
+        try:
+            _respond(arm, note, processes)
+        except BaseException as error:
+            made[arm.responses].set_exception(error)
+            raise
+        made[arm.responses].set_result(None)
+
+    def waits(arm: Arm) -> bool:
+        return arm.needs_responses and arm.responses in made
+
     def train(arm: Arm) -> None:
+        if waits(arm):  # all of these calls began before this one
+            made[arm.responses].result()
         note(f"{arm.name}, seed {arm.seed}")
         _train(arm, runs, processes)
         done(arm)
 
+    calls = [partial(respond, arm) for arm in makers if arm.responses in made]
+    seeds = list(dict.fromkeys(arm.seed for arm in runs))
+    calls += [partial(train, arm) for arm in sorted(missing, key=lambda arm: (seeds.index(arm.seed), waits(arm)))]
     with StopSignals() as stop:
         deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
 
         def is_over() -> bool:
             return stop.requested or (deadline is not None and time.monotonic() >= deadline)
 
-        try:
-            _in_turn([partial(_respond, arm, note, processes) for arm in makers], 1, processes, is_over, False)
-            _in_turn([partial(train, arm) for arm in missing], jobs, processes, is_over, keep_going)
-        finally:
-            processes.stop()  # after a second Ctrl-C
+        _in_turn(calls, jobs, processes, is_over, keep_going)
         if stop.requested:
             finished = sum(arm.done for arm in chosen)
             raise stop.error(f"{finished} of {len(chosen)} runs are finished; to go on, repeat the command")
@@ -231,14 +245,19 @@ def _in_turn(
     errors: list[BaseException] = []
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(call) for call in calls}
-        while waiting:
-            if is_over():
-                processes.stop()
-            if processes.stopping or (errors and not keep_going):
-                waiting = {future for future in waiting if not future.cancel()}
-            ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            failures = [error for future in ended if (error := future.exception())]
-            errors += [error for error in failures if not isinstance(error, StopRequested)]
+        try:
+            while waiting:
+                if is_over():
+                    processes.stop()
+                if processes.stopping or (errors and not keep_going):
+                    waiting = {future for future in waiting if not future.cancel()}
+                ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for error in filter(None, (future.exception() for future in ended)):
+                    if not isinstance(error, StopRequested) and error not in errors:  # of responses: that of many runs
+                        errors.append(error)
+        except KeyboardInterrupt:  # the second Ctrl-C
+            processes.stop()
+            raise
     if errors:
         raise errors[0] if len(errors) == 1 else WorkerError(f"{errors[0]}; {len(errors) - 1} more failed")
 
@@ -267,8 +286,6 @@ def _respond_fields(respond: RespondConfig) -> dict[str, Any]:
 
 def _respond(arm: Arm, note: Callable[[str], None], processes: Processes) -> None:
     file, record = arm.responses, _responses_record(arm)
-    if file.exists():
-        return
     note(f"the teacher's responses, {file.name}")
     base = _write_config(arm.config, record.parent)
     replace_text(record, json.dumps(_responses_made_with(arm), indent=2) + "\n")

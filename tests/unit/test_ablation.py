@@ -444,6 +444,41 @@ def test_arms_are_chosen_by_name_and_use_the_responses_of_all(tmp_path, monkeypa
     check_runs(settings, runs)
 
 
+def test_runs_that_need_no_responses_go_on_while_these_are_made(tmp_path, monkeypatch):
+    arms = {"SFT": {"objective.method": "sft"}, "OPDLM": {}}
+    runs = arms_of(ablation(tmp_path, arms=arms, claims=[], seeds=[0, 1]))
+    order, trained = [], threading.Event()
+
+    def run(self, arguments, log):
+        if arguments[0] == "respond":
+            assert trained.wait(20)  # no run that needs them, and none of the next seed, is before it
+            runs[0].responses.write_bytes(b"made")
+            order.append("responses")
+        else:
+            order.append(load_config(arguments[1]).name)
+            trained.set()
+
+    monkeypatch.setattr(Processes, "run", run)
+    run_all(runs, lambda text: None, lambda arm: None, jobs=2)
+    assert order.index("responses") < order.index("SFT-seed0") and order[0] == "OPDLM-seed0" and len(order) == 5
+
+
+def test_runs_whose_responses_fail_are_not_trained(tmp_path, monkeypatch):
+    arms = {"SFT": {"objective.method": "sft"}, "OPDLM": {}}
+    runs = arms_of(ablation(tmp_path, arms=arms, claims=[], seeds=[0]))
+    trained = []
+
+    def run(self, arguments, log):
+        if arguments[0] == "respond":
+            raise WorkerError("no teacher")
+        trained.append(load_config(arguments[1]).name)
+
+    monkeypatch.setattr(Processes, "run", run)
+    with pytest.raises(WorkerError, match=r"^no teacher$"):
+        run_all(runs, lambda text: None, lambda arm: None, jobs=2, keep_going=True)
+    assert trained == ["OPDLM-seed0"]
+
+
 def test_a_run_begins_with_what_another_of_its_seed_has_held_out(tmp_path, monkeypatch):
     held_out = {"evaluation.problems": None, "evaluation.held_out_prompts": 16}
     other = {"teacher.path": "elsewhere"}
