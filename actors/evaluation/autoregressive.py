@@ -33,7 +33,12 @@ def load_autoregressive(
 
 
 def autoregressive_sampler(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, slots: int, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    slots: int,
+    seed: int = 0,
+    compiled: bool = True,
 ) -> AutoregressiveSampler:
     """A sampler on what `load_autoregressive` gives, which can be read as before beside it."""
     return AutoregressiveSampler(
@@ -43,6 +48,7 @@ def autoregressive_sampler(
         slots=slots,
         seed=seed,
         tokenizer=tokenizer,
+        compiled=compiled,
     )
 
 
@@ -56,7 +62,9 @@ def autoregressive_responses(
     slots: int = 64,
 ) -> list[Response]:
     """A response to each request, in their order; temperature 0 is greedy. A token counts as one forward."""
-    sampler = autoregressive_sampler(model, tokenizer, slots=min(slots, len(requests)), seed=seed)
+    slots = min(slots, len(requests))
+    # a few hundred responses take less time than compiling does; passes are CUDA graphs all the same
+    sampler = autoregressive_sampler(model, tokenizer, slots=slots, seed=seed, compiled=False)
     found = {(r.ordinal, r.sample): r for r in responses(sampler, tokenizer, requests, token_by_token(temperature))}
     return [found[r.ordinal, r.sample] for r in requests]
 
