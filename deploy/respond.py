@@ -49,7 +49,7 @@ from deploy.data_fingerprint import of_prompts
 from deploy.part_files import PartFiles
 from deploy.responders import check_engine, check_room, generated, overlaps
 
-_CHUNK = 64  # prompts of one call, and of one part
+_PART, _GPU_PART = 64, 512  # prompts of one call; more keep a GPU's batches full
 
 
 def respond(
@@ -95,10 +95,12 @@ def respond(
     for own in config.by_teacher:
         check_room(own, longest, max_new_tokens, limit)
     sampling = Sampling(max_new_tokens, temperature, top_p, ends)
+    part = _GPU_PART if config.teacher.resources.gpus else _PART
     parts.open(
         {
             **asdict(sampling),
             "samples": samples,
+            "part": part,
             "prompts": of_prompts(prompts),
             "teacher": " ".join(config.teacher_paths.values()),
             "seed": config.seed,
@@ -106,7 +108,7 @@ def respond(
         }
     )
     of_teacher = [list(own) for _, own in groupby(prompts, key=lambda p: config.teacher_of(p.domain))]
-    chunks = dict(enumerate(own[i : i + _CHUNK] for own in of_teacher for i in range(0, len(own), _CHUNK)))
+    chunks = dict(enumerate(own[i : i + part] for own in of_teacher for i in range(0, len(own), part)))
     writer = _Writer(config, tokenizer, ends, parts, note)
     try:
         writer.generate({i: (chunk, range(samples)) for i, chunk in chunks.items()}, sampling)

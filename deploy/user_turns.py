@@ -36,7 +36,7 @@ from deploy.responders import check_engine, check_room, generated
 
 _WORDS = "words of the user"  # stand where the user's words do
 _MOST_SAMPLES = 8  # times the prompts that are wanted; a model that needs more writes nothing usable
-_VLLM_PART = 1024  # turns
+_BATCHED_PART = 1024  # turns for an engine that runs as many as fit, one leaving as another joins
 NEAR_DUPLICATE = "near-duplicate of an earlier one"
 
 
@@ -224,6 +224,8 @@ def _table(tokenizer: Any, turn: UserTurn, turns: list[np.ndarray], min_tokens: 
 
 
 def _part_size(config: RunConfig, tokens: int) -> int:
-    """Turns of one call: a batch of transformers, or enough for vLLM's own batching."""
+    """Turns of one call: enough for the engine's batches, on a CPU those that our sampler runs together."""
     teacher = config.teacher
-    return _VLLM_PART if teacher.backend == "vllm" else max(1, teacher.max_batched_tokens // tokens)
+    if teacher.backend == "vllm" or teacher.resources.gpus:
+        return _BATCHED_PART
+    return max(1, teacher.max_batched_tokens // tokens)
