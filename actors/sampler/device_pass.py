@@ -87,50 +87,72 @@ class DevicePass:
     ) -> Tensor:
         """The rest of a pass in which what is committed is verified and what is masked is drafted; returns what
         `SlotState.reveal` returns."""
-        if len(decodings) > 1:
-            raise ValueError("requests of unmasking.rule 'speculative' that run together need equal decoding settings")
-        (decoding,) = decodings
-        rule = rule_of(decoding.unmasking)
+        rule = rule_of(decodings[0].unmasking)
+        if any(d.unmasking != rule for d in decodings):
+            raise ValueError("requests of unmasking.rule 'speculative' that run together need equal draft_rounds")
+        which = _which(state, slots, decodings) if len(decodings) > 1 else None
         size, count = state.block_size, len(slots)
         committed = torch.arange(count * size, len(work.rows) * size, device=slots.device)
         masked = self.model.mask_positions(state, slots, len(work.rows))
         hidden = self.model.decode(work.ids, work.positions, cache_rows, torch.cat([wanted, committed]), masked)
         logits = self.model.logits(hidden)
-        drafts = sample_tokens(
-            logits[: len(wanted)], work.noise, drafting(decoding), self.mask_token_id, self.token_count
-        )
+        draft_logits, causal_logits = logits[: len(wanted)], logits[len(wanted) :].unflatten(0, (-1, size))
+        if which is None:
+            settings = drafting(decodings[0])
+            drafts = sample_tokens(draft_logits, work.noise, settings, self.mask_token_id, self.token_count)
+        else:
+            drafts = self._sample_each(state, draft_logits, work, tuple(map(drafting, decodings)), which)
         drafts = Candidates(*(placed(x, work.sampled, count, size) for x in drafts))
+        drawn = any(map(needs_draft_distributions, decodings))
+        if drawn and state.draft_hidden is None:
+            state.draft_hidden = hidden.new_zeros(len(state.block_host), size, hidden.shape[-1])
+        found = self._verdicts(state, slots, work, causal_logits, decodings, which)
+        if drawn and state.draft_hidden is not None:
+            new = placed(hidden[: len(wanted)], work.sampled, count, size)
+            drafted = (state.masked[slots] & ~work.waits[:, None])[..., None]
+            state.draft_hidden[slots] = torch.where(drafted, new, state.draft_hidden[slots])
+        return speculate(state, rule, slots, drafts, found, work.waits, self._end_tokens, self.mask_token_id)
+
+    def _verdicts(
+        self,
+        state: SlotState,
+        slots: Tensor,
+        work: PassPlan,
+        causal_logits: Tensor,
+        decodings: tuple[Decoding, ...],
+        which: Tensor | None,
+    ) -> Verdicts:
+        """Of the blocks that the pass commits, [R, B]: `causal_logits` float32 [commits, B, V] are of the verifier,
+        `which` as in `unmask`; zeros for slots that commit nothing."""
+        size, count = state.block_size, len(slots)
         there = work.done.clamp(max=count - 1)  # of padding, any
         done = slots[there]
         found = Verdicts(
-            torch.zeros(count, size, dtype=torch.int64, device=slots.device),
-            torch.zeros(count, size, device=slots.device),
-            torch.zeros(count, size, dtype=torch.bool, device=slots.device),
+            torch.zeros(len(done), size, dtype=torch.int64, device=slots.device),
+            torch.zeros(len(done), size, device=slots.device),
+            torch.zeros(len(done), size, dtype=torch.bool, device=slots.device),
         )
-        draft_logits = None
-        if needs_draft_distributions(decoding) and state.draft_hidden is None:
-            state.draft_hidden = hidden.new_zeros(len(state.block_host), size, hidden.shape[-1])
-        if len(done):
+        column = torch.arange(size, device=slots.device)
+        tested = (column + 1 >= state.kept[done, None]) & (column + 1 < size)
+        drafts, noise = work.ids[count:].roll(-1, 1), verification_noise(state, done, state.block[done] - 1)
+        for number, decoding in enumerate(decodings if len(done) else ()):
+            at = slice(None) if which is None else (which[there] == number).nonzero()[:, 0]
+            drawn_from = None
             if needs_draft_distributions(decoding) and state.draft_hidden is not None:
-                draft_logits = self.model.logits(state.draft_hidden[done]).roll(-1, 1)
-            column = torch.arange(size, device=slots.device)
-            tested = (column + 1 >= state.kept[done, None]) & (column + 1 < size)
-            of_rows = verdicts(
-                logits[len(wanted) :].unflatten(0, (-1, size)),
-                work.ids[count:].roll(-1, 1),
-                draft_logits,
-                tested,
-                verification_noise(state, done, state.block[done] - 1),
+                drawn_from = self.model.logits(state.draft_hidden[done[at]]).roll(-1, 1)
+            own = verdicts(
+                causal_logits[at],
+                drafts[at],
+                drawn_from,
+                tested[at],
+                (noise[0][at], noise[1][at]),
                 decoding,
                 self.mask_token_id,
                 self.token_count,
             )
-            found = Verdicts(*(by_slot(x, work.done, count) for x in of_rows))
-        if state.draft_hidden is not None and needs_draft_distributions(decoding):
-            new = placed(hidden[: len(wanted)], work.sampled, count, size)
-            drawn = (state.masked[slots] & ~work.waits[:, None])[..., None]
-            state.draft_hidden[slots] = torch.where(drawn, new, state.draft_hidden[slots])
-        return speculate(state, rule, slots, drafts, found, work.waits, self._end_tokens, self.mask_token_id)
+            for whole, part in zip(found, own, strict=True):
+                whole[at] = part
+        return Verdicts(*(by_slot(x, work.done, count) for x in found))
 
     def _sample_each(
         self, state: SlotState, logits: Tensor, work: PassPlan, decodings: tuple[Decoding, ...], which: Tensor

@@ -123,10 +123,6 @@ def asked(
 
         opdlm serve runs/tiny/checkpoints/final --host 0.0.0.0 --api-key-file key.txt --replicas 4
     """
-    if rule == RuleName.speculative:
-        raise ConfigError(
-            "--rule: 'speculative' does not run beside other rules, which clients may ask for; use dynamic"
-        )
     key = _key(api_key, api_key_file)
     if not is_loopback(host) and key is None:
         raise ConfigError(
@@ -134,10 +130,11 @@ def asked(
             "bind 127.0.0.1 and forward the port (ssh -L)"
         )
     count = Replicas.parsed(replicas)
-    from deploy.model_checks import check_model_folder, check_student_folder
+    from deploy.model_checks import check_model_folder, check_student_folder, check_verifies
     from deploy.serving.loading import check_options
 
     check_student_folder("MODEL", model)
+    check_verifies("MODEL", model, [rule])
     if compare is not None:
         check_model_folder("--compare", compare)
     options = ServingOptions(

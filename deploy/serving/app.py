@@ -274,6 +274,7 @@ def _model(server: Server) -> dict[str, Any]:
         "block_size": prompter.block_size,
         "weights_version": server.engine.weights_version,
         "compare": server.original and server.original.name,
+        "rules": prompter.rules,
         "decoding": {**decoding.unmasking.model_dump(), "temperature": decoding.temperature},
     }
 

@@ -23,7 +23,7 @@ from common.datasets.errors import PromptError
 from common.grid import grid_floor
 from common.prompts import Row, tokenised
 from common.vocabulary import token_count
-from deploy.evaluation.decoding_options import DEFAULT_LOWER, DEFAULT_THRESHOLD, unmasking_of
+from deploy.evaluation.decoding_options import DEFAULT_LOWER, DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.serving.errors import ApiError, refused
 
 MOST_CHOICES = 128  # sequences of one request
@@ -83,7 +83,7 @@ class _Ask(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     seed: int | None = Field(None, ge=0, lt=2**64)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    rule: Literal["static", "dynamic", "sequential", "entropy_bound", "adaptive"] | None = None
+    rule: Literal["static", "dynamic", "sequential", "entropy_bound", "adaptive", "speculative"] | None = None
     threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     lower: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     block_size: int | None = Field(None, ge=1, le=LARGEST_BLOCK)
@@ -180,7 +180,7 @@ class Prompter:
     """Turns asks into token ids and settings, with the model's limits.
 
     `longest` is the limit of prompt and response together, in tokens; `most_tokens` the response limit of a request
-    that names none.
+    that names none; `verifies` whether the model can decode by the speculative rule.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -191,6 +191,12 @@ class Prompter:
     longest: int
     most_tokens: int
     decoding: Decoding
+    verifies: bool
+
+    @property
+    def rules(self) -> list[str]:
+        """The unmasking rules that may be asked for."""
+        return [rule for rule in RuleName if self.verifies or rule != RuleName.speculative]
 
     def chat_ids(self, ask: ChatAsk) -> np.ndarray:
         """int32 ids of a conversation, with the chat template applied.
@@ -255,6 +261,8 @@ class Prompter:
         return text
 
     def _checked(self, field: str, ids: np.ndarray) -> np.ndarray:
+        if not len(ids):
+            raise refused(field, "the prompt has no tokens; give a text")
         if self.tokenizer.mask_token_id is not None and self.tokenizer.mask_token_id in ids:
             raise refused(field, f"the prompt holds the mask token {self.tokenizer.mask_token!r}; remove it")
         return ids
@@ -284,6 +292,12 @@ class Prompter:
             ApiError: 400, a value cannot be used.
         """
         default = self.decoding
+        if ask.rule == "speculative" and not self.verifies:
+            raise refused(
+                "rule",
+                "'speculative' needs a student that was trained with attention.context causal; use one of "
+                + ", ".join(self.rules),
+            )
         try:
             temperature = far_from_zero(default.temperature if ask.temperature is None else ask.temperature)
         except ValueError as error:
@@ -318,12 +332,13 @@ def prompter_of(
     longest: int,
     most_tokens: int,
     decoding: Decoding,
+    verifies: bool = False,
 ) -> Prompter:
     """`asked`: how the student is asked (deploy/evaluation/asking.py)."""
     chat = ChatTemplate(tokenizer, enable_thinking=bool(asked.get("enable_thinking")))
     plain = ChatTemplate(tokenizer, raw=True)
     system = asked.get("system")
-    return Prompter(tokenizer, chat, plain, system, block_size, longest, most_tokens, decoding)
+    return Prompter(tokenizer, chat, plain, system, block_size, longest, most_tokens, decoding, verifies)
 
 
 def log_confidence(confidence: float) -> float:

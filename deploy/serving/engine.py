@@ -1,8 +1,9 @@
 """The engine: a thread that runs the sampler's passes for all clients.
 
-Jobs join and leave between passes. Requests of one block size share passes, whatever their other settings. Each block
-size has a sampler of its own on the same weights; they take turns, pass by pass. The model's own block size has all
-slots, others have a few, and are forgotten when nobody uses them. Each keeps prefixes that its requests share.
+Jobs join and leave between passes. Requests of one block size share passes, whatever their other settings; but those of
+the speculative rule, whose passes verify, share them among themselves. Each such lane has a sampler of its own on the
+same weights; they take turns, pass by pass. The lane of the server's own settings has all slots, others have a few, and
+are forgotten when nobody uses them. Each keeps prefixes that its requests share.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,25 +26,37 @@ from actors.evaluation.generation import sampler_of
 from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
+from actors.sampler.unmasking import without_threshold
+from common.config.unmasking import SpeculativeUnmasking
 from common.trajectory import Trajectory
 from common.weights.transport import load_weights
 from deploy.serving.errors import ApiError
 from deploy.serving.jobs import Job
 from deploy.serving.metrics import ServingMetrics
 
-OTHER_SLOTS = 4  # of a block size that is not the model's own
-MOST_LANES = 4  # block sizes at the same time
+OTHER_SLOTS = 4  # of a lane that is not that of the server's own settings
+MOST_LANES = 4  # at the same time
 PREFIX_SHARE = 0.25  # tokens of kept prefixes, as a share of those that the slots have memory for
 _LONGEST_RETRY = 60  # seconds
+
+_USUAL = Decoding()
 
 _log = logging.getLogger(__name__)
 
 
-class _Lane:
-    """The sampler of one block size, its running jobs by ordinal, and those that join before its next pass."""
+class _Passes(NamedTuple):
+    """What requests that share passes have in common."""
 
-    def __init__(self, sampler: Sampler, longest: int) -> None:
+    block_size: int
+    speculative: SpeculativeUnmasking | None  # without its threshold; None: all other rules
+
+
+class _Lane:
+    """A sampler, its running jobs by ordinal, and those that join before its next pass."""
+
+    def __init__(self, sampler: Sampler, longest: int, decoding: Decoding) -> None:
         self.sampler = sampler
+        self._decoding = decoding
         self.jobs: dict[int, Job] = {}
         self._longest = longest
         self._joining: list[Request] = []
@@ -82,7 +96,7 @@ class _Lane:
         return jobs
 
     def _run(self) -> Iterator[list[Trajectory]]:
-        return self.sampler.passes([], Decoding(), self._more, self._longest)
+        return self.sampler.passes([], self._decoding, self._more, self._longest)
 
     def _more(self, idle: bool) -> list[Request]:
         came, self._joining = self._joining, []
@@ -94,9 +108,10 @@ class Engine:
     loop, and `close`d; `swap` at any time in between, from any thread. `failure` is the error that ended its thread, if
     one did; `on_failure` is called then.
 
-    `prefix_tokens` are kept of prompts and responses for later prompts that begin with them.
+    `prefix_tokens` are kept of prompts and responses for later prompts that begin with them. `decoding` is that of most
+    requests.
 
-    A job whose sequence has a non-finite logit, or finds no memory, fails with its neighbours of the same block size;
+    A job whose sequence has a non-finite logit, or finds no memory, fails with its neighbours of the same lane;
     the engine goes on.
     """
 
@@ -110,6 +125,7 @@ class Engine:
         queue_limit: int,
         metrics: ServingMetrics,
         prefix_tokens: int | None = None,
+        decoding: Decoding = _USUAL,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -118,7 +134,7 @@ class Engine:
         self.prefix_tokens = int(PREFIX_SHARE * slots * longest) if prefix_tokens is None else prefix_tokens
         self.queue_limit = queue_limit
         self.metrics = metrics
-        self.block_size = int(model.config.block_size)
+        self._main = _passes_of(int(model.config.block_size), decoding)
         self.end_tokens = model.generation_config.eos_token_id
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -130,7 +146,7 @@ class Engine:
         self._closed = False
         self._unfinished = 0
         self._seconds = 1.0  # that a job takes, a moving average
-        self._lanes = {self.block_size: self._lane(self.block_size, slots)}
+        self._lanes = {self._main: self._lane(self._main, slots)}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.watch(
             lambda: self._unfinished - self.waiting,
@@ -197,23 +213,23 @@ class Engine:
         if self.failure or self._closed:
             raise ApiError(503, f"the engine has ended ({self.failure}); restart the server", code="engine_ended")
 
-    def _lane(self, block_size: int, slots: int) -> _Lane:
-        sampler = sampler_of(self.model, self.tokenizer, block_size=block_size, slots=slots)
+    def _lane(self, passes: _Passes, slots: int) -> _Lane:
+        sampler = sampler_of(self.model, self.tokenizer, block_size=passes.block_size, slots=slots)
         sampler.longest = self.longest
         sampler.weights_version = self.weights_version
         sampler.prefix_tokens = self.prefix_tokens * slots // self.slots
-        return _Lane(sampler, self.longest)
+        return _Lane(sampler, self.longest, Decoding(passes.speculative) if passes.speculative else _USUAL)
 
     def _run(self) -> None:
         try:
             while self._wait():
                 self._take_weights()
                 self._let_in()
-                for block_size, lane in list(self._lanes.items()):
+                for passes, lane in list(self._lanes.items()):
                     if lane.jobs:
                         self._pass(lane)
-                    elif block_size != self.block_size:
-                        del self._lanes[block_size]
+                    elif passes != self._main:
+                        del self._lanes[passes]
         except Exception as error:  # whatever it is, clients must not wait for ever
             _log.exception("the engine has ended")
             self.failure = error
@@ -272,9 +288,10 @@ class Engine:
             late: deque[Job] = deque()
             while self._waiting:
                 job = self._waiting.popleft()
-                lane: _Lane | None = self._lanes.get(job.block_size)
+                passes = _passes_of(job.block_size, job.request.decoding or _USUAL)
+                lane: _Lane | None = self._lanes.get(passes)
                 if lane is None and len(self._lanes) < MOST_LANES:
-                    lane = self._lanes[job.block_size] = self._lane(job.block_size, min(self.slots, OTHER_SLOTS))
+                    lane = self._lanes[passes] = self._lane(passes, min(self.slots, OTHER_SLOTS))
                 if lane is not None and lane.free > 0:
                     lane.join(job)
                 else:
@@ -332,6 +349,11 @@ class Engine:
         """One call into the event loop for all."""
         if jobs:
             self._loop.call_soon_threadsafe(_set, {job.changed for job in jobs})
+
+
+def _passes_of(block_size: int, decoding: Decoding) -> _Passes:
+    rule, _ = without_threshold(decoding.unmasking)
+    return _Passes(block_size, rule if isinstance(rule, SpeculativeUnmasking) else None)
 
 
 def _set(events: set[asyncio.Event]) -> None:

@@ -11,7 +11,7 @@ from actors.evaluation.generation import load_student
 from actors.sampler.sampling import Decoding
 from common.config.errors import ConfigError
 from common.grid import grid_floor
-from common.student import load_config, load_tokenizer
+from common.student import attention_context, load_config, load_tokenizer
 from deploy.evaluation.asking import asked_like_training, check_thinking
 from deploy.evaluation.decoding_options import unmasking_of
 from deploy.model_checks import model_errors
@@ -71,6 +71,7 @@ def load_server(options: ServingOptions) -> Server:
     folder = StudentFolder(options.model, options.dtype, student, tokenizer)
     longest = longest_of(options, student.config)
     block_size = student.config.block_size = options.block_size or int(student.config.block_size)
+    decoding = Decoding(unmasking_of(*options.decoding), options.temperature)
     engine = Engine(
         student,
         tokenizer,
@@ -79,6 +80,7 @@ def load_server(options: ServingOptions) -> Server:
         queue_limit=options.queue,
         metrics=ServingMetrics(),
         prefix_tokens=options.prefix_cache,
+        decoding=decoding,
     )
     prompter = prompter_of(
         tokenizer,
@@ -86,7 +88,8 @@ def load_server(options: ServingOptions) -> Server:
         block_size=block_size,
         longest=longest,
         most_tokens=options.max_tokens,
-        decoding=Decoding(unmasking_of(*options.decoding), options.temperature),
+        decoding=decoding,
+        verifies=attention_context(student.config) == "causal",
     )
     original = None
     if (path := options.compare) is not None:

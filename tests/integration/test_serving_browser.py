@@ -29,7 +29,7 @@ KEY = "0123456789abcdef"
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
-    convert_folder(tiny_qwen3(folder / "arlm"), folder / "student", 4, "<|mask|>", torch.float32)
+    convert_folder(tiny_qwen3(folder / "arlm"), folder / "student", 4, "<|mask|>", torch.float32, context="causal")
     port = free_port("127.0.0.1", 0)
     command = [sys.executable, "-m", "deploy", "serve", folder / "student", "--compare", folder / "arlm"]
     options = ["--port", port, "--name", "tiny", "--api-key", KEY, "--max-tokens", 64]
@@ -80,6 +80,10 @@ def test_a_chat(url, browser):
     expect(page.locator("#key")).to_be_hidden()
     expect(page.locator("#block-value")).to_have_text("4")
     expect(page.locator("#threshold-value")).to_have_text("0.90")
+    page.locator("#threshold").fill("0.995")
+    expect(page.locator("#threshold-value")).to_have_text("0.995")
+    page.locator("#threshold").fill("0.9")
+    expect(page.locator("#rule")).to_have_value("dynamic")
 
     # what was seen at every change: masked positions that become text
     page.evaluate("""() => {
@@ -117,8 +121,25 @@ def test_a_chat(url, browser):
     expect(page.locator(".stats")).to_have_count(4)
     expect(page.locator(".stats").nth(2)).to_contain_text("per step", timeout=60_000)
     sent = json.loads(asked[0])
-    assert (sent["block_size"], sent["threshold"]) == (8, 0.3)
+    assert (sent["rule"], sent["block_size"], sent["threshold"]) == ("dynamic", 8, 0.3)
     assert [m["role"] for m in sent["messages"]] == ["user", "assistant", "user"]
+
+    # verified decoding writes what one token at a time would
+    page.locator("#new").click()
+    page.locator("#rule").select_option("speculative")
+    expect(page.locator("#threshold")).to_be_disabled()
+    page.locator("#block").fill("0")
+    page.locator("#question").fill(question)
+    page.locator("#send").click()
+    expect(page.locator(".stats").first).to_contain_text("per step", timeout=60_000)
+    one_by_one = page.locator(".response").first.text_content()
+    page.locator("#new").click()
+    page.locator("#block").fill("3")
+    page.locator("#question").fill(question)
+    page.locator("#send").click()
+    expect(page.locator(".stats").first).to_contain_text("per step", timeout=60_000)
+    assert page.locator(".response").first.text_content() == one_by_one
+    assert json.loads(asked[-1])["messages"][0]["content"] == question
 
     page.locator("#theme").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"

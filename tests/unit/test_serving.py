@@ -20,10 +20,11 @@ from actors.sampler.request import Request
 from actors.sampler.sampler import Sampler
 from actors.sampler.sampling import Decoding
 from common.chat import ChatTemplate
-from common.config.unmasking import DynamicUnmasking, StaticUnmasking
+from common.config.unmasking import DynamicUnmasking, SpeculativeUnmasking, StaticUnmasking
 from common.conversion import convert_folder
 from common.end_tokens import response_text
 from common.prompts import prompt_ids
+from common.student import attention_context
 from deploy.dashboard.process import free_port
 from deploy.serving import http
 from deploy.serving.app import Server, create_app
@@ -41,11 +42,20 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 SLOTS, QUEUE = 4, 12
 
 
+def student_in(folder, **options) -> str:
+    arlm = tiny_qwen3(folder / "arlm", max_length=1024)
+    convert_folder(arlm, folder / "student", 4, "<|mask|>", torch.float32, **options)
+    return str(folder / "student")
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("student")
-    convert_folder(tiny_qwen3(folder / "arlm", max_length=1024), folder / "student", 4, "<|mask|>", torch.float32)
-    return str(folder / "student")
+    return student_in(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def context_causal(tmp_path_factory):
+    return student_in(tmp_path_factory.mktemp("causal"), context="causal")
 
 
 class Served:
@@ -58,7 +68,10 @@ class Served:
             model, self.tokenizer, slots=SLOTS, longest=512, queue_limit=QUEUE, metrics=ServingMetrics()
         )
         decoding = Decoding(DynamicUnmasking(), 0.0)
-        prompter = prompter_of(self.tokenizer, {}, block_size=4, longest=512, most_tokens=24, decoding=decoding)
+        prompter = prompter_of(
+            self.tokenizer, {}, block_size=4, longest=512, most_tokens=24, decoding=decoding,
+            verifies=attention_context(model.config) == "causal",
+        )  # fmt: skip
         self.server = Server(self.engine, prompter, "tiny", host, folder=folder, **options)
         self.port = free_port("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.port}"
@@ -100,6 +113,10 @@ def client(served):
 
 @pytest.fixture(scope="module")
 def by_sampler(student):
+    return generated_by(student)
+
+
+def generated_by(student: str):
     """The response of `opdlm generate` to the question."""
     model, tokenizer = load_student(student, "float32", "cpu")
 
@@ -276,6 +293,11 @@ REFUSED = [
     ({"seed": -1}, "seed", "greater than or equal to 0"),
     ({"threshold": 7}, "threshold", "less than or equal to 1"),
     ({"rule": "best"}, "rule", "'static', 'dynamic'"),
+    (
+        {"rule": "speculative"},
+        "rule",
+        "attention.context causal; use one of static, dynamic, sequential, entropy_bound",
+    ),
     ({"lower": 0.9, "threshold": 0.5, "rule": "adaptive"}, "lower", "0.9 is above threshold 0.5"),
     ({"block_size": 0}, "block_size", "greater than or equal to 1"),
     ({"stop": ["", "a"]}, "stop", "none of them empty"),
@@ -355,6 +377,39 @@ def test_requests_share_passes_and_do_not_change_each_other(served, by_sampler):
     assert texts == [by_sampler(Decoding(rules[rule], 1.0), seed=seed)[1] for seed, rule in settings]
     steps = sum(reply.json()["usage"]["steps"] for reply in replies)
     assert metric(served, "opdlm_serve_passes_total") - before < steps / 2
+
+
+def test_verified_text_is_that_of_opdlm_generate_while_other_rules_run(context_causal):
+    """Sequences that verify run together whatever their temperature, and beside those of another rule."""
+    by_sampler, served = generated_by(context_causal), Served(context_causal)
+    settings = [("speculative", 0.0, 0), ("speculative", 0.8, 1), ("dynamic", 1.0, 2), ("speculative", 1.0, 3)]
+    bodies = [{"messages": MESSAGES, "rule": r, "temperature": t, "seed": s, "max_tokens": 60} for r, t, s in settings]
+
+    async def all_at_once() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as c:
+            return await asyncio.gather(*(c.post(f"{served.url}/v1/chat/completions", json=b) for b in bodies))
+
+    rules = {"dynamic": DynamicUnmasking(), "speculative": SpeculativeUnmasking()}
+    expected = [by_sampler(Decoding(rules[rule], t), seed=seed, limit=60) for rule, t, seed in settings]
+    try:
+        for _ in range(2):  # the second time in lanes that were left and made anew
+            replies = [reply.json() for reply in asyncio.run(all_at_once())]
+            assert [reply["choices"][0]["message"]["content"] for reply in replies] == [text for _, text in expected]
+            assert [reply["usage"]["steps"] for reply in replies] == [t.denoise_forwards for t, _ in expected]
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0)
+        extra = {"rule": "speculative", "stream_rounds": True}
+        made = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=True, max_tokens=60, extra_body=extra
+        )
+        assert streamed(made)[0] == {0: expected[0][1]}
+        history = [*MESSAGES, {"role": "assistant", "content": expected[0][1]}, {"role": "user", "content": "And now?"}]
+        asked = served.post(messages=history, rule="speculative", max_tokens=30).json()["choices"][0]["message"]
+        ids = served.server.prompter.chat_ids(ChatAsk(messages=history))
+        assert asked["content"] == by_sampler(Decoding(SpeculativeUnmasking(), 0.0), ids=ids, limit=30)[1]
+        (model,) = httpx.get(f"{served.url}/v1/models").json()["data"]
+        assert model["rules"][-1] == "speculative"
+    finally:
+        served.end()
 
 
 def test_a_full_queue_is_said_with_the_time_to_come_back(served):
@@ -585,7 +640,7 @@ def test_a_job_that_is_cancelled_in_the_queue_never_runs(student):
 
 
 COMMANDS = [
-    (("--rule", "speculative"), "--rule: 'speculative' does not run beside other rules"),
+    (("--rule", "speculative"), "--rule: 'speculative' needs a student with attention_context 'causal'"),
     (("--host", "0.0.0.0"), "--host: '0.0.0.0' can be reached from other machines, so an API key is required"),
     (("--api-key", "short"), "--api-key: it has 5 characters; make a longer one"),
     (("--api-key-file", "nowhere.txt"), "--api-key-file: 'nowhere.txt' does not exist"),

@@ -1,5 +1,6 @@
 """Verified decoding: the verifier's own text, whatever is drafted."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -239,6 +240,19 @@ def test_trajectories_do_not_depend_on_the_batch(model):
         assert alone.denoise_forwards == together[request.ordinal].denoise_forwards
 
 
+def test_sequences_with_different_settings_run_together(model):
+    settings = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 3, 0.9), (1.0, 0, 1.0)]
+    for rounds in (1, 2):
+        rule = SpeculativeUnmasking(draft_rounds=rounds, threshold=0.3)
+        decodings = [Decoding(rule, *values) for values in settings]
+        asked = [replace(r, decoding=decodings[i % 4]) for i, r in enumerate(requests())]
+        together = {t.ordinal: t for t in sampler(model, slots=8).generate(asked, decodings[0])}
+        for request in asked:
+            (alone,) = sampler(model, slots=1).generate([request], decodings[0])
+            assert alone.response_ids.tolist() == together[request.ordinal].response_ids.tolist()
+            assert alone.draft_ids.tolist() == together[request.ordinal].draft_ids.tolist()
+
+
 def test_what_it_cannot_do_is_refused_by_name(model, tmp_path):
     plain = load_model(tiny_qwen3(tmp_path), torch.float32, "sdpa")
     decoding = Decoding(SpeculativeUnmasking(), 0.0)
@@ -249,4 +263,7 @@ def test_what_it_cannot_do_is_refused_by_name(model, tmp_path):
     asked = requests(4)
     other = Request(99, 0, asked[0].prompt_ids, 4, decoding=Decoding(StaticUnmasking(), 0.0))
     with pytest.raises(ValueError, match="do not run beside those of other rules"):
+        list(sampler(model).generate([asked[0], other], decoding))
+    other = replace(other, decoding=Decoding(SpeculativeUnmasking(draft_rounds=2), 0.0))
+    with pytest.raises(ValueError, match="need equal draft_rounds"):
         list(sampler(model).generate([asked[0], other], decoding))

@@ -30,8 +30,10 @@ $("key").addEventListener("change", () => {
 });
 
 const blockSize = () => 2 ** Number($("block").value);
+const WITH_THRESHOLD = ["dynamic", "adaptive"];
 function showSettings() {
-  $("threshold-value").textContent = Number($("threshold").value).toFixed(2);
+  $("threshold-value").textContent = Number($("threshold").value).toFixed(3).replace(/0$/, "");
+  $("threshold").disabled = !WITH_THRESHOLD.includes($("rule").value);
   $("block-value").textContent = blockSize();
   $("temperature-value").textContent = Number($("temperature").value).toFixed(1);
 }
@@ -44,7 +46,9 @@ async function load() {
   [model] = (await reply.json()).data;
   $("name").textContent = model.id;
   document.title = `${model.id} · opdlm`;
-  $("threshold").value = model.decoding.threshold ?? 0.9;
+  $("rule").replaceChildren(...model.rules.map((rule) => new Option(rule.replace("_", " "), rule)));
+  $("rule").value = model.decoding.rule;
+  $("threshold").value = model.decoding.threshold ?? model.decoding.upper ?? 0.9;
   $("block").value = Math.round(Math.log2(model.block_size));
   $("temperature").value = model.decoding.temperature;
   showSettings();
@@ -141,7 +145,7 @@ async function* events(path, body, signal) {
 async function student(answer, signal) {
   const body = {
     messages, stream: true, stream_rounds: true, stream_options: { include_usage: true },
-    threshold: Number($("threshold").value), block_size: blockSize(), temperature: Number($("temperature").value),
+    rule: $("rule").value, threshold: Number($("threshold").value), block_size: blockSize(), temperature: Number($("temperature").value),
   };
   let text = "";
   for await (const event of events("/v1/chat/completions", body, signal)) {
