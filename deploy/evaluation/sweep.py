@@ -31,7 +31,7 @@ from deploy.evaluation.problems import SuiteProblems
 from deploy.evaluation.workers import Workers
 from deploy.model_checks import model_errors
 
-_CHUNK = 64  # requests of one part, at least
+_CHUNK = 64  # requests of one part
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,8 @@ class SweptModel:
 
     def _run(self, suite: SuiteProblems, setting: Setting, seed: int) -> Run:
         requests = self.sweep.requests(suite)
-        # a batch of `generate` takes as long as its longest response, so the original's are as large as they may be
-        size = max(_CHUNK, self.spec.slots) if self.spec.kind == "original" else _CHUNK
-        starts = range(0, len(requests), size)
-        chunks = [Chunk(i, tuple(requests[first : first + size])) for i, first in enumerate(starts)]
+        starts = range(0, len(requests), _CHUNK)
+        chunks = [Chunk(i, tuple(requests[first : first + _CHUNK])) for i, first in enumerate(starts)]
         name = f"{suite.suite.name} {setting.decoding} block {setting.block_size} seed {seed}".replace(" ", "-")
         identity = self._identity(setting, seed)
         self.progress.begin(f"{suite.suite.name}, {setting.decoding}", len(requests))
@@ -228,5 +226,4 @@ class SweptModel:
             "seed": seed,
             "dtype": self.spec.dtype,
             "ends": self.spec.ends,
-            "batch": self.spec.slots if self.spec.kind == "original" else None,  # decides its padding
         }

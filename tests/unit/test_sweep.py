@@ -357,21 +357,6 @@ def test_responses_are_scored_elsewhere_as_they_would_have_been_here(tmp_path, o
     assert (tmp_path / "there.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_originals_batches_are_as_large_as_the_slots(tmp_path, opdlm, monkeypatch):
-    monkeypatch.setattr("deploy.evaluation.sweep._CHUNK", 2)
-    student, sizes = tmp_path / "student", {}
-    opdlm("convert", tiny_qwen3(tmp_path / "arlm"), student)
-    respond = worker.EvaluationWorker.respond
-
-    def counting(self, chunks, *settings):
-        sizes[self.spec.kind] = [len(chunk.requests) for chunk in chunks]
-        yield from respond(self, chunks, *settings)
-
-    monkeypatch.setattr(worker.EvaluationWorker, "respond", counting)
-    opdlm("eval", student, "--problems", HELDOUT, "--original", ARLM, "--count", 5, "--max-new-tokens", 4, "--slots", 4)
-    assert sizes == {"original": [4, 1], "student": [2, 2, 1]}
-
-
 def test_what_is_no_file_of_responses_is_refused(tmp_path):
     from deploy.commands.score import score
 
