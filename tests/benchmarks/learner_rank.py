@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any
 
@@ -22,29 +23,34 @@ _REPEATS = 3
 
 
 def measure(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> Iterator[dict[str, Any]]:
-    """Updates of `rows` trajectories, then of uneven ones; on CUDA with all activations kept and Liger's kernels, and
-    the uneven ones also with compiled layers."""
-    yield _in_a_process(_metrics, size, device, rows, prompt, response, max_tokens)
-    uneven = (*uneven_rows(device, rows, prompt, response), max_tokens)
-    for compiled in (False, True) if device == "cuda" else (False,):
-        row = _in_a_process(_metrics, size, device, *uneven, True, compiled)
-        yield row | {"lengths": "uneven", "compiled": compiled}
+    """Updates of `rows` trajectories, then of uneven ones; on CUDA with all activations kept, with compiled layers and
+    then without, by Liger's kernels where these are installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_model(size, device, folder)
+        for lengths, plan in (
+            ("even", (rows, prompt, response)),
+            ("uneven", uneven_rows(device, rows, prompt, response)),
+        ):
+            for compiled in (True, False) if device == "cuda" else (False,):
+                uneven = lengths == "uneven"
+                row = _in_a_process(_metrics, folder, device, *plan, max_tokens, uneven, compiled)
+                yield {"size": size, **row, "lengths": lengths, "compiled": compiled}
 
 
 def profile(size: str, device: str, rows: int, prompt: int, response: int, max_tokens: int) -> list[Operator]:
     """Of one update."""
-    return _in_a_process(_operators, size, device, rows, prompt, response, max_tokens)
-
-
-def _in_a_process(call: Callable[..., Any], size: str, device: str, *plan: int) -> Any:
-    """DeepSpeed takes its accelerator when it is imported, and its process group stays."""
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(size, device, folder)
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(call, folder, size, device, *plan).result()
+        return _in_a_process(_operators, folder, device, rows, prompt, response, max_tokens)
 
 
-def _metrics(folder: str, size: str, device: str, rows: int, *plan: int) -> dict[str, Any]:
+def _in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """DeepSpeed takes its accelerator when it is imported, and its process group stays."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
+
+
+def _metrics(folder: str, device: str, rows: int, *plan: int) -> dict[str, Any]:
     rank, update = _ready(folder, device, rows, *plan)
     steps: list[float] = []
     step = rank.engine.step
@@ -64,7 +70,6 @@ def _metrics(folder: str, size: str, device: str, rows: int, *plan: int) -> dict
         metrics = update()
     seconds = (_now(device) - start) / _REPEATS
     row = {
-        "size": size,
         "rows": rows,
         "seconds": seconds,
         "optimizer_seconds": sum(steps) / _REPEATS,
@@ -73,12 +78,13 @@ def _metrics(folder: str, size: str, device: str, rows: int, *plan: int) -> dict
     }
     if device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        flops = useful_flops(rank.conversion.config, row["tokens"], row["masked"])
-        row["mfu"] = flops / seconds / matmul_rate()
-    return row
+        row["liger"] = rank.config.learner.liger_kernels
+    rate = matmul_rate(device)
+    flops = useful_flops(rank.conversion.config, row["tokens"], row["masked"])
+    return row | {"mfu": flops / seconds / rate, "product_tflops": rate / 1e12}
 
 
-def _operators(folder: str, size: str, device: str, *plan: int) -> list[Operator]:
+def _operators(folder: str, device: str, *plan: int) -> list[Operator]:
     _, update = _ready(folder, device, *plan)
     for _ in range(2):
         update()
@@ -112,7 +118,7 @@ def _ready(
         "max_tokens_per_microbatch": max_tokens,
         "dtype": "bfloat16" if cuda else "float32",
         "gradient_checkpointing": False,
-        "liger_kernels": cuda and not compiled,
+        "liger_kernels": cuda and not compiled and find_spec("liger_kernel") is not None,
         "compile": compiled,
         "resources": {"gpus": int(cuda), "threads": torch.get_num_threads()},
     }

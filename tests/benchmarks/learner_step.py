@@ -34,7 +34,7 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
     """
     cuda = device == "cuda"
     model, builder, trajectories = _ready(size, device, rows, prompt, response, max_tokens)
-    peak = matmul_rate() if cuda else 0.0
+    rate = matmul_rate(device)
     uneven = random_trajectories(
         model.config.hidden_size, *uneven_rows(device, rows, prompt, response), cuda, uneven=True
     )
@@ -52,8 +52,7 @@ def measure(size: str, device: str, rows: int, prompt: int, response: int, max_t
         metrics = _time(model, builder, used, variant.loss, variant.padded)
         flops = useful_flops(model.config, metrics["tokens"], metrics["masked"])
         metrics["useful_tflops"] = flops / metrics["seconds"] / 1e12
-        if peak:
-            metrics["mfu"] = flops / metrics["seconds"] / peak
+        metrics |= {"mfu": flops / metrics["seconds"] / rate, "product_tflops": rate / 1e12}
         if first and not variant.uneven:
             metrics["times_the_first"] = metrics["seconds"] / first
         first = first or metrics["seconds"]

@@ -81,13 +81,16 @@ def run(overrides: list[str], batches: int) -> list[dict[str, float]]:
     """The metrics of so many batches of the tiny preset, in a process and a Ray of its own."""
     quiet = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "deploy", "train", "tiny", "--output_dir", folder,
-            "--evaluation.problems", "null", "--pipeline.max_batches", str(batches), *overrides,
-        ]  # fmt: skip
+        command = [sys.executable, "-m", "deploy", "train", "tiny", *_fields(overrides, batches, folder)]
         subprocess.run(command, check=True, stdout=sys.stderr, env=quiet | os.environ)
         lines = (Path(folder) / "tiny" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def _fields(overrides: list[str], batches: int, folder: str) -> list[str]:
+    return [
+        "--output_dir", folder, "--evaluation.problems", "null", "--pipeline.max_batches", str(batches), *overrides,
+    ]  # fmt: skip
 
 
 def metrics(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -7,15 +7,12 @@ of what the bare sampler can do, whatever the server answers: that is how long c
 
 from __future__ import annotations
 
-import asyncio
-import json
 import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import aiohttp
 import numpy as np
 import uvicorn
 
@@ -31,6 +28,7 @@ from deploy.serving.asked import prompter_of
 from deploy.serving.engine import Engine
 from deploy.serving.http import PromptHttp
 from deploy.serving.metrics import ServingMetrics
+from tests.benchmarks.clients import Times, ask_all
 from tests.benchmarks.lengths import uneven_lengths
 from tests.benchmarks.models import random_model
 
@@ -117,14 +115,11 @@ class _Served:
         self.thread.join()
 
 
-Times = tuple[float, float, float]  # sent, first block, end
-
-
 def _clients(url: str, bodies: list[dict[str, Any]], rate: float | None, count: int) -> list[Times]:
     """The times of every request; `rate` in requests a second, or None: `count` clients in a closed loop."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_ask_all, args=(url, bodies, rate, count, sender))
+    process = context.Process(target=ask_all, args=(url, bodies, rate, count, sender))
     process.start()
     sender.close()
     times: list[Times] = receiver.recv()
@@ -134,35 +129,3 @@ def _clients(url: str, bodies: list[dict[str, Any]], rate: float | None, count: 
 
 def _span(times: list[Times]) -> float:
     return max(end for _, _, end in times) - min(sent for sent, _, _ in times)
-
-
-def _ask_all(url: str, bodies: list[dict[str, Any]], rate: float | None, count: int, result: Any) -> None:
-    result.send(asyncio.run(_all(url, bodies, rate, count)))
-
-
-async def _all(url: str, bodies: list[dict[str, Any]], rate: float | None, count: int) -> list[Times]:
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        if rate is not None:
-            gaps = np.random.default_rng(1).exponential(1 / rate, len(bodies))
-            arrivals = np.cumsum(gaps).tolist()
-            return list(
-                await asyncio.gather(*(_ask(session, url, b, at) for b, at in zip(bodies, arrivals, strict=True)))
-            )
-        left = iter(bodies)
-
-        async def client() -> list[Times]:
-            return [await _ask(session, url, body, 0.0) for body in left]
-
-        return [times for one in await asyncio.gather(*(client() for _ in range(count))) for times in one]
-
-
-async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], after: float) -> Times:
-    await asyncio.sleep(after)
-    sent, first = time.perf_counter(), 0.0
-    async with session.post(url, json=body) as reply:
-        reply.raise_for_status()
-        async for line in reply.content:
-            if line.startswith(b"data: {") and "error" in (event := json.loads(line[6:])):
-                raise RuntimeError(event["error"]["message"])
-            first = first or time.perf_counter()
-    return sent, first, time.perf_counter()

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from actors.sampler.autoregressive import AutoregressiveSampler
+from common.config.file import load_config
 from common.student import load_model
 from tests.benchmarks import __main__ as benchmarks
-from tests.benchmarks import learner_step, sampler, serve, teacher, verified
+from tests.benchmarks import learner_step, pipeline, sampler, scaling, serve, teacher, verified
 from tests.models import tiny_qwen3
 from tests.unit.test_verification import EOS, MASK, TOKENS, context_causal, greedy, requests
 
@@ -92,6 +93,25 @@ def test_the_parts_of_one_process_run_on_a_small_plan(measure, plan, rows, monke
     measured = list(measure("tiny", "cpu", *plan))
     assert len(measured) == rows
     assert all(row["size"] == "tiny" for row in measured)
+
+
+def test_the_costs_of_the_sweeps_are_measured_on_a_small_plan(monkeypatch):
+    monkeypatch.setattr(scaling, "_ROWS", 2)
+    model = scaling.random_model("tiny", "cpu")
+    costs = (scaling._sampler_cost(model, 2, 4), scaling._teacher_cost(model, 4), scaling._learner_cost(model, 4))
+    assert all(cost > 0 for cost in costs)
+
+
+@pytest.mark.parametrize(("size", "gpus"), [("tiny", 0), ("0.6b", 0), ("0.6b", 2)])
+def test_the_fields_of_the_pipelines_run_are_those_of_a_config(tmp_path, monkeypatch, size, gpus):
+    monkeypatch.setattr(pipeline, "save_random_model", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    overrides = [] if size == "tiny" else pipeline._of_a_size(size, "cpu", str(tmp_path))
+    overrides += pipeline._on_gpus() if gpus else []
+    config = load_config("tiny", pipeline._fields(overrides, 7, str(tmp_path)))
+    assert (config.pipeline.max_batches, config.output_dir) == (7, tmp_path)
+    assert config.learner.resources.gpus == (1 if gpus else 0)
+    assert config.curriculum.max_tokens == (56 if size == "tiny" else 256)
 
 
 def test_verified_decoding_is_measured_against_one_token_decoding_of_the_same_text(monkeypatch):
