@@ -118,7 +118,7 @@ def _beside_a_sampler(publisher: Any, reader: Any, version: int) -> dict[str, fl
 class _Party:
     def __init__(self, size: str, device: str) -> None:
         self.device = device
-        self.model = random_model(size, device).requires_grad_(False)
+        self.model = random_model(size, device)  # trainable, or nothing of it would be published
         self.transport: WeightsTransport
 
     def fingerprint(self) -> list[int]:
@@ -143,6 +143,7 @@ class Publisher(_Party):
         else:
             self.transport = ObjectStoreTransport()
 
+    @torch.no_grad()
     def change(self, version: int) -> None:
         for parameter in self.model.parameters():
             parameter.mul_(1 + 2.0**-version)
