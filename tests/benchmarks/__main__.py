@@ -23,6 +23,7 @@ from tests.benchmarks import (
     loop,
     operators,
     pipeline,
+    predecessor,
     publish,
     sampler,
     scaling,
@@ -43,6 +44,7 @@ PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "scaling": scaling.measure,
     "serve": serve.measure,  # requests for each client, prompt, new tokens
     "verified": verified.measure,  # responses at most, prompt, new tokens
+    "predecessor": predecessor.measure,  # prompts, prompt, new tokens
 }
 PROFILES: dict[str, Callable[..., list[operators.Operator]]] = {
     "sampler": sampler.profile,
@@ -62,6 +64,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "scaling": (),
         "serve": (4, 80, 40),
         "verified": (32, 40, 40),
+        "predecessor": (32, 32, 32),
     },
     "mid": {
         "sampler": (16, 64, 16),
@@ -89,6 +92,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "loop": (20,),
         "serve": (4, 512, 256),
         "verified": (256, 128, 256),
+        "predecessor": (128, 128, 512),
     },
     "4b": {
         "sampler": (128, 128, 512),
@@ -99,7 +103,8 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "loop": (20,),
     },
 }
-WHOLE = [part for part in PARTS if part not in ("scaling", "loop", "serve", "verified")]  # asked for by name
+BY_NAME = ("scaling", "loop", "serve", "verified", "predecessor")
+WHOLE = [part for part in PARTS if part not in BY_NAME]
 
 
 class Results:
@@ -167,13 +172,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--splits", nargs="+", default=[], help="GPUs of learner:rollout:teacher in the loop, such as 2:1:1 or 1:0:0"
     )
-    parser.add_argument("--tokenizer", help="folder or .tiktoken file of the loop's tokenizer; default: by size")
+    parser.add_argument("--tokenizer", help="folder or .tiktoken file of the loop's or predecessor's; default: by size")
     parser.add_argument("--seconds", type=float, help="for both runs of each of the loop's splits; default: no limit")
     parser.add_argument("--mps", action="store_true", help="the loop's roles share a GPU by NVIDIA's MPS")
     parser.add_argument("--model", help="folder of the loop's model, or of verified's student; default: random weights")
     parser.add_argument(
         "--prompts", help="file of the loop's or verified's prompts; default: the repository's word problems"
     )
+    parser.add_argument("--reference", help="folder with a checkout of divelab/OPDLM, for the part predecessor")
     parser.add_argument("fields", nargs="*", help="of the loop's runs, behind --")
     options = parser.parse_args(arguments)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -190,7 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
             first = {"sampler": options.sequences, "pipeline": options.batches, "loop": options.batches}.get(part)
             plan = (first, *plan[1:]) if first else plan
             with results.going_on(part, size):
-                measured = {"wanted": wanted} if part in ("loop", "verified") else {}
+                measured: dict[str, Any] = {"wanted": wanted} if part in ("loop", "verified") else {}
+                if part == "predecessor":
+                    measured = {"reference": options.reference, "tokenizer": options.tokenizer}
                 for row in PARTS[part](size, options.device, *plan, **measured):
                     results.add(part, size, row)
                 if options.profile and part in PROFILES:

@@ -105,8 +105,9 @@ def _ready(
     max_tokens: int,
     uneven: bool = False,
     compiled: bool = False,
+    equal: bool = False,
 ) -> tuple[Any, Callable[[], dict[str, float]]]:
-    """A rank that has started, and what makes it do an update."""
+    """A rank that has started, and what makes it do an update; rows `equal` in length on CPU too."""
     cuda = device == "cuda"
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -129,7 +130,7 @@ def _ready(
     rank.start("127.0.0.1", rank.address()[1])
     width = rank.conversion.config.hidden_size
     meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "benchmark", "hidden", width)
-    trajectories = random_trajectories(width, rows, prompt, response, cuda, uneven=uneven)
+    trajectories = random_trajectories(width, rows, prompt, response, cuda or equal, uneven=uneven)
     builders = rank._builders(meta, ())
 
     def update() -> dict[str, float]:
