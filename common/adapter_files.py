@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config.adapter import AdapterConfig
-from common.model_files import read_json
+from common.model_files import ModelError, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NAMES_BEGIN = "base_model.model."  # in PEFT's files
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,20 @@ class AdapterFolder:
     folder: Path
 
 
-def read_adapter(path: str) -> AdapterFolder | None:
-    """The adapter in a folder that a run wrote; None: the folder, file or hub id is a whole model, or the adapter is
-    another's, of which whatever loads it says that it lacks its model.
+def read_adapter(path: str, base: str | None = None) -> AdapterFolder | None:
+    """The adapter in a folder that a run wrote, of the model at `base` where that is given; None: the folder, file or
+    hub id is a whole model, or the adapter is another's, of which whatever loads it says that it lacks its model.
 
     Raises:
-        ModelError: adapter_config.json is damaged.
+        ModelError: adapter_config.json is damaged; or a `base` is given which is an adapter itself, or for no adapter.
     """
+    if base is not None and (Path(base) / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"cannot act in {base!r}, which is an adapter itself; give the model of that one")
     file = Path(path) / ADAPTER_CONFIG
     described = read_json(file) if file.is_file() else {}
     if "opdlm_gate" not in described:
+        if base is not None:
+            raise ModelError("holds no adapter that a run has written; give a checkpoint of a run with adapter.rank")
         return None
     adapter = AdapterConfig(
         rank=described["r"],
@@ -40,4 +45,4 @@ def read_adapter(path: str) -> AdapterFolder | None:
         targets=described["target_modules"],
         gate=described["opdlm_gate"],
     )
-    return AdapterFolder(adapter, described["base_model_name_or_path"], Path(path))
+    return AdapterFolder(adapter, base or described["base_model_name_or_path"], Path(path))

@@ -22,14 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from common.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from common.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NAMES_BEGIN
 from common.config.adapter import PROJECTIONS, AdapterConfig
 from common.model_files import ModelError
 from common.parameters import copy_into
 from common.seeds import stream_key
 
 _A, _B = "lora_A", "lora_B"
-_PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
 class Gate:
@@ -170,14 +169,14 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
         stored = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"has no {ADAPTER_WEIGHTS} that can be read ({error}); bring it back") from error
-    return {name.removeprefix(_PREFIX).removesuffix(".weight"): tensor for name, tensor in stored.items()}
+    return {name.removeprefix(NAMES_BEGIN).removesuffix(".weight"): tensor for name, tensor in stored.items()}
 
 
 def write_adapter(folder: Path, config: AdapterConfig, base: str, tensors: Mapping[str, Tensor]) -> None:
     """Write adapter_config.json and adapter_model.safetensors; `tensors` are A and B by their names in the model."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {f"{_PREFIX}{name}.weight": t.contiguous() for name, t in tensors.items()},
+        {f"{NAMES_BEGIN}{name}.weight": t.contiguous() for name, t in tensors.items()},
         folder / ADAPTER_WEIGHTS,
         {"format": "pt"},
     )

@@ -69,9 +69,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / _SINGLE).is_file():
         raise ModelError(_without_weights(folder, files))
-    tensors = _tensors(folder / _SINGLE)
+    tensors = tensors_in(folder / _SINGLE)
     for file in files:
-        both = [] if file.name == _SINGLE else sorted(tensors.keys() & _tensors(file).keys())
+        both = [] if file.name == _SINGLE else sorted(tensors.keys() & tensors_in(file).keys())
         if both:
             raise ModelError(
                 f"has {both[0]} in {_SINGLE} and in {file.name}, and not every engine reads the same one; remove the "
@@ -94,7 +94,7 @@ def _sharded(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor
             if files
             else f"has no weight_map in {_INDEX}; download the model again"
         )
-    shards = {name: _tensors(folder / name) for name in files}
+    shards = {name: tensors_in(folder / name) for name in files}
     for name, file in weight_map.items():
         if name not in shards[file]:
             raise ModelError(f"has {name} in {file} by {_INDEX}, but not in the file; download the model again")
@@ -117,7 +117,7 @@ def _without_weights(folder: Path, files: list[Path]) -> str:
     return "holds no .safetensors file; save the model with save_pretrained"
 
 
-def _tensors(file: Path) -> dict[str, StoredTensor]:
+def tensors_in(file: Path) -> dict[str, StoredTensor]:
     """The tensors that a safetensors file declares (https://github.com/huggingface/safetensors#format)."""
     size = file.stat().st_size
     with file.open("rb") as stream:

@@ -88,15 +88,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_folder(path), trust_remote_code=False)
 
 
-def load_model(path: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The causal LM at `path` in evaluation mode, parameters in `dtype` [no gradient turned off].
+def load_model(path: str, dtype: torch.dtype, attention: str, base: str | None = None) -> PreTrainedModel:
+    """The causal LM at `path` in evaluation mode, parameters in `dtype` [no gradient turned off]; an adapter there is
+    of the model at `base`, or where that is None of the one that it names.
 
     Raises:
         ModelError: the family's attention cannot be made block-causal by a prebuilt mask.
     """
     config = load_config(path)
     check_family(config)
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, base)
     if adapter is None:
         return pretrained(path, config=config, dtype=dtype, attn_implementation=attention).eval()
     return _adapted(adapter, config, dtype, attention)

@@ -24,6 +24,7 @@ from common.model_files import (
     stored_tensors,
     strays,
 )
+from deploy.adapter_checks import check_fits
 
 if TYPE_CHECKING:  # transformers and torch take seconds
     from common.conversion import Conversion
@@ -61,12 +62,31 @@ def check_model_folder(field: str, path: str) -> None:
         check_plain(stored_tensors(folder))
 
 
-def check_student_folder(field: str, path: str) -> None:
+@dataclass(frozen=True)
+class StudentPath:
+    """Where a student is: `field` says which option names its `folder`, and `base` is the model of an adapter there, in
+    place of the one that it names."""
+
+    folder: str
+    base: str | None = None
+    field: str = "MODEL"
+
+    @classmethod
+    def of(cls, model: str, adapter: str | None) -> StudentPath:
+        """Of a command's MODEL and --adapter."""
+        return cls(model) if adapter is None else cls(adapter, model, "--adapter")
+
+
+def check_student_folder(field: str, path: str, base: str | None = None) -> None:
     """Refuse a model that is no converted student: it would not know its mask token and block size. The folder may hold
-    an adapter, whose base is checked too."""
+    an adapter, of the model at `base` or of the one that it names; that is checked too, and that they fit."""
     with model_errors(field, path):
-        adapter = read_adapter(path)
-    check_model_folder(field if adapter is None else f"{field}: base of {path!r}", adapter.base if adapter else path)
+        adapter = read_adapter(path, base)
+    named = "MODEL" if base else field if adapter is None else f"{field}: base of {path!r}"
+    check_model_folder(named, adapter.base if adapter else path)
+    if adapter and Path(model_folder(adapter.base)).is_dir():
+        with model_errors(field, path):
+            check_fits(adapter)
     if Path(path).is_dir() and model_json(field, path).get("mask_token_id") is None:
         raise ConfigError(
             f"{field}: {path!r} is an autoregressive model, not a student; convert it first: opdlm convert {path} OUT"

@@ -17,8 +17,11 @@ from common.trajectory import Trajectory
 from common.vocabulary import token_count
 
 
-def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a converted student's folder; default device: CUDA where there is one.
+def load_student(
+    path: str, dtype: str, device: str | None = None, base: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a converted student's folder; default device: CUDA where there is one. `base`: of the
+    adapter there, in place of the model that it names.
 
     The end tokens are in the model's generation config.
 
@@ -26,7 +29,7 @@ def load_student(path: str, dtype: str, device: str | None = None) -> tuple[PreT
         ValueError: the folder's config has no mask_token_id, so it was never converted.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(path, getattr(torch, dtype), "sdpa").to(device)
+    model = load_model(path, getattr(torch, dtype), "sdpa", base).to(device)
     model.requires_grad_(False)
     if not is_student(model.config):
         raise ValueError(f"{path!r} has no mask_token_id in its config; convert it first: opdlm convert {path} OUT")

@@ -28,7 +28,8 @@ _WARM_UP_TOKENS = 32
 class ModelSpec:
     """Which model, how it is loaded, and how many sequences are decoded together.
 
-    `ends`: end tokens of an original, in place of its own: those of the student that it stands beside.
+    `ends`: end tokens of an original, in place of its own: those of the student that it stands beside. `base`: the
+    model of an adapter at `path`, in place of the one that it names.
     """
 
     kind: ModelKind
@@ -36,6 +37,7 @@ class ModelSpec:
     dtype: str
     slots: int
     ends: tuple[int, ...] | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class EvaluationWorker:
                     "install a CUDA build of torch that fits the driver, or use --actors"
                 )
         if spec.kind == "student":
-            self.model, self.tokenizer = load_student(spec.path, spec.dtype, device)
+            self.model, self.tokenizer = load_student(spec.path, spec.dtype, device, spec.base)
             self.sampler = sampler_of(self.model, self.tokenizer, block_size=None, slots=spec.slots)
         else:
             self.model, self.tokenizer = load_autoregressive(spec.path, device, spec.dtype, spec.ends)

@@ -29,6 +29,7 @@ from deploy.evaluation.decoding_options import (
     DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
     REVISE_HELP,
+    Adapter,
     DtypeName,
     RuleName,
     Student,
@@ -144,6 +145,7 @@ def evaluate(
     block_size: Annotated[
         list[int] | None, typer.Option(min=1, help="tokens per block, repeatable; default: the model's own")
     ] = None,
+    adapter: Adapter = None,
     original: Annotated[
         str | None,
         typer.Option(
@@ -237,6 +239,7 @@ def evaluate(
         "--revise": revise,
         "--block-size": block_size,
         "--original": original,
+        "--adapter": adapter,
     }
     rules = [str(r) for r in rule or [RuleName.static, RuleName.dynamic]]
     _check_options(rules, student_only, autoregressive, output, plot)
@@ -252,6 +255,7 @@ def evaluate(
         raise ConfigError("--no-score: has nowhere to keep the responses; give an --output")
     from deploy.evaluation.original import original_of
     from deploy.model_checks import (
+        StudentPath,
         check_model_folder,
         check_student_folder,
         check_verifies,
@@ -259,13 +263,14 @@ def evaluate(
         model_json,
     )
 
+    at = StudentPath.of(model, adapter)
     if autoregressive:
         check_model_folder("MODEL", model)
         beside, found = None, ""
     else:
-        check_student_folder("MODEL", model)
-        check_verifies("MODEL", model, rules)
-        beside, found = original_of(model, original)
+        check_student_folder(at.field, at.folder, at.base)
+        check_verifies(at.field, at.folder, rules)
+        beside, found = original_of(at.folder, original, at.base)
     if beside:
         check_model_folder("--original", beside)
     if found:
@@ -273,11 +278,11 @@ def evaluate(
     from common.grid import grid_floor
     from common.student import load_config, load_tokenizer
 
-    with model_errors("MODEL", model):
-        tokenizer, positions = load_tokenizer(model), load_config(model).max_position_embeddings
+    with model_errors(at.field, at.folder):
+        tokenizer, positions = load_tokenizer(at.folder), load_config(at.folder).max_position_embeddings
     check_thinking("--thinking", thinking, tokenizer)
-    sizes = block_size or ([int(model_json("MODEL", model)["block_size"])] if not autoregressive else [1])
-    asked = asked_like_training(model, thinking, system, template)
+    sizes = block_size or ([int(model_json(at.field, at.folder)["block_size"])] if not autoregressive else [1])
+    asked = asked_like_training(at.folder, thinking, system, template)
     suites = asked_for.load(tokenizer, asked, grid_floor(positions, max(sizes)))
     longest = max(len(problem.ids) for each in suites for problem in each.problems)
     if max_new_tokens:
@@ -303,10 +308,11 @@ def evaluate(
     )
     models: list[tuple[str, ModelSpec, list[Setting]]] = []
     if not autoregressive:
-        models.append(("MODEL", ModelSpec("student", model, dtype, slots), student_settings))
+        student = ModelSpec("student", at.folder, dtype, slots, base=at.base)
+        models.append((at.field, student, student_settings))
     if autoregressive or beside:
         option, path = ("MODEL", model) if autoregressive else ("--original", beside)
-        ends = None if autoregressive else model_json("MODEL", model).get("end_token_ids")
+        ends = None if autoregressive else model_json(at.field, at.folder).get("end_token_ids")
         models.append((option, ModelSpec("original", str(path), dtype, slots, ends and tuple(ends)), [Setting()]))
     unscored, device = _responses(sweep, models, output, actors, gpus, address)
     facts = {

@@ -32,6 +32,7 @@ from deploy.evaluation.asking import (
 from deploy.evaluation.decoding_options import (
     DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
+    Adapter,
     BlockSize,
     DraftRounds,
     DtypeName,
@@ -75,6 +76,7 @@ def generate(
             help="write this .jsonl file: every prompt's record with its response and its counts", callback=a_path
         ),
     ] = None,
+    adapter: Adapter = None,
     show_steps: Annotated[
         bool, typer.Option("--show-steps", help="show how the text was unmasked, round by round")
     ] = False,
@@ -110,6 +112,8 @@ def generate(
         opdlm generate runs/tiny/checkpoints/final "Tom has 5 apples and buys 4 more. How many now?" --show-steps
 
         opdlm generate runs/tiny/checkpoints/final --file prompts.jsonl --output answers.jsonl
+
+        opdlm generate SmolLM2-135M-Instruct --adapter runs/drafter-smollm2/checkpoints/final --rule speculative "Hello"
     """
     if (prompt is None) == (file is None):
         raise ConfigError("no prompt or two: give it after MODEL, or a file of prompts with --file")
@@ -123,11 +127,12 @@ def generate(
         raise ConfigError("PROMPT: it is empty; give a question")
     rows = _rows_of(file, question_field, split, subset) if file else [("PROMPT", {question_field: prompt})]
     records = [as_record(place, record) for place, record in rows]
-    from deploy.model_checks import check_student_folder, check_verifies, model_errors
+    from deploy.model_checks import StudentPath, check_student_folder, check_verifies, model_errors
 
-    check_student_folder("MODEL", model)
-    check_verifies("MODEL", model, [rule])
-    asked = asked_like_training(model, thinking, system, template)
+    at = StudentPath.of(model, adapter)
+    check_student_folder(at.field, at.folder, at.base)
+    check_verifies(at.field, at.folder, [rule])
+    asked = asked_like_training(at.folder, thinking, system, template)
     if template is None or raw:
         asked.pop("templates", None)  # a prompt is asked as it is given
     if raw:
@@ -138,8 +143,8 @@ def generate(
     from common.student import load_config, load_tokenizer
     from deploy.commands.unmasking_view import unmasking_view
 
-    with model_errors("MODEL", model):
-        tokenizer, model_config = load_tokenizer(model), load_config(model)
+    with model_errors(at.field, at.folder):
+        tokenizer, model_config = load_tokenizer(at.folder), load_config(at.folder)
     check_thinking("--thinking", thinking, tokenizer)
     try:
         prompts = render(rows, data, tokenizer, raw=raw)
@@ -153,12 +158,13 @@ def generate(
         positions=model_config.max_position_embeddings,
         block_size=block_size,
     )
-    with model_errors("MODEL", model):
-        student, tokenizer = load_student(model, dtype)
+    with model_errors(at.field, at.folder):
+        student, tokenizer = load_student(at.folder, dtype, base=at.base)
     sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(prompts)), seed=seed)
     decoding = Decoding(unmasking_of(rule, threshold, lower, draft_rounds, revise), temperature)
     settings = {
-        "model": str(Path(model).resolve()),
+        "model": str(Path(at.folder).resolve()),
+        **({"base": str(Path(at.base).resolve())} if at.base else {}),
         "prompts": of_prompts(prompts),
         "rule": decoding.unmasking.model_dump(exclude=set() if revise else {"revise"}),
         "block_size": block_size,

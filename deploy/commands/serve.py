@@ -17,6 +17,7 @@ from deploy.evaluation.asking import System, Thinking
 from deploy.evaluation.decoding_options import (
     DEFAULT_LOWER,
     DEFAULT_THRESHOLD,
+    Adapter,
     BlockSize,
     DtypeName,
     Lower,
@@ -60,7 +61,7 @@ def asked(
         str | None,
         typer.Option(help="text file with the API key, which other users' `ps` does not show", callback=a_path),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="the model's name in the API; default: MODEL")] = None,
+    name: Annotated[str | None, typer.Option(help="the model's name in the API; default: the student's folder")] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="sequences decoded at the same time; default: 8, on a GPU 64")
     ] = None,
@@ -98,6 +99,7 @@ def asked(
         str | None,
         typer.Option(help="Ray cluster of the replicas, auto or HOST:PORT; default: started here"),
     ] = None,
+    adapter: Adapter = None,
     compare: Annotated[
         str | None,
         typer.Option(help="folder or hub id of the original, which the page shows beside the student", callback=a_path),
@@ -130,16 +132,17 @@ def asked(
             "bind 127.0.0.1 and forward the port (ssh -L)"
         )
     count = Replicas.parsed(replicas)
-    from deploy.model_checks import check_model_folder, check_student_folder, check_verifies
+    from deploy.model_checks import StudentPath, check_model_folder, check_student_folder, check_verifies
     from deploy.serving.loading import check_options
 
-    check_student_folder("MODEL", model)
-    check_verifies("MODEL", model, [rule])
+    at = StudentPath.of(model, adapter)
+    check_student_folder(at.field, at.folder, at.base)
+    check_verifies(at.field, at.folder, [rule])
     if compare is not None:
         check_model_folder("--compare", compare)
     options = ServingOptions(
-        model=model,
-        name=name or model,
+        student=at,
+        name=name or at.folder,
         host=host,
         api_key=key,
         slots=slots,

@@ -78,6 +78,10 @@ DtypeName = Annotated[Literal["float32", "bfloat16"], typer.Option(help="data ty
 Student = Annotated[
     str, typer.Argument(help="folder of a trained or converted student", metavar="MODEL", callback=a_path)
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="folder of an adapter, of which MODEL is the base then, wherever it lies now", callback=a_path),
+]
 
 
 def unmasking_of(

@@ -10,15 +10,18 @@ from common.config.file import load_resolved
 NONE = "none"
 
 
-def original_of(model: str, given: str | None) -> tuple[str | None, str]:
+def original_of(model: str, given: str | None, base: str | None = None) -> tuple[str | None, str]:
     """Folder or hub id of the original, and a sentence that says how it was found, or what to give.
 
-    `given` comes first. A checkpoint in a run's folder stands beside the run's config, which names the original.
+    `given` comes first, then the `base` of an adapter. A checkpoint in a run's folder stands beside the run's config,
+    which names the original.
     """
     if given == NONE:
         return None, ""
     if given:
         return given, ""
+    if base:
+        return base, f"original, the adapter's base: {base}"
     file = Path(model).resolve().parent.parent / "config.yaml"
     if Path(model).resolve().parent.name != "checkpoints" or not file.is_file():
         return None, "no original is evaluated beside the student: give its folder as --original"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.evaluation.generation import load_student
 from common.config.errors import ConfigError
 from common.vocabulary import token_count
-from deploy.model_checks import check_student_folder, model_errors
+from deploy.model_checks import StudentPath, check_student_folder, model_errors
 from deploy.serving.engine import Engine
 from deploy.serving.errors import ApiError
 
@@ -20,8 +20,8 @@ _OF_NO_ACCOUNT = ("_name_or_path", "architectures", "auto_map", "dtype", "transf
 class StudentFolder:
     """Constructed with what was loaded from it, before anything of that is changed; `reload` any number of times."""
 
-    def __init__(self, path: str, dtype: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.path = path
+    def __init__(self, at: StudentPath, dtype: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.at = at
         self._dtype = dtype
         self._facts = _facts(model, tokenizer)
         self._reading = threading.Lock()
@@ -36,9 +36,9 @@ class StudentFolder:
         if not self._reading.acquire(blocking=False):
             raise ApiError(409, "the weights are being read already; wait for that", code="reload_failed")
         try:
-            check_student_folder("MODEL", self.path)
-            with model_errors("MODEL", self.path):
-                model, tokenizer = load_student(self.path, self._dtype, "cpu")
+            check_student_folder(self.at.field, self.at.folder, self.at.base)
+            with model_errors(self.at.field, self.at.folder):
+                model, tokenizer = load_student(self.at.folder, self._dtype, "cpu", self.at.base)
             self._check_same(model, tokenizer)
             return engine.swap(list(model.named_parameters()))
         except ConfigError as error:
@@ -52,7 +52,8 @@ class StudentFolder:
         names = self._facts.keys() | facts.keys()
         if other := sorted(name for name in names if self._facts.get(name) != facts.get(name)):
             raise ConfigError(
-                f"MODEL: {self.path!r} differs from the model that is served in {', '.join(other)}; start a new server"
+                f"{self.at.field}: {self.at.folder!r} differs from the model that is served in {', '.join(other)}; "
+                "start a new server"
             )
 
 

@@ -32,10 +32,11 @@ def check_options(options: ServingOptions) -> None:
     Raises:
         ConfigError: names the option, its value and what to do.
     """
-    with model_errors("MODEL", options.model):
-        config, tokenizer = load_config(options.model), load_tokenizer(options.model)
+    at = options.student
+    with model_errors(at.field, at.folder):
+        config, tokenizer = load_config(at.folder), load_tokenizer(at.folder)
     check_thinking("--thinking", options.thinking, tokenizer)
-    asked_like_training(options.model, options.thinking, options.system)
+    asked_like_training(at.folder, options.thinking, options.system)
     longest_of(options, config)
 
 
@@ -66,9 +67,10 @@ def load_server(options: ServingOptions) -> Server:
     Raises:
         ConfigError: a model cannot be loaded, or an option does not fit it.
     """
-    with model_errors("MODEL", options.model):
-        student, tokenizer = load_student(options.model, options.dtype)
-    folder = StudentFolder(options.model, options.dtype, student, tokenizer)
+    at = options.student
+    with model_errors(at.field, at.folder):
+        student, tokenizer = load_student(at.folder, options.dtype, base=at.base)
+    folder = StudentFolder(at, options.dtype, student, tokenizer)
     longest = longest_of(options, student.config)
     block_size = student.config.block_size = options.block_size or int(student.config.block_size)
     decoding = Decoding(unmasking_of(*options.decoding), options.temperature)
@@ -84,7 +86,7 @@ def load_server(options: ServingOptions) -> Server:
     )
     prompter = prompter_of(
         tokenizer,
-        asked_like_training(options.model, options.thinking, options.system),
+        asked_like_training(at.folder, options.thinking, options.system),
         block_size=block_size,
         longest=longest,
         most_tokens=options.max_tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from common.config.errors import ConfigError
 from deploy.evaluation.decoding_options import RuleName
+from deploy.model_checks import StudentPath
 
 LONGEST = 4096  # tokens of a sequence, where nothing else is asked for
 MOST_REPLICAS = 1024
@@ -37,9 +38,10 @@ class Replicas:
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """The options of `opdlm serve`; `decoding` is the rule, its threshold and its lower bound."""
+    """The options of `opdlm serve`; `decoding` is the rule, its threshold and its lower bound, `student` where its
+    folder and, of an adapter, the base model are."""
 
-    model: str
+    student: StudentPath
     name: str
     host: str
     api_key: str | None = field(repr=False)

@@ -26,6 +26,7 @@ from common.end_tokens import response_text
 from common.prompts import prompt_ids
 from common.student import attention_context
 from deploy.dashboard.process import free_port
+from deploy.model_checks import StudentPath
 from deploy.serving import http
 from deploy.serving.app import Server, create_app
 from deploy.serving.asked import ChatAsk, prompter_of, read
@@ -63,7 +64,7 @@ class Served:
 
     def __init__(self, student: str, host: str = "127.0.0.1", **options) -> None:
         model, self.tokenizer = load_student(student, "float32", "cpu")
-        folder = StudentFolder(student, "float32", model, self.tokenizer)
+        folder = StudentFolder(StudentPath(student), "float32", model, self.tokenizer)
         self.engine = Engine(
             model, self.tokenizer, slots=SLOTS, longest=512, queue_limit=QUEUE, metrics=ServingMetrics()
         )
