@@ -21,7 +21,7 @@ LENGTHS = ((60,), (130,), (260,), (130,), (500, 90))
 
 
 def losses(
-    path: str, max_tokens: int, dtype: str, learner: dict[str, Any], adapter: dict[str, Any]
+    path: str, max_tokens: int, dtype: str, learner: dict[str, Any], sections: dict[str, Any]
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of one update for each of LENGTHS."""
     from learner.rank import LearnerRank
@@ -32,14 +32,14 @@ def losses(
             "block_size": BLOCK,
             "model": {"path": path},
             "data": {"prompts": path},
-            "adapter": adapter,
             "learner": options | learner | {"resources": {"gpus": 1}},
+            **sections,
         }
     )
     rank = LearnerRank(config, 0)
     rank.start("127.0.0.1", rank.address()[1])
     width = rank.conversion.config.hidden_size
-    meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "test", "hidden", width)
+    meta = TrajectoryMeta(BLOCK, rank.conversion.config.mask_token_id, "test", config.target_kind, width)
     builders = rank._builders(meta, ())
     found = []
     for responses in LENGTHS:
@@ -52,20 +52,24 @@ def losses(
     return found
 
 
-@pytest.mark.parametrize("adapter", [{}, {"rank": 4, "gate": "mask"}], ids=["all weights", "gated adapter"])
+GATED = {"adapter": {"rank": 4, "gate": "mask"}}
+OWN_TEACHER = {**GATED, "attention": {"context": "causal"}, "teacher": {"backend": "self"}}
+
+
+@pytest.mark.parametrize("sections", [{}, GATED, OWN_TEACHER], ids=["all weights", "gated adapter", "own teacher"])
 @pytest.mark.parametrize("max_tokens", [4096, 256], ids=["one micro-batch", "several"])
-def test_graphed_updates_are_those_of_deepspeeds_hooks(tmp_path, max_tokens, adapter):
+def test_graphed_updates_are_those_of_deepspeeds_hooks(tmp_path, max_tokens, sections):
     path = tiny_qwen3(tmp_path / "model", seed=1)
     hooks = {"deepspeed": {"zero_optimization": {"stage3_model_persistence_threshold": 0}}}
-    graphed = in_a_process(path, max_tokens, {"compile": True}, adapter)
-    plain = in_a_process(path, max_tokens, hooks, adapter)
+    graphed = in_a_process(path, max_tokens, {"compile": True}, sections)
+    plain = in_a_process(path, max_tokens, hooks, sections)
     for ours, theirs in zip(graphed, plain, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
 
 
 def in_a_process(
-    path: str, max_tokens: int, learner: dict[str, Any], adapter: dict[str, Any]
+    path: str, max_tokens: int, learner: dict[str, Any], sections: dict[str, Any]
 ) -> list[tuple[float, float]]:
     """DeepSpeed's process group stays in a process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(losses, path, max_tokens, "float32", learner, adapter).result()
+        return pool.submit(losses, path, max_tokens, "float32", learner, sections).result()

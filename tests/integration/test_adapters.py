@@ -1,15 +1,19 @@
 """The real learner with adapters: only A and B are stepped, published and saved, whole or partitioned."""
 
+from dataclasses import replace
+
 import pytest
 import ray
 import torch
 from safetensors import safe_open
 
 from common.config.run import RunConfig
+from common.config.teacher import TeachersConfig
 from common.conversion import convert, load_converted, merge_folder
 from common.lora import MergedWeights, adapter_parameters, add_adapters, load_adapters
 from common.model_files import ModelError
 from common.student import hidden_states, load_model, noised_masks
+from common.trajectory import to_batch
 from common.weights.object_store import ObjectStoreTransport
 from learner.batches import BatchBuilder
 from learner.objective import ChunkedDivergence, empty_sums
@@ -23,7 +27,8 @@ UPDATES = RunUpdates(warmup=0, total=6)
 
 def adapted(path: str, ranks: int, deepspeed: dict, gate: str) -> RunConfig:
     plain = config(path, ranks, deepspeed)
-    return RunConfig(**plain.model_dump() | {"adapter": {"rank": 4, "alpha": 8, "gate": gate}})
+    context = {"context": "causal" if gate == "mask" else "block"}
+    return RunConfig(**plain.model_dump() | {"adapter": {"rank": 4, "alpha": 8, "gate": gate}, "attention": context})
 
 
 def published_by(actors: list) -> dict[str, torch.Tensor]:
@@ -95,6 +100,24 @@ def test_adapters_train_publish_save_and_resume(tmp_path, ray_local, deepspeed, 
     assert ray.get([a.train.remote(refs, 2, UPDATES) for a in second])[0]["loss"] == more
     assert all(torch.equal(a, b) for a, b in zip(after.values(), published_by(second).values(), strict=True))
     for actor in second:
+        ray.kill(actor)
+    if gate == "mask":
+        check_own_teacher(path, settings, result)
+
+
+def check_own_teacher(path: str, settings: RunConfig, expected: dict[str, float]) -> None:
+    """Without targets in the record batches, the clean tokens give the same losses and gradients."""
+    own = settings.model_copy(update={"teacher": TeachersConfig(backend="self", dtype="float32")})
+    own = RunConfig(**own.model_dump())
+    rows, meta = rows_of(path)
+    for t in rows:
+        t.hidden = t.hidden[:0]
+    actors = started_ranks(own)
+    refs = [ray.put(to_batch(rows, replace(meta, target_kind="none", target_width=0)))]
+    result = ray.get([a.train.remote(refs, 0, UPDATES) for a in actors])[0]
+    for name in ("loss", "kl", "grad_norm", "teacher_agreement", "trained_positions"):
+        assert result[name] == pytest.approx(expected[name], rel=1e-4), name
+    for actor in actors:
         ray.kill(actor)
 
 

@@ -13,23 +13,27 @@ from actors.teacher.actor import annotate, build_backend
 from common.config.file import load_config
 from common.config.run import RunConfig
 from common.config.teacher import TeacherConfig
-from common.conversion import convert, load_converted, own_head, student_of
+from common.conversion import convert, load_converted, own_head, save_student, student_of
 from common.lora import adapter_parameters
+from common.prompts import Prompt
+from common.responses import offline_trajectory
 from common.seeds import state_rng
 from common.states import select_states
 from common.student import attention_windows, hidden_states, lm_head_weight, load_model
-from common.trajectory import Trajectory, TrajectoryMeta
+from common.trajectory import Trajectory, TrajectoryMeta, to_batch
+from common.vocabulary import tokenizer_fingerprint
 from deploy.checkpoints import RunState
 from deploy.commands.dry_run import show
 from deploy.placement import plan
 from deploy.run_cost import RunCost
 from learner.batches import BatchBuilder
+from learner.faults import write_fault
 from learner.objective import CleanStream, HiddenTarget, empty_sums
 from learner.packing import document
+from learner.replay import replay
 from learner.training_module import TrainingModule
 from tests.adapters import with_adapters
 from tests.models import tiny_family, tiny_qwen3, tiny_tokenizer
-from tests.trajectories import random_trajectory
 
 BLOCK = 4
 CPU = torch.device("cpu")
@@ -52,10 +56,13 @@ def run_config(path: str = "m", objective: dict[str, Any] | None = None, **secti
 
 def rows_for(config: RunConfig, conversion: Any, count: int = 7) -> list[Trajectory]:
     rng = np.random.default_rng(2)
-    rows = [random_trajectory(rng, BLOCK, longest=17) for _ in range(count)]
-    for number, t in enumerate(rows):
-        t.ordinal = number
+    rows = []
+    for number in range(count):
+        ids, response = (rng.integers(5, 200, n).astype(np.int32) for n in rng.integers(1, 18, 2))
+        prompt = Prompt(number, "q", ids, responses=(response,))
+        t = offline_trajectory(prompt, 0, 17, BLOCK, conversion.config.mask_token_id, conversion.end_tokens)
         select_states(t, config.objective, BLOCK, conversion.end_tokens, state_rng(0, number, 0))
+        rows.append(t)
     return rows
 
 
@@ -151,6 +158,22 @@ def test_the_row_of_a_new_mask_token_has_no_probability(tmp_path):
     (log_p, *_) = [target.logprobs() for target in targets_of(student, tensors)]
     assert log_p[:, :262].exp().sum(-1) == pytest.approx(np.ones(len(log_p)), abs=1e-5)
     assert bool((log_p[:, 262:] == -torch.inf).all())
+
+
+def test_an_update_that_was_left_out_is_replayed_with_its_own_targets(tmp_path):
+    path = tiny_qwen3(tmp_path / "model")
+    config = run_config(path)
+    conversion = student_of(config)
+    rows = rows_for(config, conversion)
+    loss, *_, student = trained(config, conversion, "none", rows)
+    mask, vocabulary = conversion.config.mask_token_id, tokenizer_fingerprint(conversion.tokenizer)
+    facts = {"update": 3, "ranks": 2, "wrong": "", "extra_weights": (), "config": config.model_dump(mode="json")}
+    fault = write_fault(tmp_path / "faults", [to_batch(rows, TrajectoryMeta(BLOCK, mask, vocabulary))], facts)
+    adapter = {name: p.detach() for name, p in adapter_parameters(student).items()}
+    save_student(student, conversion, fault / "model", BLOCK, adapter, config.adapter, path)
+    again = replay(fault)
+    assert again.whole.loss == pytest.approx(loss, rel=1e-5)
+    assert again.whole.finite and again.whole.grad_norm > 0
 
 
 def test_noised_tokens_read_what_they_read_without_targets(tmp_path):
