@@ -10,7 +10,7 @@ from typing import Any
 from actors.rollout import RolloutActor
 from actors.teacher.actor import TeacherActor
 from learner.rank import LearnerRank
-from tests.soak import ORDERS, SLOW_SECONDS
+from tests.soak_plan import ORDERS, SLOW_SECONDS
 
 
 def obey(name: str, phase: str) -> None:
