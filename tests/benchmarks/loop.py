@@ -6,7 +6,7 @@ file, and `data.domain_max_tokens` gives the domain its limit, as it would in an
 
 Two runs are made: the first finds empty caches of compiled code; the second, of one batch, those that the first has
 left. With a time budget the first run ends early enough for the second, which is taken to need as long to its first
-batch as the first run did. Neither writes a final model.
+batch as the first run did.
 """
 
 from __future__ import annotations
@@ -106,21 +106,22 @@ def measure(size: str, device: str, batches: int, wanted: Wanted = Wanted()) -> 
         for split in wanted.splits or (SPLITS[wanted.gpus],):
             parts = _parts(split) if device == "cuda" else (1, 1, 1)
             gpus = sum(parts) if device == "cuda" else 0
-            fields = ["--cache_dir", str(folder / f"caches-{split.replace(':', '-')}")]
-            fields += ["--pipeline.max_batches", str(WARM_UP + batches), *wanted.fields]
+            fields = ["--cache_dir", str(folder / f"caches-{split.replace(':', '-')}"), *wanted.fields]
             config = _config(size, model, folder, batches, parts, gpus)
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
+            # a service of its own for each run: one whose clients were ended at once may be of no use to others
+            with multi_process_service(wanted.mps) as shared, GpuUse(gpus) as use:
+                most = ["--pipeline.max_batches", str(WARM_UP + batches)]
+                cold = train(config, most + fields, environment | shared, _late(wanted.seconds))
+            row = _facts(size, model, split, gpus, wanted) | metrics(cold.rows[WARM_UP:])
+            row["gpu_busy"] = use.shares(cold.rows[WARM_UP - 1]["time"], cold.rows[-1]["time"])
+            row["learner_mfu"] = _mfu(model, cold.rows[WARM_UP:], rate * parts[0])
+            row |= {"loading_cold_s": cold.loading, "first_batch_cold_s": cold.first_batch}
+            yield row
             with multi_process_service(wanted.mps) as shared:
-                with GpuUse(gpus) as use:
-                    cold = train(config, fields, environment | shared, _all_of(WARM_UP + batches, wanted.seconds))
-                row = _facts(size, model, split, gpus, wanted) | metrics(cold.rows[WARM_UP:])
-                row["gpu_busy"] = use.shares(cold.rows[WARM_UP - 1]["time"], cold.rows[-1]["time"])
-                row["learner_mfu"] = _mfu(model, cold.rows[WARM_UP:], rate * parts[0])
-                row |= {"loading_cold_s": cold.loading, "first_batch_cold_s": cold.first_batch}
-                yield row
-                cached = train(config, fields, environment | shared, lambda run: True)
-                row |= {"loading_cached_s": cached.loading, "first_batch_cached_s": cached.first_batch}
-                yield row
+                cached = train(config, ["--pipeline.max_batches", "1", *fields], environment | shared)
+            row |= {"loading_cached_s": cached.loading, "first_batch_cached_s": cached.first_batch}
+            yield row
 
 
 def _facts(size: str, model: str, split: str, gpus: int, wanted: Wanted) -> Row:
@@ -138,16 +139,11 @@ def _facts(size: str, model: str, split: str, gpus: int, wanted: Wanted) -> Row:
     }
 
 
-def _all_of(batches: int, seconds: float | None) -> Callable[[TrainRun], bool]:
-    """Whether a run has made so many, or must end for a second one that takes as long to its first batch."""
-
-    def enough(run: TrainRun) -> bool:
-        if len(run.rows) <= WARM_UP:
-            return False
-        spent, first = time.time() - run.start, run.loading + run.first_batch
-        return len(run.rows) >= batches or (seconds is not None and spent + first > seconds)
-
-    return enough
+def _late(seconds: float | None) -> Callable[[TrainRun], bool] | None:
+    """Whether a run must end for a second one that takes as long to its first batch; not before it can be measured."""
+    if seconds is None:
+        return None
+    return lambda run: len(run.rows) > WARM_UP and time.time() - run.start + run.loading + run.first_batch > seconds
 
 
 def metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def _stand_ins() -> list[str]:
         "liger_kernel": {
             "liger_kernel": {},
             "liger_kernel.ops": {},
-            "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": SimpleNamespace(apply=_gated)},
+            "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _GatedActivation},
         },
         "omegaconf": {"omegaconf": {"OmegaConf": None, "DictConfig": dict, "ListConfig": list}},
         "torchvision": {"torchvision": {"transforms": None}},
@@ -179,8 +179,10 @@ def _module(name: str, **attributes: Any) -> ModuleType:
     return module
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.nn.functional.silu(gate) * up
+class _GatedActivation:
+    @staticmethod
+    def apply(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.nn.functional.silu(gate) * up
 
 
 def _paged_attention(

@@ -1,4 +1,4 @@
-"""One `opdlm train` in a process and a Ray of its own, watched by its metrics and ended once it has done enough."""
+"""One `opdlm train` in a process and a Ray of its own, watched by its metrics, and ended early where it must be."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def train(
     config: dict[str, Any],
     fields: Sequence[str],
     environment: Mapping[str, str],
-    enough: Callable[[TrainRun], bool],
+    late: Callable[[TrainRun], bool] | None = None,
 ) -> TrainRun:
-    """Until `enough` or the end; no final model is written, no checkpoint made, where the first comes before the last.
+    """To its end, or until what it has done by then is `late`: then it is ended at once, without a checkpoint.
 
     Raises:
-        CalledProcessError: the run failed before that; its output was shown.
+        CalledProcessError: the run failed; its output was shown.
     """
     quiet = {"RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1", "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1"}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as out:
@@ -62,7 +62,7 @@ def train(
         process = subprocess.Popen(command, stdout=sys.stderr, env=quiet | child_environment() | dict(environment))
         while process.poll() is None:
             run = TrainRun(start, _rows(metrics))
-            if run.rows and enough(run):
+            if late and run.rows and late(run):
                 _interrupt(process)
                 return run
             time.sleep(_POLL_SECONDS)

@@ -94,12 +94,10 @@ def runs(monkeypatch):
     """The rows of runs in place of the runs; what each was asked."""
     asked = []
 
-    def made(config, fields, environment, enough):
-        asked.append((config, fields, environment))
-        run = TrainRun(990.0, [row(1, 2.0)])
-        while not enough(run):
-            run.rows.append(row(len(run.rows) + 1, 2.0))
-        return run
+    def made(config, fields, environment, late=None):
+        asked.append((config, fields, late))
+        batches = int(fields[fields.index("--pipeline.max_batches") + 1])
+        return TrainRun(990.0, [row(i + 1, 2.0) for i in range(batches)])
 
     monkeypatch.setattr(loop, "train", made)
     monkeypatch.setattr(loop, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
@@ -123,9 +121,9 @@ def test_a_row_of_the_loop_comes_after_the_first_run_and_whole_after_the_second(
     assert measured["loading_cold_s"] == measured["loading_cached_s"] == 1001 - 2 - 990
     assert measured["first_batch_cold_s"] == measured["first_batch_cached_s"] == 2.0
     assert 0 < measured["learner_mfu"] < 1
-    (first, fields, _), second = runs
-    assert second[0] is first and second[1] is fields and fields[-2:] == ["--learner.lr", "1e-5"]
-    assert fields[fields.index("--pipeline.max_batches") + 1] == "5"
+    (first, fields, late), second = runs
+    assert fields[:2] == ["--pipeline.max_batches", "5"] and fields[-2:] == ["--learner.lr", "1e-5"]
+    assert second == (first, ["--pipeline.max_batches", "1", *fields[2:]], None) and late is None
 
 
 def test_the_first_row_stays_where_the_second_run_fails(runs, tmp_path, monkeypatch):
@@ -148,14 +146,14 @@ def test_a_time_budget_leaves_the_second_run_as_long_as_the_first_took_to_its_fi
         start = time.time() - 100
         return TrainRun(start, [row(1, 10.0) | {"time": start + 40} for _ in range(batches)])
 
-    assert not loop._all_of(22, 150.0)(run(3)) and loop._all_of(22, 130.0)(run(3))
-    assert not loop._all_of(22, 130.0)(run(2)), "without a batch after the warm-up there is nothing to measure"
-    assert loop._all_of(22, None)(run(22)) and not loop._all_of(22, None)(run(21))
+    assert not loop._late(150.0)(run(3)) and loop._late(130.0)(run(3))
+    assert not loop._late(130.0)(run(2)), "without a batch after the warm-up there is nothing to measure"
+    assert loop._late(None) is None
 
 
 def test_a_run_that_cannot_start_is_an_error(tmp_path):
     with pytest.raises(subprocess.CalledProcessError):
-        train({"name": "loop", "block_size": 0}, [], {}, lambda run: True)
+        train({"name": "loop", "block_size": 0}, [], {})
 
 
 @pytest.mark.long
