@@ -29,7 +29,7 @@ from common.config.rollout import RolloutConfig
 from common.config.schedule import AcceptanceGrowth, BlockGrowth, CurriculumConfig, NoGrowth
 from common.config.section import OPERATION, Section
 from common.config.shown import shown
-from common.config.sources import NEED_RESPONSES
+from common.config.sources import NEED_RESPONSES, MixtureSource
 from common.config.states import mixes_noise, trains_twice
 from common.config.teacher import TeacherConfig, TeachersConfig
 from common.config.unmasking import StaticUnmasking
@@ -250,9 +250,12 @@ class RunConfig(Section):
                 f"objective.terms.autoregressive ({self.objective.terms.autoregressive:g}) trains how clean tokens are "
                 "read, which adapter.gate 'mask' leaves as it is; set the term to 0, or the gate to 'none'"
             )
-        for i, part in enumerate(self.objective.parts):
-            if self.adapter.gated and mixes_noise(part.state):
-                place = f"objective.extra.{i - 1}.state" if i else "objective.state"
+        source, extra = self.objective.source, enumerate(self.objective.extra)
+        states = {"objective.state": self.objective.state, **{f"objective.extra.{i}.state": e.state for i, e in extra}}
+        if isinstance(source, MixtureSource):
+            states["objective.source.offline_state"] = source.offline_state
+        for place, state in states.items():
+            if self.adapter.gated and mixes_noise(state):
                 raise ValueError(
                     f"{place} trains positions that show other tokens than the mask, at which adapter.gate 'mask' "
                     "does nothing; turn uniform_share and all_positions off, or set the gate to 'none'"

@@ -177,6 +177,16 @@ def test_a_target_that_is_no_linear_layer_is_named(tmp_path):
             {"objective": {"terms": {"autoregressive": 0.5}}},
             r"objective\.terms\.autoregressive \(0\.5\) trains how clean tokens are read",
         ),
+        (
+            {"rank": 2, "gate": "mask"},
+            {"objective": {"extra": [{"state": {"kind": "random", "all_positions": True}}]}},
+            r"objective\.extra\.0\.state trains positions that show other tokens than the mask",
+        ),
+        (
+            {"rank": 2, "gate": "mask"},
+            {"objective": {"source": {"kind": "mixture", "offline_state": {"uniform_share": 0.5}}}},
+            r"objective\.source\.offline_state trains positions that show other tokens than the mask",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(adapter, rest, message):
