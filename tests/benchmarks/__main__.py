@@ -80,6 +80,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "teacher": (32, 128, 1024, 32768),
         "publish": (),
         "loop": (20,),
+        "serve": (4, 128, 256),
         "verified": (256, 128, 256),
     },
     "0.6b": {
@@ -173,12 +174,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--splits", nargs="+", default=[], help="GPUs of learner:rollout:teacher in the loop, such as 2:1:1 or 1:0:0"
     )
     parser.add_argument("--tokenizer", help="folder or .tiktoken file of the loop's or predecessor's; default: by size")
-    parser.add_argument("--seconds", type=float, help="for both runs of each of the loop's splits; default: no limit")
-    parser.add_argument("--mps", action="store_true", help="the loop's roles share a GPU by NVIDIA's MPS")
-    parser.add_argument("--model", help="folder of the loop's model, or of verified's student; default: random weights")
     parser.add_argument(
-        "--prompts", help="file of the loop's or verified's prompts; default: the repository's word problems"
+        "--seconds", type=float, help="for both runs of each of the loop's splits, or all of serve; default: no limit"
     )
+    parser.add_argument("--mps", action="store_true", help="the loop's roles share a GPU by NVIDIA's MPS")
+    parser.add_argument(
+        "--model", help="folder of the loop's model, or of verified's or serve's student; default: random weights"
+    )
+    parser.add_argument(
+        "--prompts", help="file of the loop's, verified's or serve's prompts; default: the repository's word problems"
+    )
+    parser.add_argument("--original", help="folder of the model that serve asks other engines for, beside --model")
+    parser.add_argument("--clients", type=int, nargs="+", default=[], help="of serve; default: 1 8 32 128")
     parser.add_argument("--reference", help="folder with a checkout of divelab/OPDLM, for the part predecessor")
     parser.add_argument("fields", nargs="*", help="of the loop's runs, behind --")
     options = parser.parse_args(arguments)
@@ -187,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results({"device": device, "torch": torch.__version__}, options.out, options.rows)
     wanted = loop.Wanted(
         options.gpus, tuple(options.splits), options.tokenizer, options.model, options.prompts, tuple(options.fields),
-        options.seconds, options.mps,
+        options.seconds, options.mps, tuple(options.clients), options.original,
     )  # fmt: skip
     for size in options.size:
         for part, plan in PLANS[size].items():
@@ -196,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
             first = {"sampler": options.sequences, "pipeline": options.batches, "loop": options.batches}.get(part)
             plan = (first, *plan[1:]) if first else plan
             with results.going_on(part, size):
-                measured: dict[str, Any] = {"wanted": wanted} if part in ("loop", "verified") else {}
+                measured: dict[str, Any] = {"wanted": wanted} if part in ("loop", "serve", "verified") else {}
                 if part == "predecessor":
                     measured = {"reference": options.reference, "tokenizer": options.tokenizer}
                 for row in PARTS[part](size, options.device, *plan, **measured):

@@ -74,7 +74,7 @@ class Wanted:
     """What the command line chooses: splits of the GPUs (default: by their number), the tokenizer's folder or file
     (default: by size, tests/benchmarks/tokenizers.py), or a folder with tokenizer and weights, a file of prompts
     (default: the repository's word problems), fields of the run, seconds for a split's two runs (default: as long as
-    they take), and whether they share GPUs by MPS."""
+    they take), and whether they share GPUs by MPS; of the server its clients, and the folder of the original."""
 
     gpus: int = 1
     splits: tuple[str, ...] = ()
@@ -84,6 +84,8 @@ class Wanted:
     fields: tuple[str, ...] = ()
     seconds: float | None = None
     mps: bool = False
+    clients: tuple[int, ...] = ()
+    original: str | None = None
 
 
 def measure(size: str, device: str, batches: int, wanted: Wanted = Wanted()) -> Iterator[Row]:

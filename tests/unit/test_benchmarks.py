@@ -10,9 +10,11 @@ import torch
 
 from actors.sampler.autoregressive import AutoregressiveSampler
 from common.config.file import load_config
+from common.conversion import convert_folder
 from common.student import load_model
 from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks import learner_step, pipeline, sampler, scaling, serve, teacher, verified
+from tests.benchmarks.loop import Wanted
 from tests.models import tiny_qwen3
 from tests.unit.test_verification import EOS, MASK, TOKENS, context_causal, greedy, requests
 
@@ -85,7 +87,7 @@ def test_every_part_gives_its_rows_one_by_one():
         (sampler.measure, (2, 8, 8), 3),
         (learner_step.measure, (2, 8, 8, 512), 5),
         (teacher.measure, (2, 8, 8, 64), 5),
-        (serve.measure, (2, 8, 8, (2,)), 1),
+        (serve.measure, (2, 8, 8, (2,)), 3),
     ],
 )
 def test_the_parts_of_one_process_run_on_a_small_plan(measure, plan, rows, monkeypatch):
@@ -112,6 +114,38 @@ def test_the_fields_of_the_pipelines_run_are_those_of_a_config(tmp_path, monkeyp
     assert (config.pipeline.max_batches, config.output_dir) == (7, tmp_path)
     assert config.learner.resources.gpus == (1 if gpus else 0)
     assert config.curriculum.max_tokens == (56 if size == "tiny" else 256)
+
+
+def test_a_student_is_served_beside_the_original(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # vLLM would be started too
+    arlm = tiny_qwen3(tmp_path / "arlm", seed=2)
+    convert_folder(arlm, tmp_path / "student", 4, "<|mask|>", torch.float32)
+    wanted = Wanted(model=str(tmp_path / "student"), original=arlm, clients=(3,))
+    ours, vllm, transformers = serve.measure("tiny", "cpu", 2, 0, 12, wanted=wanted)
+    assert [row["system"] for row in (ours, vllm, transformers)] == ["opdlm", "vllm", "transformers"]
+    assert vllm["skipped"] == "ModuleNotFoundError: vLLM is not installed"
+    for row in (ours, transformers):
+        assert (row["clients"], row["requests"]) == (3, 16)
+        assert 0 < row["tokens_per_response"] <= 12
+        assert 0 < row["first_block_p50_seconds"] <= row["latency_p50_seconds"] <= row["latency_p99_seconds"]
+        assert row["open_requests_per_second"] * row["tokens_per_response"] == pytest.approx(
+            0.8 * row["tokens_per_second"]
+        )
+    assert ours["overhead"] == pytest.approx(ours["bare_tokens_per_second"] / ours["tokens_per_second"] - 1)
+
+
+def test_serving_begins_no_row_when_its_time_is_over():
+    rows = list(serve.measure("tiny", "cpu", 2, 8, 8, wanted=Wanted(seconds=1e-9, clients=(1, 2))))
+    assert [(row["system"], row["skipped"]) for row in rows] == [
+        (system, "the time was over") for system in ("opdlm", "opdlm", "vllm", "transformers")
+    ]
+
+
+def test_without_an_original_the_student_is_measured_alone(tmp_path):
+    convert_folder(tiny_qwen3(tmp_path / "arlm", seed=2), tmp_path / "student", 4, "<|mask|>", torch.float32)
+    wanted = Wanted(model=str(tmp_path / "student"), clients=(1,), seconds=1e-9)
+    *_, others = serve.measure("tiny", "cpu", 1, 0, 4, wanted=wanted)
+    assert others["skipped"] == "there is no --original"
 
 
 def test_verified_decoding_is_measured_against_one_token_decoding_of_the_same_text(monkeypatch):
