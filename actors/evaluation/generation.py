@@ -38,10 +38,22 @@ def load_student(
     return model, tokenizer
 
 
+def load_verifier(path: str, dtype: str, device: str | None = None) -> PreTrainedModel:
+    """The original at `path`, which verifies what a student drafts; default device: CUDA where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(path, getattr(torch, dtype), "sdpa").to(device).requires_grad_(False)
+
+
 def sampler_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int | None, slots: int, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int | None,
+    slots: int,
+    seed: int = 0,
+    verifier: PreTrainedModel | None = None,
 ) -> Sampler:
-    """A sampler on a loaded student; default block size: the model's own."""
+    """A sampler on a loaded student; default block size: the model's own; `verifier`: of `load_verifier`."""
     return Sampler(
         model,
         block_size=block_size or model.config.block_size,
@@ -51,6 +63,7 @@ def sampler_of(
         slots=slots,
         seed=seed,
         tokenizer=tokenizer,
+        verifier=verifier,
     )
 
 

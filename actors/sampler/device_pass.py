@@ -23,6 +23,7 @@ from actors.sampler.verification import (
     verdicts,
     verification_noise,
 )
+from actors.sampler.verifier import Verifier
 from common.config.unmasking import SpeculativeUnmasking
 from common.trajectory import EndTokens
 
@@ -37,8 +38,10 @@ class DevicePass:
         eos_token_id: EndTokens,
         token_count: int | None,
         compiled: bool,
+        verifier: Verifier | None = None,
     ) -> None:
         self.model = model
+        self.verifier = verifier
         self.mask_token_id = mask_token_id
         self.token_count = token_count
         self._end_tokens = torch.tensor(eos_token_id, device=model.device).reshape(-1)
@@ -89,14 +92,21 @@ class DevicePass:
         `SlotState.reveal` returns."""
         rule = rule_of(decodings[0].unmasking)
         if any(d.unmasking != rule for d in decodings):
-            raise ValueError("requests of unmasking.rule 'speculative' that run together need equal draft_rounds")
+            raise ValueError(
+                "requests of unmasking.rule 'speculative' that run together need equal draft_rounds, verify"
+            )
         which = _which(state, slots, decodings) if len(decodings) > 1 else None
         size, count = state.block_size, len(slots)
-        committed = torch.arange(count * size, len(work.rows) * size, device=slots.device)
         masked = self.model.mask_positions(state, slots, len(work.rows))
-        hidden = self.model.decode(work.ids, work.positions, cache_rows, torch.cat([wanted, committed]), masked)
+        asked = wanted
+        if rule.verify == "self":  # its commit is the verification
+            asked = torch.cat([wanted, torch.arange(count * size, len(work.rows) * size, device=slots.device)])
+        hidden = self.model.decode(work.ids, work.positions, cache_rows, asked, masked)
         logits = self.model.logits(hidden)
         draft_logits, causal_logits = logits[: len(wanted)], logits[len(wanted) :].unflatten(0, (-1, size))
+        if self.verifier and rule.verify == "base" and len(work.done):
+            blocks = work.ids[count:], work.positions[count:], work.rows[count:]
+            causal_logits = self.verifier.logits(*blocks, size, logits.shape[-1])
         if which is None:
             settings = drafting(decodings[0])
             drafts = sample_tokens(draft_logits, work.noise, settings, self.mask_token_id, self.token_count)

@@ -38,6 +38,7 @@ from actors.sampler.sampling import Decoding
 from actors.sampler.slots import SlotState, WrittenBlock
 from actors.sampler.stop_strings import StopStrings
 from actors.sampler.unmasking import revision, tokens_revealed, without_threshold
+from actors.sampler.verifier import Verifier
 from common.config.unmasking import SpeculativeUnmasking
 from common.grid import grid_ceil
 from common.memory_budget import MemoryBudget
@@ -93,6 +94,9 @@ class Sampler:
     With `prefix_tokens`, keys and values of so many tokens are kept for later prompts that begin with them, prompts and
     responses alike (actors/sampler/prefixes.py); `known_tokens` counts those that prefills found there. They are
     forgotten when `weights_version` changes. Sequences that run meanwhile need `renew`.
+
+    `verifier` is the original, for unmasking.verify 'base' (actors/sampler/verifier.py); memory for its cache is made
+    beside the student's.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class Sampler:
         prefix_tokens: int = 0,
         cuda_graphs: bool = True,
         compiled: bool = True,
+        verifier: PreTrainedModel | None = None,
     ) -> None:
         self.model = model
         self.longest = longest
@@ -140,7 +145,10 @@ class Sampler:
         self._together = 0  # tokens of several prompts that are being cached together
         on_device = self.on_cuda and compiled
         self.cached_model = CachedModel(model, on_device)
-        self.device_pass = DevicePass(self.cached_model, mask_token_id, eos_token_id, token_count, on_device)
+        self.verifier = Verifier(verifier, on_device) if verifier is not None else None
+        self.device_pass = DevicePass(
+            self.cached_model, mask_token_id, eos_token_id, token_count, on_device, self.verifier
+        )
 
     @property
     def slots(self) -> int:
@@ -200,7 +208,7 @@ class Sampler:
         at_once = self.longest if self.few_shapes else 0
         longest = max([at_once, longest, *(self._end(r) for r in queue.requests)])
         if isinstance(decoding.unmasking, SpeculativeUnmasking):
-            self._check_speculative(queue.requests)
+            self._check_speculative(queue.requests, decoding.unmasking)
             longest += self.block_size  # the last block is verified while the one behind it is drafted
         while queue:
             self._together = 0
@@ -226,6 +234,8 @@ class Sampler:
         """Between two passes: another sampler of this model has run since."""
         if self._cache:
             self._cache.attach(self.model)
+        if self.verifier:
+            self.verifier.attach()
 
     @torch.inference_mode()
     def renew(self) -> None:
@@ -264,8 +274,10 @@ class Sampler:
         if self.stops is None and any(request.stop for request in requests):
             raise ValueError("requests with stop strings need a sampler with a tokenizer")
 
-    def _check_speculative(self, requests: Iterable[Request]) -> None:
-        if not self.cached_model.causal:
+    def _check_speculative(self, requests: Iterable[Request], rule: SpeculativeUnmasking) -> None:
+        if rule.verify == "base" and self.verifier is None:
+            raise ValueError("unmasking.verify 'base' needs a sampler that was given the original as its verifier")
+        if rule.verify == "self" and not self.cached_model.causal:
             raise ValueError(
                 "unmasking.rule 'speculative' needs a student with attention_context 'causal', this one's is 'block'"
             )
@@ -291,10 +303,11 @@ class Sampler:
                 rules = {slot: without_threshold(d.unmasking) for slot, d in asked.items()}
                 thresholds = [threshold for _, threshold in rules.values()]
                 state.admit(admitted, self._keys(admitted), thresholds, self.mask_token_id, self._end)
-                verified = [slot for slot, d in asked.items() if isinstance(d.unmasking, SpeculativeUnmasking)]
+                verified = {s: d.unmasking for s, d in asked.items() if isinstance(d.unmasking, SpeculativeUnmasking)}
                 if verified:
-                    self._check_speculative(admitted.values())
-                    state.verify(verified)
+                    rule = next(iter(verified.values()))
+                    self._check_speculative(admitted.values(), rule)
+                    state.verify([*verified], rule.verify == "base")
                 if state.speculative.any() and not state.speculative[state.running].all():
                     raise ValueError("requests of unmasking.rule 'speculative' do not run beside those of other rules")
                 for slot, d in asked.items():
@@ -327,11 +340,13 @@ class Sampler:
             self._state = self._cache = None
             capacity = grid_ceil(length, 128)
             self._cache = SlotCache(self.model, self.slots, capacity)
+            if self.verifier:
+                self.verifier.make_cache(self.slots, capacity)
             self._state = SlotState(self.slots, capacity, self.block_size, self.device)
             if self.prefix_tokens and not self._prefixes:
                 self._prefixes = PrefixCache(self._cache, self.block_size, self.prefix_tokens, self.weights_version)
             self._graphs = PassGraphs() if self._use_graphs else None
-        self._cache.attach(self.model)  # another sampler of this model may have run since
+        self.attach()  # another sampler of this model may have run since
         self._state.clear()  # an earlier caller may have left before the end
         return self._state, self._cache
 
@@ -355,7 +370,7 @@ class Sampler:
         first = [group[0] for group in samples.values()]
         ends = [int(state.block_host[slot] - state.uncommitted_host[slot]) * self.block_size for slot in first]
         prompts = [(slot, admitted[slot].prompt_ids[:end]) for slot, end in zip(first, ends, strict=True)]
-        prefixes = self._known_prefixes()
+        prefixes = None if state.by_original else self._known_prefixes()  # none are kept of the original's
         starts = prefixes.read(cache, prompts) if prefixes else [0] * len(first)
         self.known_tokens += sum(starts)
         self._cache_tokens(state, first, starts, ends)
@@ -364,7 +379,9 @@ class Sampler:
         copies = [(group[0], slot) for group in samples.values() for slot in group[1:]]
         if copies:
             source, target = state.upload(np.array(copies).T)
-            cache.copy(source, target, max(ends))
+            for each in (cache, self.verifier and self.verifier.cache):
+                if each:
+                    each.copy(source, target, max(ends))
 
     def _known_prefixes(self) -> PrefixCache | None:
         """Those of the present weights."""
@@ -374,7 +391,7 @@ class Sampler:
 
     def _keep(self, state: SlotState, cache: SlotCache, slots: list[int], taken: list[Trajectory]) -> None:
         """Keep what is cached of sequences that have just ended: all blocks but the last one, which no pass commits."""
-        prefixes = self._known_prefixes()
+        prefixes = None if state.by_original else self._known_prefixes()
         if not prefixes or not slots:
             return
         ends = (state.block_host[slots] * self.block_size).tolist()
@@ -400,16 +417,22 @@ class Sampler:
             graphs = self._graphs
             count, width = max(_power_of_two(count), 2), min(_power_of_two(width), state.ids.shape[1])
         prompts = state.prompts_on_device(slots, starts, ends, count)
+        readers = [self.cached_model]
+        if self.verifier and state.by_original:
+            readers.append(self.verifier.model)
 
         def device_pass() -> Tensor:
             rows, first, last = prompts
             positions = first[:, None] + torch.arange(width, device=self.device)
             positions = torch.where(positions < last[:, None], positions, -1)
-            cache_rows = CacheRows(rows, positions, self.block_size, causal=self.cached_model.causal_from(0, count))
-            return self.cached_model.forward(state.ids[rows[:, None], positions.clamp(min=0)], positions, cache_rows)
+            ids = state.ids[rows[:, None], positions.clamp(min=0)]
+            for model in readers:
+                cache_rows = CacheRows(rows, positions, self.block_size, causal=model.causal_from(0, count))
+                hidden = model.forward(ids, positions, cache_rows)
+            return hidden
 
         if graphs:
-            graphs.run(("prompts", count, width), device_pass)
+            graphs.run(("prompts", count, width, len(readers)), device_pass)
         else:
             device_pass()
 

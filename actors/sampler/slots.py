@@ -88,6 +88,7 @@ class SlotState:
         self.written_host = np.zeros(slots, np.int64)  # positions whose tokens are final, from the sequence's start
         self.grown: list[int] = []  # slots of which the pass read last has left more final tokens, and running
         self.speculative = np.zeros(slots, bool)
+        self.by_original = False  # whether another model than the student verifies these
         self.denoise_forwards = np.zeros(slots, np.int64)
         self.commit_forwards = np.zeros(slots, np.int64)
 
@@ -130,6 +131,7 @@ class SlotState:
         self.advanced = []
         self.running[:] = self.uncommitted_host[:] = self.speculative[:] = False
         self.grown = []
+        self.by_original = False
         self.masked_host[:] = self.waits[:] = 0
         self.masked.zero_()
         self.uncommitted.zero_()
@@ -174,8 +176,8 @@ class SlotState:
         self.threshold[rows] = self.upload(np.array(thresholds, np.float32))
         self.active.update(admitted)
 
-    def verify(self, slots: list[int]) -> None:
-        """The sequences of these slots, just admitted, are decoded with verification.
+    def verify(self, slots: list[int], by_original: bool) -> None:
+        """The sequences of these slots, just admitted, are decoded with verification, all `by_original` or none.
 
         A prompt that ends with a block leaves that one uncommitted: its commit gives the first token.
         """
@@ -183,6 +185,7 @@ class SlotState:
         lengths = np.array([len(self.active[slot].prompt_ids) for slot in slots])
         whole = lengths % size == 0
         self.speculative[slots] = True
+        self.by_original = by_original
         self.written_host[slots] = lengths
         self.uncommitted_host[slots] = whole
         limits = [len(self.active[slot].prompt_ids) + self.active[slot].max_new_tokens for slot in slots]
@@ -341,8 +344,9 @@ class SlotState:
         if broken.any():
             ordinals = [self.active[slot].ordinal for slot in rows[broken > 0].tolist()]
             raise FloatingPointError(f"non-finite logits at sampled positions of prompts with ordinals {ordinals}")
-        self.denoise_forwards[rows] += 1 - waited
-        self.commit_forwards[rows] += self.uncommitted_host[rows] * (1 - waited)
+        commits = self.uncommitted_host[rows] * (1 - waited)
+        self.denoise_forwards[rows] += 1 - waited + commits * self.by_original
+        self.commit_forwards[rows] += commits
         self.block_host[rows] += moved
         self.masked_host[rows] = masked
         self.uncommitted_host[rows] = uncommitted > 0

@@ -68,11 +68,13 @@ class AdaptiveUnmasking(Section):
 
 
 class SpeculativeUnmasking(Section):
-    """Draft the rest of a block, verify it with the student's own causal reading, keep the prefix that agrees and the
-    verifier's token behind it: the text is the causal reading's own. Needs attention.context causal."""
+    """Draft the rest of a block, verify it with a causal reading, keep the prefix that agrees and the verifier's token
+    behind it: the text is that reading's own. The student's own reading needs attention.context causal."""
 
     rule: Literal["speculative"] = "speculative"
-    verify: Literal["self"] = Field("self", description="who verifies: the student, read causally")
+    verify: Literal["self", "base"] = Field(
+        "self", description="who verifies: the student, read causally; base: the original, a model of its own"
+    )
     draft_rounds: int = Field(1, ge=1, description="steps of a draft; all but the last reveal by `threshold`")
     threshold: float = Field(
         0.9, ge=0, le=1, description="confidence above which a step before the last of a draft reveals a token"
