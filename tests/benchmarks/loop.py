@@ -12,12 +12,14 @@ batch as the first run did.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -104,12 +106,13 @@ def measure(size: str, device: str, batches: int, wanted: Wanted = Wanted()) -> 
         folder = Path(name)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # what it used of the GPU is given back
             model, rate = pool.submit(_prepare, size, device, wanted, folder / "model").result()
-        _write_prompts(wanted.prompts or str(_PROMPTS), folder / "prompts.jsonl", SETTINGS[size].longest)
         for split in wanted.splits or (SPLITS[wanted.gpus],):
             parts = _parts(split) if device == "cuda" else (1, 1, 1)
             gpus = sum(parts) if device == "cuda" else 0
             fields = ["--cache_dir", str(folder / f"caches-{split.replace(':', '-')}"), *wanted.fields]
-            config = _config(size, model, folder, batches, parts, gpus)
+            needed = (WARM_UP + batches) * SETTINGS[size].prompts * max(parts[1], 1)
+            written = _write_prompts(wanted.prompts or str(_PROMPTS), folder / "prompts.jsonl", size, needed)
+            config = _config(size, model, folder, math.ceil(needed / written), parts, gpus)
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
             # a service of its own for each run: one whose clients were ended at once may be of no use to others
             with multi_process_service(wanted.mps) as shared, GpuUse(gpus) as use:
@@ -228,13 +231,16 @@ def _prepare(size: str, device: str, wanted: Wanted, out: Path) -> tuple[str, fl
     return str(out), rate
 
 
-def _write_prompts(source: str, out: Path, longest: int) -> None:
-    """The rows of `source`, each in the domain of its length limit."""
-    limits = length_limits(longest)
+def _write_prompts(source: str, out: Path, size: str, most: int) -> int:
+    """The first rows of `source`, each in the domain of its length limit; how many they are."""
+    limits = length_limits(SETTINGS[size].longest)
     drawn = np.random.default_rng(0)
+    written = 0
     with out.open("w") as file:
-        for _, row in open_rows(source):
+        for _, row in islice(open_rows(source), most):
             file.write(json.dumps({**row, "domain": f"t{drawn.choice(limits)}"}, default=str) + "\n")
+            written += 1
+    return written
 
 
 def _parts(split: str) -> tuple[int, int, int]:
@@ -242,9 +248,7 @@ def _parts(split: str) -> tuple[int, int, int]:
     return learner, rollout, teacher
 
 
-def _config(
-    size: str, model: str, folder: Path, batches: int, parts: tuple[int, int, int], gpus: int
-) -> dict[str, Any]:
+def _config(size: str, model: str, folder: Path, epochs: int, parts: tuple[int, int, int], gpus: int) -> dict[str, Any]:
     """Of a run on so many GPUs; without any, on CPU."""
     s, (learner, rollout, teacher) = SETTINGS[size], parts
     dtype = "bfloat16" if gpus else "float32"
@@ -266,7 +270,7 @@ def _config(
         "data": {
             "prompts": str(folder / "prompts.jsonl"),
             "max_prompt_tokens": 512,
-            "epochs": 1 + prompts * (WARM_UP + batches) // 1000,  # a file of a thousand prompts is enough
+            "epochs": epochs,
             "domain_max_tokens": {f"t{limit}": limit for limit in length_limits(s.longest)},
         },
         "rollout": {

@@ -36,11 +36,11 @@ def test_limits_are_those_of_the_log_normal_distribution_cut_at_the_longest():
 
 
 def test_every_prompt_has_a_drawn_limit_of_its_own(tmp_path):
-    loop._write_prompts(str(loop._PROMPTS), tmp_path / "prompts.jsonl", 64)
+    assert loop._write_prompts(str(loop._PROMPTS), tmp_path / "prompts.jsonl", "tiny", 3000) == 3000
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     config = RunConfig.model_validate(loop._config("tiny", "m", tmp_path, 20, (1, 1, 1), 0))
     limits = [config.data.domain_max_tokens[row["domain"]] for row in rows]
-    assert len(rows) == 4096 and all(row["question"] for row in rows)
+    assert len(rows) == 3000 and all(row["question"] for row in rows)
     assert np.mean(limits) == pytest.approx(np.mean(loop.length_limits(64)), rel=0.03)
 
 
