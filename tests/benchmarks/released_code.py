@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,9 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel  # noqa: F401 (before anything is put in a package's place)
+
+from deploy.dashboard.process import free_port
 
 BLOCK = 4
 _REPEATS = 3
@@ -42,7 +45,7 @@ def sample(reference: str, folder: str, sequences: int, prompt: int, new_tokens:
 
     `folder` holds a Qwen3 with a tokenizer that has a mask token and a padding token.
     """
-    replaced = _stand_ins()
+    replaced = _stand_ins("flash_attn", "liger_kernel")
     sys.path.insert(0, str(Path(reference) / "sample"))
     from jetengine_ext import config as engine_config  # type: ignore[import-not-found]
 
@@ -76,10 +79,10 @@ def update(
     `offload`: where optimizer states and sharded weights are kept, `cpu` as released, or `none`. Rows are of equal
     length, one state for each block.
     """
-    replaced = _stand_ins()
+    replaced = _stand_ins("omegaconf", "torchvision", "wandb")
     os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-        "ACCELERATE_USE_DEEPSPEED": "true",
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port("127.0.0.1", 0)), "ACCELERATE_USE_DEEPSPEED": "true",
     }  # fmt: skip
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -153,28 +156,18 @@ def _engine_config(folder: str, **_: Any) -> Any:
     return SimpleNamespace(**content | {"torch_dtype": torch.bfloat16, "rope_theta": 1e6, "rope_scaling": None})
 
 
-def _stand_ins() -> list[str]:
-    """Puts something in the place of every package that is not installed; their names."""
-    modules: dict[str, dict[str, dict[str, Any]]] = {
-        "flash_attn": {"flash_attn": {"flash_attn_with_kvcache": _paged_attention}},
-        "liger_kernel": {
-            "liger_kernel": {},
-            "liger_kernel.ops": {},
-            "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _GatedActivation},
-        },
-        "omegaconf": {"omegaconf": {"OmegaConf": None, "DictConfig": dict, "ListConfig": list}},
-        "torchvision": {"torchvision": {"transforms": None}},
-        "wandb": {"wandb": {}},
-    }
-    missing = [package for package in modules if find_spec(package) is None]
+def _stand_ins(*packages: str) -> list[str]:
+    """Puts something in the place of each of these that is not installed; their names."""
+    missing = [package for package in packages if find_spec(package) is None]
     for package in missing:
-        for name, attributes in modules[package].items():
+        for name, attributes in _MODULES[package].items():
             sys.modules[name] = _module(name, **attributes)
     return missing
 
 
 def _module(name: str, **attributes: Any) -> ModuleType:
     module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # transformers and accelerate look for it
     vars(module).update(attributes)
     return module
 
@@ -206,7 +199,14 @@ def _paged_attention(
     return fused_kv_cache_attention(*flat, k_cache, v_cache, block_table, cache_seqlens, new).view_as(q)
 
 
-def _free_port() -> int:
-    from deploy.dashboard.process import free_port
-
-    return free_port("127.0.0.1", 0)
+_MODULES: dict[str, dict[str, dict[str, Any]]] = {
+    "flash_attn": {"flash_attn": {"flash_attn_with_kvcache": _paged_attention}},
+    "liger_kernel": {
+        "liger_kernel": {},
+        "liger_kernel.ops": {},
+        "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _GatedActivation},
+    },
+    "omegaconf": {"omegaconf": {"OmegaConf": None, "DictConfig": dict, "ListConfig": list}},
+    "torchvision": {"torchvision": {"transforms": None}},
+    "wandb": {"wandb": {}},
+}

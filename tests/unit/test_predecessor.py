@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
@@ -71,7 +72,9 @@ def test_its_trainer_gets_the_settings_of_its_launchers_and_texts_of_as_many_tok
 
 def test_what_is_missing_and_nothing_else_is_replaced(checkout, monkeypatch):
     monkeypatch.setattr(released_code, "find_spec", lambda name: None if name in ("flash_attn", "liger_kernel") else 1)
-    assert released_code._stand_ins() == ["flash_attn", "liger_kernel"]
+    assert released_code._stand_ins("flash_attn", "wandb", "liger_kernel") == ["flash_attn", "liger_kernel"]
+    assert "wandb" not in sys.modules or sys.modules["wandb"].__file__
+    assert find_spec("flash_attn").name == "flash_attn"  # which fails for a module without its specification
     from flash_attn import flash_attn_with_kvcache
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
