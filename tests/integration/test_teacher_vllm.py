@@ -16,8 +16,8 @@ import pytest
 import ray
 import torch
 
+from actors import responder
 from actors.responder import ResponseRequest, Sampling
-from actors.teacher import responder
 from actors.teacher.actor import as_remote, build_backend
 from actors.teacher.targets import TargetRequest
 from common.config.data import DataConfig

@@ -2,9 +2,8 @@
 
 import pytest
 
-from actors import rollout
+from actors import responder, rollout
 from actors.teacher import actor as teacher
-from actors.teacher import responder
 from common.config.file import load_config
 from learner import rank
 
