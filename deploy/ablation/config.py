@@ -30,9 +30,9 @@ class Claim(Section):
     better: str = Field(description="name of the arm that should score higher")
     worse: str = Field(description="name of the arm that should score lower")
     metric: str = Field(
-        description="static, dynamic (exact match), loss (static minus dynamic) or held_out_kl; of these two lower is "
-        "better",
-        pattern="^(static|dynamic|loss|held_out_kl)$",
+        description="static, dynamic (exact match), loss (static minus dynamic), held_out_kl, of these two lower is "
+        "better, or held_out_accepted (share of drafts that verified decoding keeps)",
+        pattern="^(static|dynamic|loss|held_out_kl|held_out_accepted)$",
     )
 
 

@@ -32,15 +32,17 @@ class Result:
     versions: dict[str, str]
     curve: list[tuple[float, float]]  # response tokens trained on, exact match (dynamic) or else the held-out KL
     held_out_kl: float | None = None
+    held_out_accepted: float | None = None
 
     def metric(self, name: str) -> float:
-        """Exact match under `static` or `dynamic` decoding, `loss`: the first minus the second, or the `held_out_kl`;
-        NaN: not measured."""
+        """Exact match under `static` or `dynamic` decoding, `loss`: the first minus the second, `held_out_kl` or
+        `held_out_accepted`; NaN: not measured."""
         exact = {
             key: row.get("exact_match", math.nan) for key, row in (("static", self.static), ("dynamic", self.dynamic))
         }
-        kl = math.nan if self.held_out_kl is None else self.held_out_kl
-        return (exact | {"loss": exact["static"] - exact["dynamic"], "held_out_kl": kl})[name]
+        held_out = {"held_out_kl": self.held_out_kl, "held_out_accepted": self.held_out_accepted}
+        measured = {key: math.nan if value is None else value for key, value in held_out.items()}
+        return (exact | {"loss": exact["static"] - exact["dynamic"]} | measured)[name]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def read_result(arm: Arm) -> Result:
         train=summary["train"],
         versions=summary.get("versions", {}),
         curve=[(r["response_tokens"], r[drawn]) for r in rows if r.get(drawn) is not None],
-        held_out_kl=summary["held_out_kl"]["mean"] if "held_out_kl" in summary else None,
+        held_out_kl=summary.get("held_out_kl", {}).get("mean"),
+        held_out_accepted=summary.get("held_out_kl", {}).get("accepted"),
     )
 
 
@@ -103,7 +106,7 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         "",
         "## Results",
         "",
-        *_table(results, list(ablation.arms)),
+        *_table(results, ablation),
         "",
         f"![{measured} at the end]({bars.relative_to(ablation.report.parent)})",
         "",
@@ -190,7 +193,7 @@ def _word(mean: float, p: float) -> str:
     return "reproduces" if mean > 0 else "contradicted"
 
 
-def _table(results: list[Result], arms: list[str]) -> list[str]:
+def _table(results: list[Result], ablation: AblationConfig) -> list[str]:
     columns: list[tuple[str, Callable[[Result], float], str]] = []
     if _has_problems(results):
         columns += [
@@ -201,6 +204,8 @@ def _table(results: list[Result], arms: list[str]) -> list[str]:
         ]
     if any(r.held_out_kl is not None for r in results):
         columns.append(("held-out KL, nats", lambda r: r.metric("held_out_kl"), ".3f"))
+    if any(claim.metric == "held_out_accepted" for claim in ablation.claims):
+        columns.append(("drafts kept, %", lambda r: 100 * r.metric("held_out_accepted"), ".1f"))
     columns += [
         ("training tokens", lambda r: r.train["response_tokens"], ",.0f"),
         ("updates", lambda r: r.train["updates"], ",.0f"),
@@ -210,7 +215,7 @@ def _table(results: list[Result], arms: list[str]) -> list[str]:
         "| arm | seeds | " + " | ".join(name for name, _, _ in columns) + " |",
         "| --- |" + " ---: |" * (len(columns) + 1),
     ]
-    for arm in arms:
+    for arm in ablation.arms:
         of_arm = [r for r in results if r.arm == arm]
         if of_arm:
             cells = [_mean_std([value(r) for r in of_arm], form) for _, value, form in columns]
@@ -229,7 +234,11 @@ def _claims(results: list[Result], claims: tuple[Claim, ...]) -> list[str]:
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for claim, found in zip(claims, verdicts(results, claims), strict=True):
-        named = {"loss": "less lost from static to dynamic", "held_out_kl": "held-out KL"}
+        named = {
+            "loss": "less lost from static to dynamic",
+            "held_out_kl": "held-out KL",
+            "held_out_accepted": "drafts kept on held-out prompts",
+        }
         measure = named.get(claim.metric, f"{claim.metric} exact match")
         scale, form, unit = (1, ".3f", "nats") if claim.metric == "held_out_kl" else (100, ".1f", "points")
         lines.append(

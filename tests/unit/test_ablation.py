@@ -238,7 +238,7 @@ def test_responses_that_an_earlier_release_recorded_are_taken(tmp_path):
 def results(better: list[float], worse: list[float]) -> list[Result]:
     def result(arm: str, seed: int, value: float) -> Result:
         metrics = {"exact_match": value}
-        return Result(arm, seed, {"exact_match": 0.9}, metrics, {}, {}, [])
+        return Result(arm, seed, {"exact_match": 0.9}, metrics, {}, {}, [], value, value)
 
     return [result("a", i, v) for i, v in enumerate(better)] + [result("b", i, v) for i, v in enumerate(worse)]
 
@@ -252,6 +252,8 @@ def results(better: list[float], worse: list[float]) -> list[Result]:
         ([0.60, 0.75, 0.60], [0.80, 0.60, 0.70], "dynamic", "not seen"),
         ([0.88, 0.89, 0.88], [0.70, 0.72, 0.71], "loss", "reproduces"),
         ([0.80], [0.60], "dynamic", "open"),
+        ([0.80, 0.82, 0.81], [0.60, 0.61, 0.62], "held_out_accepted", "reproduces"),
+        ([0.80, 0.82, 0.81], [0.60, 0.61, 0.62], "held_out_kl", "contradicted"),
     ],
 )
 def test_verdicts(better, worse, metric, expected):
@@ -261,9 +263,9 @@ def test_verdicts(better, worse, metric, expected):
     assert found.word == expected
     assert found.seeds == len(better)
     if found.seeds > 1:  # the paired t statistic, written out
-        sign = 1 if metric == "dynamic" else -1
-        values = np.array(better) if metric == "dynamic" else 0.9 - np.array(better)
-        others = np.array(worse) if metric == "dynamic" else 0.9 - np.array(worse)
+        sign = -1 if metric in ("loss", "held_out_kl") else 1
+        values = 0.9 - np.array(better) if metric == "loss" else np.array(better)
+        others = 0.9 - np.array(worse) if metric == "loss" else np.array(worse)
         difference = sign * (values - others)
         assert mean == pytest.approx(difference.mean())
         assert std == pytest.approx(difference.std(ddof=1))
@@ -572,3 +574,29 @@ def test_a_bad_style_is_refused_with_its_place(tmp_path, style, said):
     file.write_text(yaml.safe_dump({"name": "x", "base": "tiny", "arms": {"SFT": {"style": style}}}))
     with pytest.raises(ConfigError, match=said):
         load_ablation(str(file))
+
+
+def test_the_arms_of_the_drafter_ablation():
+    """Block, adapter's rank, what clean tokens see, what teaches, and whether the causal reading is trained too."""
+    runs = arms_of(load_ablation("ablation-drafter"))
+    found = {
+        a.name: (
+            a.config.block_size,
+            a.config.adapter.rank if a.config.adapter.gated else 0,
+            a.config.attention.context,
+            a.config.teacher.backend,
+            a.config.objective.terms.autoregressive > 0,
+        )
+        for a in runs
+    }
+    assert found == {
+        "gated adapter, block 4": (4, 64, "causal", "self", False),
+        "gated adapter, block 8": (8, 64, "causal", "self", False),
+        "gated adapter of rank 16, block 8": (8, 16, "causal", "self", False),
+        "all weights, block 4": (4, 0, "causal", "transformers", True),
+        "all weights, block 8": (8, 0, "causal", "transformers", True),
+        "OPDLM, block-causal": (4, 0, "block", "transformers", False),
+        "OPDLM, context-causal": (4, 0, "causal", "transformers", True),
+    }
+    same = {(a.config.pipeline, a.config.evaluation, a.config.curriculum, a.config.data.prompts) for a in runs}
+    assert len(same) == 1 and runs[0].config.evaluation.held_out_prompts == 256
