@@ -22,15 +22,13 @@ import ray
 
 from common.config.fingerprint import evaluation_fingerprint
 from common.config.run import RunConfig
-from common.config.sources import ContinuedSource
 from common.config.yaml_loader import written
-from common.prompts import Prompt, longest_response
-from common.responses import for_extra_losses, offline_share, with_prefixes, with_responses
 from common.weights.transport import WeightsHandle
 from deploy.batch_metrics import BatchMetrics
+from deploy.batch_prompts import prompts_of_batch
 from deploy.checkpoints import FINAL, RunState
 from deploy.cluster import Pools, connect, create_pools, form_weights_group, load_models
-from deploy.curriculum import block_size_at, extra_weights, response_limit, unmasking_at
+from deploy.curriculum import block_size_at, response_limit, unmasking_at
 from deploy.dashboard.process import DashboardProcess
 from deploy.dealing import ResponseLengths
 from deploy.errors import RunError, WorkerError
@@ -336,28 +334,7 @@ class Pipeline:
     def _start_batch(self, index: int, block_size: int) -> RolloutBatch:
         config = self.config
         limit = response_limit(config.curriculum, index, block_size, self.state.feedback.gates)
-        share = offline_share(config.objective.source, index)
-        known, samples = self.prepared.prompts, config.rollout.samples_per_prompt
-        stored = known.trajectories if config.objective.source.kind == "replay" else known.responses
-        prompts = with_responses(self.batches[index], share, stored, samples, config.seed)
-
-        def longest(prompt: Prompt) -> int:
-            return longest_response(prompt, limit, config.data.domain_max_tokens, block_size)
-
-        if isinstance(config.objective.source, ContinuedSource):
-            most = config.objective.source.max_share
-            prompts = with_prefixes(prompts, most, known.responses, longest, config.seed)
-        weights = extra_weights(config.objective, index)
-        prompts += for_extra_losses(
-            self.batches[index],
-            config.objective,
-            weights,
-            known.responses,
-            samples,
-            config.seed,
-            longest,
-            known.trajectories,
-        )
+        prompts = prompts_of_batch(config, self.prepared.prompts, self.batches[index], index, limit, block_size)
         unmasking = unmasking_at(config.rollout, index)
         return RolloutBatch(
             index, prompts, config, limit, block_size, unmasking, self.pools, self.calls, self.response_lengths
