@@ -28,7 +28,7 @@ from common.end_tokens import check_chat_template, end_token_ids, known_end_toke
 from common.gguf_files import model_folder
 from common.lora import write_adapter
 from common.mask_token import AUTO, NEW, set_mask_token
-from common.model_files import ModelError, check_complete, check_plain, stored_tensors
+from common.model_files import ModelError, check_complete, check_plain, share_weights, stored_tensors
 from common.student import (
     RECORDED,
     SUPPORTED_FAMILIES,
@@ -289,6 +289,7 @@ def save_student(
     model.config.architectures = [student_architecture(model.config)]
     model.config.save_pretrained(out)
     conversion.tokenizer.save_pretrained(out)
+    share_weights(out)
 
 
 def check_weights(path: str) -> None:

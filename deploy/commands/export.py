@@ -40,6 +40,13 @@ def export(
         str | None,
         typer.Option("--license", help="of the base model, such as apache-2.0; default: what its own card says"),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="hub id of the model that it was made of, for the card; default: what the run calls it",
+            metavar="ORGANISATION/NAME",
+        ),
+    ] = None,
     card_only: Annotated[
         bool, typer.Option("--card-only", help="write the card of OUT, which is exported already, anew")
     ] = False,
@@ -75,11 +82,12 @@ def export(
     from deploy.export.peft import check_peft, write_peft
     from deploy.export.sdar import check_sdar, sdar_notes, write_sdar
 
-    if push:
-        check_repository(push)
+    for option, repository in (("--push", push), ("--base", base)):
+        if repository:
+            check_repository(option, repository)
     results = read_results(evaluation) if evaluation else None
     with model_errors("MODEL", model):
-        student = read_student(Path(model))
+        student = read_student(Path(model), base)
         if format == "sdar":
             check_sdar(student)
         if format == "peft":

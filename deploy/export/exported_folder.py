@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from common.adapter_files import read_adapter
 from common.conversion import end_tokens_of
-from common.model_files import ModelError, read_json
+from common.model_files import ModelError, read_json, share_weights
 from common.student import attention_context, check_family, load_config, load_model, load_tokenizer
 from common.vocabulary import token_count
 from deploy.export import block_diffusion
@@ -45,10 +45,11 @@ class Student:
     tokenizer: PreTrainedTokenizerBase
     end_tokens: tuple[int, ...]
     run: RunRecord | None  # that made it, where that is known
+    base: str | None  # the name of the model that it was made of, where that is known
 
     @property
     def origin(self) -> str:
-        of = f" of {self.run.base}" if self.run else ""
+        of = f" of {self.base}" if self.base else ""
         return f"student{of}, made by opdlm {installed_versions()['opdlm']}"
 
     def described(self) -> dict[str, Any]:
@@ -64,8 +65,9 @@ class Student:
         }
 
 
-def read_student(folder: Path) -> Student:
-    """The student in a local folder that `check_student_folder` accepts.
+def read_student(folder: Path, base: str | None = None) -> Student:
+    """The student in a local folder that `check_student_folder` accepts; `base` is the model that it was made of, in
+    place of what its run says.
 
     Raises:
         ModelError: its config or tokenizer cannot be read, its family is not supported, or it is a gated adapter.
@@ -81,7 +83,9 @@ def read_student(folder: Path) -> Student:
     check_family(config)
     tokenizer = load_tokenizer(str(folder))
     ends = end_tokens_of(str(folder), config, tokenizer)
-    return Student(folder, read_json(folder / "config.json"), config, tokenizer, ends, run_record(folder))
+    run = run_record(folder)
+    base = base or (run.base if run else None)
+    return Student(folder, read_json(folder / "config.json"), config, tokenizer, ends, run, base)
 
 
 Writer = Callable[[Student, Path], None]  # what a format has beside the tokenizer and the generation config
@@ -101,6 +105,7 @@ def write_exported(student: Student, out: Path, write: Writer) -> None:
         GenerationConfig(eos_token_id=ends, pad_token_id=ends[0] if padding is None else padding).save_pretrained(
             partial
         )
+        share_weights(partial)
         if out.is_dir():
             out.rmdir()  # it is empty
         partial.rename(out)

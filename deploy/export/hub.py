@@ -11,8 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from common.config.errors import ConfigError
 
 
-def check_repository(repository: str) -> None:
-    """Refuse what is no name of a repository.
+def check_repository(option: str, repository: str) -> None:
+    """Refuse what is no name of a repository, given as that option.
 
     Raises:
         ConfigError: says so.
@@ -20,7 +20,7 @@ def check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"--push: {repository!r} is no repository; give ORGANISATION/NAME") from error
+        raise ConfigError(f"{option}: {repository!r} is no repository; give ORGANISATION/NAME") from error
 
 
 def push_folder(folder: Path, repository: str, private: bool) -> str:

@@ -17,7 +17,7 @@ from common.config.errors import ConfigError
 from common.config.run import RunConfig
 from deploy.evaluation.results import FORMAT_VERSION
 from deploy.export.exported_folder import Format, Student
-from deploy.export.run_record import RunRecord
+from deploy.export.run_record import RunRecord, public_name
 
 CARD = "README.md"
 # what of the run's config makes the model; paths and machines do not
@@ -66,6 +66,7 @@ _CHAT = """tokenizer.apply_chat_template(
     [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )"""
 _PLAIN = 'tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)'
+_ON_POLICY = "on-policy distillation (OPDLM, arXiv 2606.06712)"  # the student's own responses, the base model's targets
 _ENGINES = """SGLang, LMDeploy and JetEngine load it as an SDAR; they must be told the block size {size} where their
 default is another one, and the mask token {mask} where they do not take that one by themselves."""
 
@@ -80,12 +81,13 @@ def model_card(
         evaluation: the content of a results file of `opdlm eval`.
         licence: of the base model, in place of what its own card says.
     """
-    run = student.run
-    licence = licence or (licence_of(run) if run else None)
+    run, base = student.run, student.base
+    stated = licence_of(run) if run and not licence else None
+    licence = licence or stated
     library = "peft" if format == "peft" else "transformers"
     facts: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     facts |= {"license": licence} if licence else {}
-    facts |= {"base_model": run.base} if run and "/" in run.base else {}
+    facts |= {"base_model": base} if base and "/" in base else {}
     facts["tags"] = ["block-diffusion", "opdlm"]
     size, mask = student.config.block_size, student.config.mask_token_id
     asked = _CHAT if student.tokenizer.chat_template else _PLAIN
@@ -95,16 +97,17 @@ def model_card(
         f"A block-diffusion language model: a {student.origin}. It writes its text in blocks of {size} tokens, of "
         "which each forward reveals one or several. It was not trained to be decoded autoregressively.",
         "## Loading\n" + (_PEFT if format == "peft" else _LOADING).format(
-            name=name, asked=asked, base=run.base if run else "BASE", fields=pformat(student.described(), width=100)
+            name=name, asked=asked, base=base or "BASE", fields=pformat(student.described(), width=100)
         ),
     ]  # fmt: skip
     parts += [_ENGINES.format(size=size, mask=mask)] if format == "sdar" else []
-    parts += [_training(run)] if run else []
+    parts += [_training(run, base or run.base)] if run else []
     scores = _evaluated(evaluation) if evaluation else _summarised(run.summary) if run else ""
     parts += [scores] if scores else []
-    of = run.base if run else "the model that it was made of"
-    named = f"`{licence}`, as {of} states it" if licence else f"that of {of}, whose files here do not name it"
-    parts.append(f"## Licence\nThe weights are derived from {of}. Licence: {named}.")
+    of = base or "another model"
+    named = f"`{licence}`" + (f", as {of} states it" if stated else "")
+    unknown = f"that of {base or 'that model'}, whose files here do not name it"
+    parts.append(f"## Licence\nThe weights are derived from {of}. Licence: {named if licence else unknown}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -130,11 +133,12 @@ def licence_of(run: RunRecord) -> str | None:
     return str(found) if found else None
 
 
-def _training(run: RunRecord) -> str:
+def _training(run: RunRecord, base: str) -> str:
     manifest, metrics, summary = run.manifest, run.metrics, run.summary
     rows = {
-        "base model": run.base,
+        "base model": base,
         "method": _method(run.config),
+        "prompts": public_name(str(run.config.data.prompts)),
         "response tokens": _number(manifest.get("response_tokens")),
         "updates": _number(manifest.get("updates")),
         "divergence of the last rollout batch, nats/token": _number(metrics.get("kl")),
@@ -156,10 +160,12 @@ def _method(config: RunConfig) -> str:
     if objective.method:
         return objective.method
     choices = (objective.source, objective.state, objective.target, objective.divergence)
-    return ", ".join(
+    named = ", ".join(
         f"{word} {choice.kind}"
         for word, choice in zip(("source", "state", "target", "divergence"), choices, strict=True)
     )
+    on_policy = (objective.source.kind, objective.target.kind) == ("student", "teacher")
+    return f"{_ON_POLICY}: {named}" if on_policy else named
 
 
 def _summarised(summary: dict[str, Any]) -> str:
@@ -200,7 +206,11 @@ def _evaluated(results: dict[str, Any]) -> str:
             ]
         )
     head = ["suite", "model", "decoding", "score (95%)", "minus original", "tokens per step", "problems"]
-    return "## Scores\nBy `opdlm eval`; differences are paired by problem.\n\n" + _table(head, rows)
+    said = (
+        "By `opdlm eval`; differences are in points, paired by problem. AR: autoregressive; static N: N tokens a step; "
+        "dynamic P: all tokens of a confidence above P."
+    )
+    return f"## Scores\n{said}\n\n" + _table(head, rows)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -124,6 +124,9 @@ def test_what_does_not_know_an_exported_folder_refuses_it(opdlm, tmp_path):
     assert opdlm("export", student(tmp_path, "llama", "block"), tmp_path / "out")[0] == 0
     saved = json.loads((tmp_path / "out/config.json").read_text())
     assert (saved["model_type"], saved["architectures"]) == ("opdlm_llama", ["OpdlmForCausalLM"])
+    for folder in ("student", "out"):
+        modes = {(tmp_path / folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+        assert len(modes) == 1, "who may read the config may read the weights"
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoConfig.from_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="trust_remote_code=True"):

@@ -56,7 +56,9 @@ def test_a_card_says_what_the_run_says(opdlm, tmp_path, run):
     assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
     for row in (
         "| base model | my-arlm |",
-        "| method | source student, state per_block, target teacher, divergence forward_kl |",
+        "| method | on-policy distillation (OPDLM, arXiv 2606.06712): source student, state per_block, target teacher, "
+        "divergence forward_kl |",
+        "| prompts | word_problems_train.jsonl |",
         "| response tokens | 7,318 |",
         "| divergence of the last rollout batch, nats/token | 0.5 |",
         "| held-out KL before the training, nats/token | 2.5 |",
@@ -84,6 +86,19 @@ def test_a_student_of_no_run_has_a_card(opdlm, tmp_path, run):
     text = card_of(tmp_path / "mine")
     assert "a student, made by opdlm" in text and "## Training" not in text
     assert ModelCard(text).data.license is None and "do not name it" in text
+    assert ModelCard(text).data.base_model is None
+
+
+def test_a_card_names_the_base_model_as_others_know_it(opdlm, tmp_path, run):
+    shutil.copytree(run / "checkpoints/final", tmp_path / "copied")
+    named = ["--base", "me/an-arlm", "--license", "mit"]
+    for student, out in ((run / "checkpoints/final", "mine"), (tmp_path / "copied", "other")):
+        assert opdlm("export", student, tmp_path / out, *named)[0] == 0
+        text = card_of(tmp_path / out)
+        assert (ModelCard(text).data.base_model, ModelCard(text).data.license) == ("me/an-arlm", "mit")
+        assert "a student of me/an-arlm, made by opdlm" in text and "my-arlm" not in text
+        assert "derived from me/an-arlm. Licence: `mit`." in text
+        assert ("| base model | me/an-arlm |" in text) == (out == "mine")
 
 
 def test_scores_come_from_a_file_of_opdlm_eval_and_a_card_is_written_anew(opdlm, tmp_path, run):
@@ -113,6 +128,7 @@ def test_what_is_no_results_file_and_no_exported_folder_is_refused(opdlm, tmp_pa
         (["--eval", tmp_path / "none.json"], "--eval: "),
         (["--card-only"], "is no exported folder"),
         (["--push", "a/b/c"], "--push: 'a/b/c' is no repository"),
+        (["--base", "/models/arlm"], "--base: '/models/arlm' is no repository"),
     ):
         status, out, err = opdlm("export", final, tmp_path / "mine", *arguments)
         assert (status, out) == (2, "") and said in err
