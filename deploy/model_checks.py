@@ -93,6 +93,42 @@ def check_student_folder(field: str, path: str, base: str | None = None) -> None
         )
 
 
+def verifier_of(verify: str, at: StudentPath, rules: Iterable[str]) -> str | None:
+    """Where the original is that verifies under the speculative rule, of --verify; None: the student itself does.
+
+    Raises:
+        ConfigError: the student cannot verify itself; there is no such original, or its tokens are others.
+    """
+    if verify == "self":
+        check_verifies(at.field, at.folder, rules)
+        return None
+    if "speculative" not in rules:
+        raise ConfigError(f"--verify: {verify!r} is for the speculative rule; add --rule speculative, or leave it out")
+    if verify == "base":
+        with model_errors(at.field, at.folder):
+            adapter = read_adapter(at.folder, at.base)
+        if adapter is None:
+            raise ConfigError(
+                f"--verify: 'base' is the model of an adapter, and {at.folder!r} is none; give the original's folder"
+            )
+        return adapter.base
+    check_model_folder("--verify", verify)
+    from common.student import load_tokenizer
+    from common.vocabulary import first_difference
+
+    with model_errors("--verify", verify):
+        theirs = load_tokenizer(verify)
+    with model_errors(at.field, at.folder):
+        ours = load_tokenizer(at.folder)
+    there = load_student_config("--verify", verify).max_position_embeddings
+    here = load_student_config(at.field, at.folder).max_position_embeddings
+    if there < here:
+        raise ConfigError(f"--verify: {verify!r} has {there} positions and the student {here}; give its original")
+    if different := first_difference(ours, theirs):
+        raise ConfigError(f"--verify: {verify!r} has other tokens than the student ({different}); give its original")
+    return verify
+
+
 def check_verifies(field: str, path: str, rules: Iterable[str]) -> None:
     """Refuse the speculative rule for a student whose causal reading is not that of its cache."""
     if "speculative" not in rules or not Path(path).is_dir():
@@ -100,7 +136,7 @@ def check_verifies(field: str, path: str, rules: Iterable[str]) -> None:
     if model_json(field, path).get("attention_context", "block") != "causal":
         raise ConfigError(
             f"--rule: 'speculative' needs a student with attention_context 'causal', that of {path!r} is 'block'; "
-            "train one with attention.context causal, or choose another rule"
+            "train one with attention.context causal, let the original verify (--verify FOLDER), or choose another rule"
         )
 
 
@@ -247,7 +283,7 @@ def _check_reads_states(field: str, path: str, mask_token_id: int) -> None:
 
 
 def load_student_config(field: str, path: str) -> Any:
-    """The transformers config of a student."""
+    """The transformers config of a student, or of another model."""
     from common.student import load_config
 
     with model_errors(field, path):

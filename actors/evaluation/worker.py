@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from actors.evaluation.autoregressive import autoregressive_sampler, load_autoregressive
-from actors.evaluation.generation import load_student, sampler_of
+from actors.evaluation.generation import load_student, load_verifier, sampler_of
 from actors.evaluation.responses import Response, responses
 from actors.sampler.autoregressive import token_by_token
 from actors.sampler.request import Request
@@ -29,7 +29,8 @@ class ModelSpec:
     """Which model, how it is loaded, and how many sequences are decoded together.
 
     `ends`: end tokens of an original, in place of its own: those of the student that it stands beside. `base`: the
-    model of an adapter at `path`, in place of the one that it names.
+    model of an adapter at `path`, in place of the one that it names. `verifier`: the original that verifies what a
+    student drafts, for unmasking.verify 'base'.
     """
 
     kind: ModelKind
@@ -38,6 +39,7 @@ class ModelSpec:
     slots: int
     ends: tuple[int, ...] | None = None
     base: str | None = None
+    verifier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class EvaluationWorker:
                 )
         if spec.kind == "student":
             self.model, self.tokenizer = load_student(spec.path, spec.dtype, device, spec.base)
-            self.sampler = sampler_of(self.model, self.tokenizer, block_size=None, slots=spec.slots)
+            verifier = load_verifier(spec.verifier, spec.dtype, device) if spec.verifier else None
+            self.sampler = sampler_of(self.model, self.tokenizer, block_size=None, slots=spec.slots, verifier=verifier)
         else:
             self.model, self.tokenizer = load_autoregressive(spec.path, device, spec.dtype, spec.ends)
             self.sampler = autoregressive_sampler(self.model, self.tokenizer, slots=spec.slots)

@@ -34,6 +34,7 @@ from deploy.evaluation.decoding_options import (
     RuleName,
     Student,
     Temperature,
+    Verify,
     response_limit,
 )
 from deploy.named_files import check_output, writing
@@ -142,6 +143,7 @@ def evaluate(
         list[float] | None,
         typer.Option(callback=finite, min=0, max=0.999, help=f"{REVISE_HELP}; repeatable; default: 0"),
     ] = None,
+    verify: Verify = "self",
     block_size: Annotated[
         list[int] | None, typer.Option(min=1, help="tokens per block, repeatable; default: the model's own")
     ] = None,
@@ -240,6 +242,7 @@ def evaluate(
         "--block-size": block_size,
         "--original": original,
         "--adapter": adapter,
+        "--verify": None if verify == "self" else verify,
     }
     rules = [str(r) for r in rule or [RuleName.static, RuleName.dynamic]]
     _check_options(rules, student_only, autoregressive, output, plot)
@@ -258,18 +261,18 @@ def evaluate(
         StudentPath,
         check_model_folder,
         check_student_folder,
-        check_verifies,
         model_errors,
         model_json,
+        verifier_of,
     )
 
     at = StudentPath.of(model, adapter)
     if autoregressive:
         check_model_folder("MODEL", model)
-        beside, found = None, ""
+        beside, found, verifier = None, "", None
     else:
         check_student_folder(at.field, at.folder, at.base)
-        check_verifies(at.field, at.folder, rules)
+        verifier = verifier_of(verify, at, rules)
         beside, found = original_of(at.folder, original, at.base)
     if beside:
         check_model_folder("--original", beside)
@@ -305,10 +308,11 @@ def evaluate(
         sizes,
         draft_rounds or [1],
         revise or [0.0],
+        "base" if verifier else "self",
     )
     models: list[tuple[str, ModelSpec, list[Setting]]] = []
     if not autoregressive:
-        student = ModelSpec("student", at.folder, dtype, slots, base=at.base)
+        student = ModelSpec("student", at.folder, dtype, slots, base=at.base, verifier=verifier)
         models.append((at.field, student, student_settings))
     if autoregressive or beside:
         option, path = ("MODEL", model) if autoregressive else ("--original", beside)
@@ -422,6 +426,7 @@ def _check_options(
         "--tokens-per-step": ("sequential", "static"),
         "--bound": ("entropy_bound",),
         "--draft-rounds": ("speculative",),
+        "--verify": ("speculative",),
     }
     for name, users in needs.items():
         if student_only[name] and not set(users) & set(rules):

@@ -43,6 +43,7 @@ from deploy.evaluation.decoding_options import (
     Student,
     Temperature,
     Threshold,
+    Verify,
     response_limit,
     unmasking_of,
 )
@@ -84,6 +85,7 @@ def generate(
     threshold: Threshold = DEFAULT_THRESHOLD,
     lower: Lower = DEFAULT_LOWER,
     draft_rounds: DraftRounds = 1,
+    verify: Verify = "self",
     revise: Revise = 0.0,
     block_size: BlockSize = None,
     max_new_tokens: Annotated[
@@ -127,18 +129,18 @@ def generate(
         raise ConfigError("PROMPT: it is empty; give a question")
     rows = _rows_of(file, question_field, split, subset) if file else [("PROMPT", {question_field: prompt})]
     records = [as_record(place, record) for place, record in rows]
-    from deploy.model_checks import StudentPath, check_student_folder, check_verifies, model_errors
+    from deploy.model_checks import StudentPath, check_student_folder, model_errors, verifier_of
 
     at = StudentPath.of(model, adapter)
     check_student_folder(at.field, at.folder, at.base)
-    check_verifies(at.field, at.folder, [rule])
+    original = verifier_of(verify, at, [rule])
     asked = asked_like_training(at.folder, thinking, system, template)
     if template is None or raw:
         asked.pop("templates", None)  # a prompt is asked as it is given
     if raw:
         asked.pop("system", None)
     data = DataConfig(prompts=str(file or "PROMPT"), question_field=question_field, **asked)
-    from actors.evaluation.generation import generate_texts, load_student, sampler_of
+    from actors.evaluation.generation import generate_texts, load_student, load_verifier, sampler_of
     from actors.sampler.sampling import Decoding
     from common.student import load_config, load_tokenizer
     from deploy.commands.unmasking_view import unmasking_view
@@ -160,11 +162,18 @@ def generate(
     )
     with model_errors(at.field, at.folder):
         student, tokenizer = load_student(at.folder, dtype, base=at.base)
-    sampler = sampler_of(student, tokenizer, block_size=block_size, slots=min(slots, len(prompts)), seed=seed)
-    decoding = Decoding(unmasking_of(rule, threshold, lower, draft_rounds, revise), temperature)
+    verifier = None
+    if original:
+        with model_errors("--verify", original):
+            verifier = load_verifier(original, dtype)
+    slots = min(slots, len(prompts))
+    sampler = sampler_of(student, tokenizer, block_size=block_size, slots=slots, seed=seed, verifier=verifier)
+    unmasking = unmasking_of(rule, threshold, lower, draft_rounds, revise, "base" if original else "self")
+    decoding = Decoding(unmasking, temperature)
     settings = {
         "model": str(Path(at.folder).resolve()),
         **({"base": str(Path(at.base).resolve())} if at.base else {}),
+        **({"verifier": str(Path(original).resolve())} if original else {}),
         "prompts": of_prompts(prompts),
         "rule": decoding.unmasking.model_dump(exclude=set() if revise else {"revise"}),
         "block_size": block_size,
@@ -193,6 +202,8 @@ def generate(
             written = f"{tokens} tokens" + (f" and {cut} that were cut" if cut else "")
             unit = "forward" if rule == RuleName.speculative else "step"
             console.print(Text(f"{written} in {steps} {unit}s: {tokens / max(steps, 1):.2f} per {unit}", style="dim"))
+    if sampler.verifier:
+        say(f"verified by {original}, which took {sampler.verifier.memory_bytes / 2**20:.1f} MiB beside the student")
     if output:
         say(f"wrote {len(prompts)} responses to {output}")
 

@@ -26,6 +26,7 @@ from deploy.evaluation.decoding_options import (
     Student,
     Temperature,
     Threshold,
+    Verify,
 )
 from deploy.serving.options import LONGEST, Replicas, ServingOptions
 
@@ -107,6 +108,7 @@ def asked(
     rule: Rule = RuleName.dynamic,
     threshold: Threshold = DEFAULT_THRESHOLD,
     lower: Lower = DEFAULT_LOWER,
+    verify: Verify = "self",
     block_size: BlockSize = None,
     temperature: Temperature = 0.0,
     dtype: DtypeName = "float32",
@@ -132,16 +134,18 @@ def asked(
             "bind 127.0.0.1 and forward the port (ssh -L)"
         )
     count = Replicas.parsed(replicas)
-    from deploy.model_checks import StudentPath, check_model_folder, check_student_folder, check_verifies
+    from deploy.model_checks import StudentPath, check_model_folder, check_student_folder, verifier_of
     from deploy.serving.loading import check_options
 
     at = StudentPath.of(model, adapter)
     check_student_folder(at.field, at.folder, at.base)
-    check_verifies(at.field, at.folder, [rule])
+    # clients may ask for the speculative rule where the original verifies, whatever the server's own rule is
+    verifier = verifier_of(verify, at, [rule] if verify == "self" else [RuleName.speculative])
     if compare is not None:
         check_model_folder("--compare", compare)
     options = ServingOptions(
         student=at,
+        verifier=verifier,
         name=name or at.folder,
         host=host,
         api_key=key,

@@ -70,6 +70,14 @@ DraftRounds = Annotated[
         help="steps of a draft under the speculative rule; all but the last reveal what is above the threshold",
     ),
 ]
+Verify = Annotated[
+    str,
+    typer.Option(
+        help="who verifies under the speculative rule: self (the student, read causally), base (the model of an "
+        "adapter), or the folder of the original",
+        callback=a_path,
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(min=0, max=100, help="temperature of sampling; 0: greedy", callback=temperature)
 ]
@@ -85,9 +93,14 @@ Adapter = Annotated[
 
 
 def unmasking_of(
-    rule: str, threshold: float, lower: float = DEFAULT_LOWER, draft_rounds: int = 1, revise: float = 0.0
+    rule: str,
+    threshold: float,
+    lower: float = DEFAULT_LOWER,
+    draft_rounds: int = 1,
+    revise: float = 0.0,
+    verify: Literal["self", "base"] = "self",
 ) -> Unmasking:
-    """The unmasking rule of the --rule, --threshold, --lower, --draft-rounds and --revise options.
+    """The unmasking rule of the --rule, --threshold, --lower, --draft-rounds and --revise options, and who verifies.
 
     Raises:
         ConfigError: the rule is adaptive and its bounds are the wrong way round; or it does not revise.
@@ -101,7 +114,7 @@ def unmasking_of(
         "dynamic": DynamicUnmasking(threshold=threshold, revise=revise),
         "sequential": SequentialUnmasking(),
         "entropy_bound": EntropyBoundUnmasking(),
-        "speculative": SpeculativeUnmasking(draft_rounds=draft_rounds, threshold=threshold),
+        "speculative": SpeculativeUnmasking(verify=verify, draft_rounds=draft_rounds, threshold=threshold),
     }
     return rules[rule]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from actors.evaluation.responses import Response
 from actors.evaluation.worker import Answered, Chunk, ModelSpec
@@ -55,8 +55,9 @@ class Setting:
                 return f"entropy {bound:g}"
             case AdaptiveUnmasking(lower=lower, upper=upper):
                 return f"adaptive {lower:g}-{upper:g}"
-            case SpeculativeUnmasking(draft_rounds=rounds, threshold=threshold):
-                return f"speculative {rounds}" + (f" {threshold:g}" if rounds > 1 else "")
+            case SpeculativeUnmasking(draft_rounds=rounds, threshold=threshold, verify=verify):
+                by = " by original" if verify == "base" else ""
+                return f"speculative {rounds}" + (f" {threshold:g}" if rounds > 1 else "") + by
         return "AR"
 
 
@@ -69,9 +70,11 @@ def settings_of(
     block_sizes: list[int],
     draft_rounds: list[int] | None = None,
     revisions: list[float] | None = None,
+    verify: Literal["self", "base"] = "self",
 ) -> list[Setting]:
     """Every rule with every value of its own parameter at every block size, without repeats; the adaptive rule with
-    every one of `lowers` under every threshold, the dynamic one with every one of `revisions`.
+    every one of `lowers` under every threshold, the dynamic one with every one of `revisions`. `verify` is of the
+    speculative rule.
 
     Raises:
         ConfigError: a static rule's tokens per step do not divide a block size, or a lower bound is above a threshold.
@@ -89,7 +92,7 @@ def settings_of(
                 unmaskings = [adaptive(lower, upper) for lower in lowers for upper in thresholds]
             elif rule == "speculative":
                 unmaskings = [
-                    SpeculativeUnmasking(draft_rounds=n, threshold=t)
+                    SpeculativeUnmasking(verify=verify, draft_rounds=n, threshold=t)
                     for n in draft_rounds or [1]
                     for t in (thresholds if n > 1 else [SpeculativeUnmasking().threshold])  # one round needs none
                 ]
@@ -174,7 +177,8 @@ class SweptModel:
         self.workers = workers
         self.parts = parts
         self.progress = progress
-        self._content = of_files(Path(spec.path)) if Path(spec.path).is_dir() else spec.path
+        paths = [path for path in (spec.path, spec.base, spec.verifier) if path]
+        self._content = [of_files(Path(path)) if Path(path).is_dir() else path for path in paths]
         self._loaded = False
 
     def run(self, suite: SuiteProblems, setting: Setting) -> list[Run]:

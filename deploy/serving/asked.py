@@ -26,6 +26,7 @@ from common.vocabulary import token_count
 from deploy.evaluation.decoding_options import DEFAULT_LOWER, DEFAULT_THRESHOLD, RuleName, unmasking_of
 from deploy.serving.errors import ApiError, refused
 
+Verifier = Literal["self", "base"] | None  # of the speculative rule; None: there is none
 MOST_CHOICES = 128  # sequences of one request
 LARGEST_BLOCK = 256
 
@@ -180,7 +181,7 @@ class Prompter:
     """Turns asks into token ids and settings, with the model's limits.
 
     `longest` is the limit of prompt and response together, in tokens; `most_tokens` the response limit of a request
-    that names none; `verifies` whether the model can decode by the speculative rule.
+    that names none; `verify` who verifies under the speculative rule.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -191,12 +192,12 @@ class Prompter:
     longest: int
     most_tokens: int
     decoding: Decoding
-    verifies: bool
+    verify: Verifier
 
     @property
     def rules(self) -> list[str]:
         """The unmasking rules that may be asked for."""
-        return [rule for rule in RuleName if self.verifies or rule != RuleName.speculative]
+        return [rule for rule in RuleName if self.verify or rule != RuleName.speculative]
 
     def chat_ids(self, ask: ChatAsk) -> np.ndarray:
         """int32 ids of a conversation, with the chat template applied.
@@ -292,11 +293,11 @@ class Prompter:
             ApiError: 400, a value cannot be used.
         """
         default = self.decoding
-        if ask.rule == "speculative" and not self.verifies:
+        if ask.rule == "speculative" and not self.verify:
             raise refused(
                 "rule",
-                "'speculative' needs a student that was trained with attention.context causal; use one of "
-                + ", ".join(self.rules),
+                "'speculative' needs a student that was trained with attention.context causal, or a server that was "
+                "started with the original's folder as --verify; use one of " + ", ".join(self.rules),
             )
         try:
             temperature = far_from_zero(default.temperature if ask.temperature is None else ask.temperature)
@@ -307,7 +308,7 @@ class Prompter:
             threshold = DEFAULT_THRESHOLD if ask.threshold is None else ask.threshold
             lower = min(DEFAULT_LOWER, threshold) if ask.lower is None else ask.lower
             try:
-                unmasking = unmasking_of(ask.rule or "dynamic", threshold, lower)
+                unmasking = unmasking_of(ask.rule or "dynamic", threshold, lower, verify=self.verify or "self")
             except ConfigError as error:
                 raise refused("lower", str(error).removeprefix("--lower: ").replace("--", "")) from error
         stop = (ask.stop,) if isinstance(ask.stop, str) else tuple(ask.stop or ())
@@ -332,13 +333,13 @@ def prompter_of(
     longest: int,
     most_tokens: int,
     decoding: Decoding,
-    verifies: bool = False,
+    verify: Verifier = None,
 ) -> Prompter:
     """`asked`: how the student is asked (deploy/evaluation/asking.py)."""
     chat = ChatTemplate(tokenizer, enable_thinking=bool(asked.get("enable_thinking")))
     plain = ChatTemplate(tokenizer, raw=True)
     system = asked.get("system")
-    return Prompter(tokenizer, chat, plain, system, block_size, longest, most_tokens, decoding, verifies)
+    return Prompter(tokenizer, chat, plain, system, block_size, longest, most_tokens, decoding, verify)
 
 
 def log_confidence(confidence: float) -> float:

@@ -109,7 +109,7 @@ class Engine:
     one did; `on_failure` is called then.
 
     `prefix_tokens` are kept of prompts and responses for later prompts that begin with them. `decoding` is that of most
-    requests.
+    requests. `verifier` is the original for speculative requests with verify 'base'; of these no prefixes are kept.
 
     A job whose sequence has a non-finite logit, or finds no memory, fails with its neighbours of the same lane;
     the engine goes on.
@@ -126,9 +126,11 @@ class Engine:
         metrics: ServingMetrics,
         prefix_tokens: int | None = None,
         decoding: Decoding = _USUAL,
+        verifier: PreTrainedModel | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.verifier = verifier
         self.slots = slots
         self.longest = longest
         self.prefix_tokens = int(PREFIX_SHARE * slots * longest) if prefix_tokens is None else prefix_tokens
@@ -214,7 +216,9 @@ class Engine:
             raise ApiError(503, f"the engine has ended ({self.failure}); restart the server", code="engine_ended")
 
     def _lane(self, passes: _Passes, slots: int) -> _Lane:
-        sampler = sampler_of(self.model, self.tokenizer, block_size=passes.block_size, slots=slots)
+        verifier = self.verifier if passes.speculative else None
+        size = passes.block_size
+        sampler = sampler_of(self.model, self.tokenizer, block_size=size, slots=slots, verifier=verifier)
         sampler.longest = self.longest
         sampler.weights_version = self.weights_version
         sampler.prefix_tokens = self.prefix_tokens * slots // self.slots

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from actors.evaluation.autoregressive import load_autoregressive
-from actors.evaluation.generation import load_student
+from actors.evaluation.generation import load_student, load_verifier
 from actors.sampler.sampling import Decoding
 from common.config.errors import ConfigError
 from common.grid import grid_floor
@@ -16,7 +16,7 @@ from deploy.evaluation.asking import asked_like_training, check_thinking
 from deploy.evaluation.decoding_options import unmasking_of
 from deploy.model_checks import model_errors
 from deploy.serving.app import Server
-from deploy.serving.asked import prompter_of
+from deploy.serving.asked import Verifier, prompter_of
 from deploy.serving.engine import Engine
 from deploy.serving.folder import StudentFolder
 from deploy.serving.metrics import ServingMetrics
@@ -73,7 +73,13 @@ def load_server(options: ServingOptions) -> Server:
     folder = StudentFolder(at, options.dtype, student, tokenizer)
     longest = longest_of(options, student.config)
     block_size = student.config.block_size = options.block_size or int(student.config.block_size)
-    decoding = Decoding(unmasking_of(*options.decoding), options.temperature)
+    verifier = None
+    if options.verifier:
+        with model_errors("--verify", options.verifier):
+            verifier = load_verifier(options.verifier, options.dtype)
+    verify: Verifier = "base" if verifier else "self" if attention_context(student.config) == "causal" else None
+    rule, threshold, lower = options.decoding
+    decoding = Decoding(unmasking_of(rule, threshold, lower, verify=verify or "self"), options.temperature)
     engine = Engine(
         student,
         tokenizer,
@@ -83,6 +89,7 @@ def load_server(options: ServingOptions) -> Server:
         metrics=ServingMetrics(),
         prefix_tokens=options.prefix_cache,
         decoding=decoding,
+        verifier=verifier,
     )
     prompter = prompter_of(
         tokenizer,
@@ -91,7 +98,7 @@ def load_server(options: ServingOptions) -> Server:
         longest=longest,
         most_tokens=options.max_tokens,
         decoding=decoding,
-        verifies=attention_context(student.config) == "causal",
+        verify=verify,
     )
     original = None
     if (path := options.compare) is not None:

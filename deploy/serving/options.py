@@ -39,9 +39,10 @@ class Replicas:
 @dataclass(frozen=True)
 class ServingOptions:
     """The options of `opdlm serve`; `decoding` is the rule, its threshold and its lower bound, `student` where its
-    folder and, of an adapter, the base model are."""
+    folder and, of an adapter, the base model are, `verifier` the original that verifies under the speculative rule."""
 
     student: StudentPath
+    verifier: str | None
     name: str
     host: str
     api_key: str | None = field(repr=False)

@@ -71,7 +71,7 @@ class Served:
         decoding = Decoding(DynamicUnmasking(), 0.0)
         prompter = prompter_of(
             self.tokenizer, {}, block_size=4, longest=512, most_tokens=24, decoding=decoding,
-            verifies=attention_context(model.config) == "causal",
+            verify="self" if attention_context(model.config) == "causal" else None,
         )  # fmt: skip
         self.server = Server(self.engine, prompter, "tiny", host, folder=folder, **options)
         self.port = free_port("127.0.0.1", 0)
@@ -297,7 +297,7 @@ REFUSED = [
     (
         {"rule": "speculative"},
         "rule",
-        "attention.context causal; use one of static, dynamic, sequential, entropy_bound",
+        "the original's folder as --verify; use one of static, dynamic, sequential, entropy_bound",
     ),
     ({"lower": 0.9, "threshold": 0.5, "rule": "adaptive"}, "lower", "0.9 is above threshold 0.5"),
     ({"block_size": 0}, "block_size", "greater than or equal to 1"),

@@ -70,6 +70,8 @@ def test_every_rule_with_every_value_of_its_own_parameter_at_every_block_size():
     assert settings[1].unmasking == StaticUnmasking(steps_per_block=2)
     both = settings_of(["sequential", "entropy_bound"], [0.9], [3], [0.1, 1.0], [0.6], [4])
     assert [s.decoding for s in both] == ["sequential 3", "entropy 0.1", "entropy 1"]
+    (by_original,) = settings_of(["speculative"], [0.9], [1], [0.1], [0.6], [4], verify="base")
+    assert by_original.decoding == "speculative 1 by original" and by_original.unmasking.verify == "base"
     drafts = settings_of(["speculative"], [0.8, 0.9], [1], [0.1], [0.6], [4], [1, 2])
     assert [s.decoding for s in drafts] == ["speculative 1", "speculative 2 0.8", "speculative 2 0.9"]
     bounds = settings_of(["adaptive"], [0.8, 0.9], [1], [0.1], [0.5, 0.6], [4])
