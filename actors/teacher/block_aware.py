@@ -6,13 +6,14 @@ For position i of a block that ends at e, and C the teacher's K best tokens ther
 
 and the target has the mass that p gives C, spread by q; all other tokens keep theirs. At i = e it is p.
 
-The branches c are scored in packed forwards, [clean sequence | branches]: a branch sees the clean tokens before i, and
-itself causally, so that the sequence before it is read once for all of them.
+Here the branches c are scored in packed forwards, [clean sequence | branches]: a branch sees the clean tokens before i,
+and itself causally, so that the sequence before it is read once for all of them. The engine vLLM scores them as prompts
+of their own (actors/teacher/vllm_backend.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,11 +57,24 @@ def block_aware(
         routed: bool [n], of its positions.
         tokens: how many ids of the vocabulary count; None: all.
     """
+    return mixed(
+        request, targets, share, routed, lambda asked, ids: branch_scores(model, asked, ids, block_size, tokens)
+    )
+
+
+def mixed(
+    request: TargetRequest,
+    targets: TopkTargets,
+    share: float,
+    routed: np.ndarray,
+    score: Callable[[TargetRequest, np.ndarray], np.ndarray],
+) -> TopkTargets:
+    """As `block_aware`; `score` gives what `branch_scores` does of a request and its candidates."""
     if not routed.any():
         return targets
     asked = TargetRequest(request.ids, request.positions[routed])
     known = torch.from_numpy(targets.logprobs[routed]).double()
-    ahead = torch.from_numpy(branch_scores(model, asked, targets.ids[routed], block_size, tokens))
+    ahead = torch.from_numpy(score(asked, targets.ids[routed]))
     spread = (known + ahead).log_softmax(-1) + known.logsumexp(-1, keepdim=True)
     mixed = torch.log((1 - share) * known.exp() + share * spread.exp())
     order = mixed.argsort(dim=-1, descending=True, stable=True)
@@ -78,15 +92,16 @@ def branch_scores(
     the block."""
     scores = np.zeros(candidates.shape)
     room = max(_BRANCH_TOKENS, int(request.positions.max()))
-    for branches in _chunks(_branches(request, candidates, block_size), room):
-        log_p = _log_probabilities(model, request, branches, tokens)
-        ends = np.cumsum([len(b.ids) for b in branches])
-        for branch, values in zip(branches, np.split(log_p, ends[:-1]), strict=True):
+    for chunk in _chunks(branches(request, candidates, block_size), room):
+        log_p = _log_probabilities(model, request, chunk, tokens)
+        ends = np.cumsum([len(b.ids) for b in chunk])
+        for branch, values in zip(chunk, np.split(log_p, ends[:-1]), strict=True):
             scores[branch.row, branch.column] = values.sum()
     return scores
 
 
-def _branches(request: TargetRequest, candidates: np.ndarray, block_size: int) -> Iterator[Branch]:
+def branches(request: TargetRequest, candidates: np.ndarray, block_size: int) -> Iterator[Branch]:
+    """Those of all candidates, int [n, K], that have something behind them in their block."""
     x = request.ids.astype(np.int64)
     for row, (position, own) in enumerate(zip(request.positions.tolist(), candidates.astype(np.int64), strict=True)):
         end = min((position // block_size + 1) * block_size, len(x))  # behind the block's last token
@@ -95,9 +110,9 @@ def _branches(request: TargetRequest, candidates: np.ndarray, block_size: int) -
             yield Branch(row, column, position, ids, x[position + 1 : end])
 
 
-def _chunks(branches: Iterator[Branch], room: int) -> Iterator[list[Branch]]:
+def _chunks(found: Iterator[Branch], room: int) -> Iterator[list[Branch]]:
     chunk: list[Branch] = []
-    for branch in branches:
+    for branch in found:
         if chunk and sum(len(b.ids) for b in chunk) + len(branch.ids) > room:
             yield chunk
             chunk = []

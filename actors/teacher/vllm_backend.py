@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch._dynamo
 
+from actors.teacher.block_aware import Branch, branches, mixed
 from actors.teacher.targets import (
     HiddenTargets,
     TargetRequest,
@@ -32,6 +34,7 @@ from common.student import is_student, load_config, plain_architecture
 
 TOKENS_PER_SLOT = 16  # vLLM gets one sequence slot for every 16 tokens of max_batched_tokens
 MOST_SLOTS = 256
+_CPU_PAGE = 32  # tokens of the KV cache: the least that it likes
 
 
 class VllmBackend(TeacherBackend):
@@ -53,6 +56,15 @@ class VllmBackend(TeacherBackend):
             max_tokens=1,
             temperature=0.0,
         )
+        # of the tokens that are there alone: K others of a branch are of no use
+        self.scoring = SamplingParams(
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            max_tokens=1,
+            temperature=0.0,
+            skip_reading_prefix_cache=False,
+        )
         model = self.llm.llm_engine.vllm_config.model_config
         is_topk = config.target == "topk"
         super().__init__(
@@ -67,6 +79,47 @@ class VllmBackend(TeacherBackend):
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+    def block_aware(
+        self, request: TargetRequest, targets: TopkTargets, block_size: int, share: float, routed: np.ndarray
+    ) -> TopkTargets:
+        """Each branch is a prompt of its own: the tokens before it are in the prefix cache, up to the end of a page of
+        the KV cache, and the rest of that page is read once more for each."""
+        return mixed(request, targets, share, routed, partial(self._branch_scores, block_size=block_size))
+
+    def _branch_scores(self, request: TargetRequest, candidates: np.ndarray, *, block_size: int) -> np.ndarray:
+        scores = np.zeros(candidates.shape)
+        found = list(branches(request, candidates, block_size))
+        longest = max((b.start + len(b.ids) + 1 for b in found), default=0)
+        if longest > self.max_length:
+            raise ValueError(
+                f"block-aware targets need {longest} tokens of context, the teacher reads {self.max_length}: shorten "
+                "data.max_prompt_tokens or curriculum.max_tokens, or, if the model allows more, raise "
+                "teacher.kv_cache_mib"
+            )
+        if again := self._score(request, found, scores, self.scoring):
+            whole = self.scoring.clone()
+            whole.skip_reading_prefix_cache = True
+            self._score(request, again, scores, whole)
+        return scores
+
+    def _score(
+        self, request: TargetRequest, found: Sequence[Branch], scores: np.ndarray, sampling: Any
+    ) -> list[Branch]:
+        """Fill in the scores of branches; returns those of which a part was in the prefix cache, so that its
+        log-probabilities are not known."""
+        from vllm import TokensPrompt
+
+        prompts = [np.concatenate([request.ids[: b.start], b.ids, b.following[-1:]]).tolist() for b in found]
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        again = []
+        for branch, output in zip(found, self.llm.generate(prompts, sampling, use_tqdm=False), strict=True):
+            if output.num_cached_tokens > branch.start:
+                again.append(branch)
+                continue
+            # of the last tokens: of those in the cache some versions of vLLM give no values, others any
+            scores[branch.row, branch.column] = np.sum(output.prompt_logprobs.logprobs[-len(branch.ids) :])
+        return again
 
     def _forward(self, requests: Sequence[TargetRequest]) -> list[Targets]:
         from vllm import TokensPrompt
@@ -104,7 +157,10 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
     if on_cpu:
         # even in eager mode vLLM compiles a few functions: 15 s of C++ compiler at the first request
         torch._dynamo.config.disable = True
+        if arguments.get("enable_prefix_caching"):  # whole pages are cached, and those for CPUs have 128 tokens
+            arguments["block_size"] = _CPU_PAGE
     arguments.setdefault("load_format", "safetensors")  # no pickles, which run code when they are read
+    arguments.setdefault("enable_prefix_caching", False)  # requests that need every position never read the cache
     arguments.setdefault("max_model_len", -1)  # the model's own, or as much as the KV cache holds
     model = load_config(model_path)
     return LLM(
@@ -117,7 +173,6 @@ def build_llm(config: TeacherConfig, model_path: str, **arguments: Any) -> Any:
         max_num_seqs=min(MOST_SLOTS, max(1, config.max_batched_tokens // TOKENS_PER_SLOT)),
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_memory_bytes=config.kv_cache_mib * 2**20 if on_cpu else None,
-        enable_prefix_caching=False,  # requests that need every position never read the cache
         tensor_parallel_size=config.tensor_parallel,
         # several GPUs need a process each; they end with this one
         distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
@@ -143,7 +198,8 @@ def whole_prompts(config: TeacherConfig, model_path: str) -> dict[str, Any]:
 
 def _engine_arguments(config: TeacherConfig) -> dict[str, Any]:
     if config.target == "topk":
-        return {"skip_tokenizer_init": True, "max_logprobs": config.top_k}
+        # block-aware targets read the cache
+        return {"skip_tokenizer_init": True, "max_logprobs": config.top_k, "enable_prefix_caching": True}
     from vllm.config import PoolerConfig
 
     return {"runner": "pooling", "pooler_config": PoolerConfig(task="token_embed", use_activation=False)}

@@ -405,11 +405,6 @@ class RunConfig(Section):
             return self
         for field, on, remedy in (
             ("teacher.target 'hidden'", self.target_kind == "hidden", "teacher.target to 'topk'"),
-            (
-                "teacher.backend 'vllm'",
-                any(t.backend == "vllm" for t in self.teacher.pools.values()),
-                "it to 'transformers'",
-            ),
             ("teacher.reads 'state'", any(t.reads == "state" for t in self.teacher.pools.values()), "it to 'prefix'"),
             ("block_growth.anchor", self.block_growth.anchor, "it to false"),
         ):

@@ -114,6 +114,11 @@ def _later_teaching(config: RunConfig) -> list[str]:
         branches = shape.routed_share * config.teacher.top_k
         more = " and ".join(f"{branches * (b - 1) / 2:g} at block size {b}" for b in config.block_sizes)
         lines.append(f"block-aware targets: for each trained token a teacher reads so many more: {more}")
+        if any(teacher.backend == "vllm" for teacher in config.teacher.pools.values()):
+            prompts = " and ".join(f"{branches * (1 - 1 / b):g} at block size {b}" for b in config.block_sizes)
+            lines.append(
+                f"block-aware targets: for vLLM a branch is a prompt of its own, and a trained token has {prompts}"
+            )
     if config.block_growth.anchor:
         sizes = ", then ".join(f"{a} teaches blocks of {b}" for a, b in pairwise(config.block_sizes))
         lines.append(f"stage anchors: the student of block size {sizes}, in the place of the teacher")

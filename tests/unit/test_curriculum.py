@@ -170,6 +170,9 @@ def test_dry_run_says_who_teaches():
     growth = {"kind": "steps", "sizes": [16], "at_batches": [1]}
     (line,) = _later_teaching(run(**aware, teacher=teacher, block_growth=growth))
     assert line.endswith("so many more: 24 at block size 4 and 120 at block size 16")
+    aware["objective"]["target"]["routed_share"] = 0.5
+    (_, line) = _later_teaching(run(**aware, teacher=teacher | {"backend": "vllm"}, block_growth=growth))
+    assert line.endswith("a prompt of its own, and a trained token has 6 at block size 4 and 7.5 at block size 16")
 
 
 @pytest.mark.parametrize(
