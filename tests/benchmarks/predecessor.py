@@ -36,9 +36,10 @@ Row = dict[str, Any]
 def measure(
     size: str, device: str, prompts: int, prompt: int, new_tokens: int, reference: str | None, tokenizer: str | None
 ) -> Iterator[Row]:
-    """Rows of `sampler` (on CUDA: its engine runs nowhere else), of an `update` with everything on the GPU, of one as
-    released, with optimizer and weights in host memory, and of a `rollout batch`: one sampler's run and as many updates
-    as its prompts need. Each has the released code's seconds, ours, and their ratio.
+    """Rows of `sampler` (on CUDA: its engine runs nowhere else), of an `update` with everything on the GPU, of a
+    `rollout batch`: the sampler's run and the training on all of its prompts, and of an update as released, with
+    optimizer and weights in host memory. Each has the released code's seconds, ours, and their ratio. Our training on a
+    rollout batch is as many times the update as it has updates.
 
     Both samplers reveal one token a step and ignore end tokens. An update has rows of equal length and one state for
     each block; ours has the teacher's forwards in its time as the released one has.
@@ -57,14 +58,15 @@ def measure(
             yield {"size": size} | sampled
         own = _alone(_targets, size, device, prompt, new_tokens)
         own += _alone(_update, ours, device, prompt, new_tokens)
-        for what, offload in (("update", "none"), ("update, offloaded as released", "cpu")):
-            asked = (reference, theirs, ours, device, ROWS, prompt, new_tokens, offload)
-            updated = _row(what, _alone(released_code.update, *asked), own)
-            yield {"size": size} | updated
-            if sampled:
-                whole = {"seconds": sampled["released_s"] + updated["released_s"] * prompts / ROWS}
-                own_whole = sampled["ours_s"] + own * prompts / ROWS
-                yield {"size": size} | _row(what.replace("update", "rollout batch"), whole, own_whole)
+        plan = (reference, theirs, ours, device, ROWS, prompt, new_tokens)
+        updated = _alone(released_code.update, *plan, "none", prompts if sampled else 0)
+        trained = updated.pop("whole_seconds", None)
+        yield {"size": size} | _row("update", updated, own)
+        if sampled:
+            whole = {"seconds": sampled["released_s"] + trained, "prompts": prompts}
+            yield {"size": size} | _row("rollout batch", whole, sampled["ours_s"] + own * prompts / ROWS)
+        offloaded = _alone(released_code.update, *plan, "cpu")
+        yield {"size": size} | _row("update, offloaded as released", offloaded, own)
 
 
 def _row(what: str, released: Row, ours: float) -> Row:

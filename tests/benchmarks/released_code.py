@@ -72,12 +72,14 @@ def sample(reference: str, folder: str, sequences: int, prompt: int, new_tokens:
 
 
 def update(
-    reference: str, student: str, teacher: str, device: str, rows: int, prompt: int, response: int, offload: str
-) -> dict[str, Any]:
-    """Seconds of one optimizer batch of `rows` rows, teacher's forwards included: the median of three after one more.
+    reference: str, student: str, teacher: str, device: str, rows: int, prompt: int, response: int, offload: str,
+    whole: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds of one optimizer batch of `rows` rows, teacher's forwards included: the median of three after one more;
+    and `whole_seconds` of a rollout batch of `whole` rows in such optimizer batches, where that is not 0.
 
     `offload`: where optimizer states and sharded weights are kept, `cpu` as released, or `none`. Rows are of equal
-    length, one state for each block.
+    length, one state for each block. Reading the rows and making masks count, as once for every rollout batch.
     """
     replaced = _stand_ins("omegaconf", "torchvision", "wandb")
     os.environ |= {
@@ -94,17 +96,22 @@ def update(
     rl_sdar.OmegaConf = SimpleNamespace(save=lambda *_: None)
     rl_sdar.save_checkpoint = lambda *_, **__: None
     config = _trainer_config(root, student, teacher, rows, response, offload)
-    _write_rows(Path(config["experiment"]["project"]), teacher, rows, prompt, response)
+    project = Path(config["experiment"]["project"])
     state = rl_sdar.init_training(config)
-    times = []
-    for _ in range(1 + _REPEATS):
+
+    def seconds(count: int) -> float:
+        _write_rows(project, teacher, count, prompt, response)
         start = time.perf_counter()
         rl_sdar.train_one_step(state, config)
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    times = [seconds(rows) for _ in range(1 + _REPEATS)]
     row = {"seconds": median(times[1:]), "rows": rows, "tokens": rows * (prompt + 2 * response), "replaced": replaced}
-    return row | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {})
+    if device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row | ({"whole_seconds": seconds(whole)} if whole else {})
 
 
 class _Fields(dict[str, Any]):

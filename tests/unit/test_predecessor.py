@@ -53,10 +53,10 @@ def checkout(tmp_path):
 
 def test_its_trainer_gets_the_settings_of_its_launchers_and_texts_of_as_many_tokens(checkout, tokenizer):
     student = checkout / "student"
-    row = released_code.update(str(checkout), str(student), str(tokenizer), "cpu", 8, 16, 32, "cpu")
-    assert row["seconds"] > 0 and row["rows"] == 8 and row["tokens"] == 8 * (16 + 2 * 32)
+    row = released_code.update(str(checkout), str(student), str(tokenizer), "cpu", 8, 16, 32, "cpu", 24)
+    assert row["seconds"] > 0 and row["rows"] == 8 and row["tokens"] == 8 * (16 + 2 * 32) and row["whole_seconds"] > 0
     asked = sys.modules["rl_sdar"].asked
-    assert len(asked) == 4
+    assert [len(rows) for _, rows in asked] == [8, 8, 8, 8, 24]
     config, rows = asked[0]
     assert (config.training.gradient_accumulation_steps, config.training.batch_size_lm) == (8, 1)
     assert config.training.one_state_per_block and config.training.method == "TraceRL"
@@ -64,7 +64,6 @@ def test_its_trainer_gets_the_settings_of_its_launchers_and_texts_of_as_many_tok
     assert (config.model.pretrained_model, config.model.teacher_model) == (str(student), str(tokenizer))
     assert config.optimizer.params.learning_rate == config.lr_scheduler.params.learning_rate == 1e-5
     encode = benchmark_tokenizer("tiny")
-    assert len(rows) == 8
     assert (len(encode(rows[0]["prompt"]).input_ids), len(encode(rows[0]["response"]).input_ids)) == (16, 32)
     blocks = [sorted(rows[0]["step_map"][i : i + 4]) for i in range(0, 32, 4)]
     assert blocks == [list(range(i, i + 4)) for i in range(0, 32, 4)]
@@ -94,21 +93,18 @@ def test_rows_have_both_seconds_and_their_ratio(checkout, monkeypatch):
     seconds = {"sample": 40.0, "update": 2.0, "_sample": 5.0, "_targets": 0.1, "_update": 0.4}
 
     def alone(call, *arguments):
-        of_released = call.__module__ == released_code.__name__
-        return {"seconds": seconds[call.__name__], "replaced": ["wandb"]} if of_released else seconds[call.__name__]
+        if call.__module__ != released_code.__name__:
+            return seconds[call.__name__]
+        whole = {"whole_seconds": 30.0} if arguments[-1] == 128 else {}
+        return {"seconds": seconds[call.__name__], "replaced": ["wandb"]} | whole
 
     monkeypatch.setattr(predecessor, "_alone", alone)
     monkeypatch.setattr(predecessor, "_folders", lambda *_: ("ours", "theirs"))
     rows = list(predecessor.measure("0.6b", "cuda", 128, 128, 512, str(checkout), None))
-    assert [row["what"] for row in rows] == [
-        "sampler",
-        "update",
-        "rollout batch",
-        "update, offloaded as released",
-        "rollout batch, offloaded as released",
-    ]
-    assert rows[0]["ratio"] == 8 and rows[1]["ratio"] == pytest.approx(4) and rows[1]["replaced"] == ["wandb"]
-    assert (rows[2]["released_s"], rows[2]["ours_s"]) == (40 + 16 * 2, pytest.approx(5 + 16 * 0.5))
+    whats = ["sampler", "update", "rollout batch", "update, offloaded as released"]
+    assert [row["what"] for row in rows] == whats
+    assert rows[1]["ratio"] == rows[3]["ratio"] == pytest.approx(4) and rows[1]["replaced"] == ["wandb"]
+    assert (rows[2]["released_s"], rows[2]["ours_s"]) == (40 + 30, pytest.approx(5 + 16 * 0.5))
     on_cpu = list(predecessor.measure("tiny", "cpu", 8, 16, 32, str(checkout), None))
     assert [row["what"] for row in on_cpu] == ["update", "update, offloaded as released"]
 
