@@ -371,11 +371,12 @@ class Sampler:
         ends = [int(state.block_host[slot] - state.uncommitted_host[slot]) * self.block_size for slot in first]
         prompts = [(slot, admitted[slot].prompt_ids[:end]) for slot, end in zip(first, ends, strict=True)]
         prefixes = None if state.by_original else self._known_prefixes()  # none are kept of the original's
-        starts = prefixes.read(cache, prompts) if prefixes else [0] * len(first)
-        self.known_tokens += sum(starts)
-        self._cache_tokens(state, first, starts, ends)
-        if prefixes:
-            prefixes.write(cache, prompts)
+        for part in prefixes.waves(prompts) if prefixes else [prompts]:
+            starts = prefixes.read(cache, part) if prefixes else [0] * len(part)
+            self.known_tokens += sum(starts)
+            self._cache_tokens(state, [slot for slot, _ in part], starts, [len(ids) for _, ids in part])
+            if prefixes:
+                prefixes.write(cache, part)
         copies = [(group[0], slot) for group in samples.values() for slot in group[1:]]
         if copies:
             source, target = state.upload(np.array(copies).T)

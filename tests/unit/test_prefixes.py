@@ -65,6 +65,31 @@ def test_the_same_tokens_with_and_without_for_less_work(model, block_size, decod
     assert shared.token_rows == plain.token_rows - shared.known_tokens
 
 
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_a_beginning_that_prompts_of_one_pass_share_is_computed_once(model, as_on_cuda):
+    rng = np.random.default_rng(1)
+    head = rng.integers(0, 256, size=200)
+    prompts = [np.concatenate([head, rng.integers(0, 256, size=n)]) for n in (1, 5, 18, 40)]
+    requests = [Request(i, 0, ids, 12) for i, ids in enumerate([*prompts, rng.integers(0, 256, size=70)])]
+    plain, shared = sampler(model, slots=5), sampler(model, slots=5, prefix_tokens=2048)
+    plain.few_shapes = shared.few_shapes = as_on_cuda
+    made = [sorted(s.generate(requests, DRAWN), key=lambda t: t.ordinal) for s in (plain, shared)]
+    assert [t.response_ids.tolist() for t in made[0]] == [t.response_ids.tolist() for t in made[1]]
+    assert shared.known_tokens == 3 * 192, "whole pages of three of them"
+    assert shared.token_rows == plain.token_rows - 3 * 192
+
+
+def test_sequences_wait_for_a_beginning_where_that_saves_a_forward(model):
+    prefixes = PrefixCache(SlotCache(model, 5, 512), 4, 512, version=0)
+    head, other = np.arange(160), np.arange(200, 240)
+    asked = [(0, np.r_[head, 1]), (1, other), (2, np.r_[head, 2, 3]), (3, head[:100]), (4, other[:20])]
+    first, later = prefixes.waves(asked)
+    assert [slot for slot, _ in first] == [0, 1] and [slot for slot, _ in later] == [2, 3, 4]
+    assert [slot for slot, _ in prefixes.waves([*asked[:2], asked[4]])[0]] == [0, 1, 4], "16 tokens are not worth it"
+    prefixes.write(SlotCache(model, 5, 512), asked[:1])
+    assert len(prefixes.waves(asked)) == 1, "it is known already"
+
+
 def test_a_chat_is_cached_up_to_the_last_block_that_a_pass_has_committed(model):
     of = sampler(model, prefix_tokens=512)
     prompt = np.arange(10, 43)
