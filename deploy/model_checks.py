@@ -136,7 +136,8 @@ def check_verifies(field: str, path: str, rules: Iterable[str]) -> None:
     if model_json(field, path).get("attention_context", "block") != "causal":
         raise ConfigError(
             f"--rule: 'speculative' needs a student with attention_context 'causal', that of {path!r} is 'block'; "
-            "train one with attention.context causal, let the original verify (--verify FOLDER), or choose another rule"
+            "let the original verify (--verify of opdlm generate, eval and serve), train one with attention.context "
+            "causal, or choose another rule"
         )
 
 

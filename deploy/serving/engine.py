@@ -221,7 +221,7 @@ class Engine:
         sampler = sampler_of(self.model, self.tokenizer, block_size=size, slots=slots, verifier=verifier)
         sampler.longest = self.longest
         sampler.weights_version = self.weights_version
-        sampler.prefix_tokens = self.prefix_tokens * slots // self.slots
+        sampler.prefix_tokens = 0 if verifier else self.prefix_tokens * slots // self.slots
         return _Lane(sampler, self.longest, Decoding(passes.speculative) if passes.speculative else _USUAL)
 
     def _run(self) -> None:

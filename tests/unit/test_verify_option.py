@@ -83,7 +83,7 @@ def test_generate_and_eval_let_the_original_verify(opdlm, path, tmp_path):
         (("--verify", "base"), "--verify: 'base' is for the speculative rule; add --rule speculative, or leave it out"),
         (("--rule", "speculative", "--verify", "base"), "--verify: 'base' is the model of an adapter, and"),
         (("--rule", "speculative", "--verify", "nowhere/at/all"), "--verify: folder 'nowhere/at/all' does not exist"),
-        (("--rule", "speculative"), "let the original verify (--verify FOLDER), or choose another rule"),
+        (("--rule", "speculative"), "let the original verify (--verify of opdlm generate, eval and serve), train one"),
     ],
 )
 def test_options_that_name_no_original_are_refused(opdlm, path, tmp_path, options, said):
