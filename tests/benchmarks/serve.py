@@ -64,7 +64,7 @@ def measure(
     be measured here has a row with the reason, `skipped`. No row is begun after `wanted.seconds`."""
     clock = _Clock(wanted.seconds)
     clients = wanted.clients or clients
-    facts = {"size": wanted.model or size}
+    facts = {"size": size} | ({"model": wanted.model} if wanted.model else {})
     student, tokenizer, decoding, bodies = _student(size, device, prompt, new_tokens, requests * max(clients), wanted)
     for count in clients:
         asked = bodies[: max(requests * count, _LEAST)]
