@@ -161,6 +161,44 @@ def test_topk_equals_transformers(topk_teacher: Any, path: str) -> None:
             assert len(set(mine)) == 16
 
 
+def test_block_aware_targets_equal_transformers(topk_teacher: Any, path: str) -> None:
+    """The tokens before a branch come from the prefix cache; where blocks are longer than its pages, a page may hold
+    the beginning of a branch, which is then scored without it."""
+    exact = build_backend(run_config(path, "topk", backend="transformers").teacher, path)
+    row = rows()[1]
+    request = TargetRequest(row.causal_ids, len(row.prompt_ids) + row.target_offsets)
+    (targets,) = exact.targets([request])
+    written = request.ids[request.positions]
+    targets.ids[:, -1] = np.where((targets.ids == written[:, None]).any(1), targets.ids[:, -1], written)
+    routed = np.arange(len(request.positions)) % 3 == 1
+
+    def ask(self: Any, block_size: int) -> tuple[Any, list[list[int]]]:
+        """The answer, and for each call of the engine how many tokens of each prompt were cached."""
+        generate, cached = self.backend.llm.generate, []
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            outputs = generate(*arguments, **options)
+            cached.append([output.num_cached_tokens for output in outputs])
+            return outputs
+
+        self.backend.llm.generate = counted
+        answer = self.thread.submit(self.backend.block_aware, request, targets, block_size, 0.8, routed).result()
+        self.backend.llm.generate = generate
+        return answer, cached
+
+    for block_size, calls in ((4, 1), (64, 2)):
+        found, cached = ray.get(topk_teacher.__ray_call__.remote(ask, block_size), timeout=400)
+        expected = exact.block_aware(request, targets, block_size, 0.8, routed)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-3)
+        np.testing.assert_array_equal(found.log_tail_mass, targets.log_tail_mass)
+        for mine, theirs, scores in zip(found.ids, expected.ids, expected.logprobs, strict=True):
+            apart = np.diff(scores) < -2e-3  # what is tied may change places
+            firm = np.append(True, apart) & np.append(apart, True)
+            np.testing.assert_array_equal(mine[firm], theirs[firm])
+        assert np.abs(found.logprobs - targets.logprobs)[routed].max() > 1e-2
+        assert len(cached) == calls and max(cached[0]) > 0 and all(not any(again) for again in cached[1:])
+
+
 def test_too_long_sequences_fail_alone_and_by_name(topk_teacher: Any) -> None:
     long, good = trajectory(7, [59], 40, 60), trajectory(8, [3])
     calls = [topk_teacher.annotate.remote(to_batch([row], META)) for row in (long, good)]
