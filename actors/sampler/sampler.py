@@ -154,6 +154,11 @@ class Sampler:
     def slots(self) -> int:
         return self.slot_budget.value
 
+    @property
+    def causal(self) -> bool:
+        """Whether the student's clean tokens see nothing behind them."""
+        return self.cached_model.causal
+
     def take_notes(self) -> list[str]:
         """What was made smaller since the last call, since memory ran out; for whoever runs the sampler."""
         return self.slot_budget.take_notes() + self.prefill_budget.take_notes()
@@ -277,7 +282,7 @@ class Sampler:
     def _check_speculative(self, requests: Iterable[Request], rule: SpeculativeUnmasking) -> None:
         if rule.verify == "base" and self.verifier is None:
             raise ValueError("unmasking.verify 'base' needs a sampler that was given the original as its verifier")
-        if rule.verify == "self" and not self.cached_model.causal:
+        if rule.verify == "self" and not self.causal:
             raise ValueError(
                 "unmasking.rule 'speculative' needs a student with attention_context 'causal', this one's is 'block'"
             )
