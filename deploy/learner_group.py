@@ -23,8 +23,8 @@ from deploy.errors import RunError, WorkerError
 from deploy.remote_calls import Background, RemoteCalls, is_failed
 from learner import shard_keeper
 from learner.faults import FaultFolder
-from learner.rank import MicroBatchTooLargeError
 from learner.schedule import RunUpdates
+from learner.updater import MicroBatchTooLargeError
 
 _ANSWER_SECONDS = 10.0
 _TRIES = 3  # of a restart: what fails so often is no accident

@@ -8,88 +8,42 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 
 from common.busy import BusySpans, computes
 from common.config.run import RunConfig
-from common.conversion import load_converted, own_head, save_student, student_of, teacher_heads_of
+from common.conversion import load_converted, own_head, student_of, teacher_heads_of
 from common.device import device_for
 from common.lora import add_adapters
-from common.memory_budget import MemoryBudget
 from common.ray_actor import as_ray_actor, own_address
 from common.student import attention_windows, default_attention, parameter_count
-from common.trajectory import Trajectory, TrajectoryMeta, to_batch, write_spool
+from common.trajectory import Trajectory, TrajectoryMeta, write_spool
 from common.weights.broadcast import BroadcastTransport, connect, open_store, stay_on
 from common.weights.object_store import ObjectStoreTransport
 from common.weights.transport import WeightsHandle, WeightsTransport
 from learner.alignment import LayerAlignment, frozen_base
-from learner.batches import BatchBuilder, TrainingBatch, of_heads, update_shares
+from learner.batches import BatchBuilder, of_heads, update_shares
+from learner.checkpoint_writer import CheckpointWriter
 from learner.deepspeed_config import deepspeed_config, keeps_whole
-from learner.difficulty import kept, label_logprobs
 from learner.faults import MODEL, FaultFolder, write_fault
-from learner.objective import LossSums, empty_sums
-from learner.packing import PAD_DOCUMENT, MicroBatch
+from learner.loss_parts import of_part, part_metrics
 from learner.phase_clock import PHASES, PhaseClock
 from learner.publish import gathered_buckets
-from learner.records import RecordReader
-from learner.rollout_samples import rollout_sample
+from learner.records import RecordReader, recorded
+from learner.rollout_samples import first_samples
 from learner.schedule import RunUpdates, learning_rate
-from learner.shard_keeper import receive, send
-from learner.shards import HostCopy, read_shard, write_shard
-
-_WARM_UP_TOKENS = 2048
-_LEAST_CHUNK = 16  # positions in a product with the LM head
-
-
-class PreparedUpdate(NamedTuple):
-    """An update's trajectories, this rank's micro-batches of them, the same on the device, and the trained positions of
-    all ranks."""
-
-    trajectories: list[Trajectory]
-    batches: list[MicroBatch]
-    tensors: list[TrainingBatch]
-    positions: int
-
-
-def of_part(name: str, part: int) -> str:
-    """The name of a total of loss `part`; those of the main loss, 0, have no number."""
-    return f"{name}/{part}" if part else name
-
-
-def part_metrics(totals: Mapping[str, float], parts: int, updates: int) -> dict[str, float]:
-    """The metrics of the losses of a sum; none where there is one loss only."""
-    if parts == 1:
-        return {}
-    losses = {f"part/{i}/loss": totals[of_part("loss", i)] / updates for i in range(parts)}
-    divergences = {
-        f"part/{i}/kl": totals[of_part("divergence", i)] / max(totals[of_part("positions", i)], 1.0)
-        for i in range(1, parts)
-    }
-    return losses | divergences
-
-
-class MicroBatchTooLargeError(torch.OutOfMemoryError):
-    """Memory ran out where other ranks wait for this one: with the config field `budget` at `value` it may suffice."""
-
-    def __init__(self, message: str, budget: str, value: int) -> None:
-        super().__init__(message, budget, value)
-        self.budget, self.value = budget, value
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+from learner.shard_keeper import ShardSender, receive
+from learner.shards import read_shard
+from learner.updater import PreparedUpdate, Updater
+from learner.warm_up import warm_up
 
 
 class LearnerRank:
@@ -119,17 +73,9 @@ class LearnerRank:
         self.rank = rank
         self.spans = BusySpans()
         self.samples: list[Callable[..., dict[str, Any]]] = []
-        self.micro_batch = MemoryBudget(
-            "learner.max_tokens_per_microbatch", config.learner.max_tokens_per_microbatch, least=8
-        )
-        self.chunk = MemoryBudget("learner.logits_chunk_rows", config.learner.logits_chunk_rows, least=_LEAST_CHUNK)
-        self.student_copy, self.shard_copy = HostCopy(), HostCopy()
-        self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future[None] = self.writer.submit(lambda: None)
-        self.kept_copy = HostCopy()
-        self.sender = ThreadPoolExecutor(1, "keeper")
-        self.sending: Future[None] = self.sender.submit(lambda: None)
-        self.micro_batches = 0
+        self.updater = Updater(config, rank)
+        self.checkpoints = CheckpointWriter(config, rank)
+        self.sender = ShardSender()
 
     def address(self) -> tuple[str, int]:
         """Host and port of the store in which the process group meets; rank 0 only, which serves it."""
@@ -146,7 +92,6 @@ class LearnerRank:
         learner = self.config.learner
         on_gpu = device_for("learner", learner.resources) == "cuda"
         self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-        self.copies = torch.cuda.Stream() if on_gpu else None
         self.clock = PhaseClock(self.device)
         os.environ.update(RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(learner.ranks))
         stay_on(own_address())
@@ -184,6 +129,8 @@ class LearnerRank:
         student.train()
         self.engine = (WholeEngine if whole else GatheredEngine)(self.config, student, settings, on_gpu)
         self.student = self.engine.student
+        self.updater.begin(self.engine, self.clock, self.device)
+        self.checkpoints.begin(self.engine, self.conversion)
         if base:
             self.engine.module.alignment = LayerAlignment(self.student, base, self.config.objective.terms)
         self.attention = attention
@@ -191,9 +138,9 @@ class LearnerRank:
         self.own_head = own_head(self.config, self.conversion)
         self.transport: WeightsTransport = ObjectStoreTransport()
         if on_gpu or learner.compile:
-            self._warm_up()
+            warm_up(self.engine, self._builder(self._untrained_meta()))
         if on_gpu and self.config.pipeline.checkpoints_while_training:  # beside the first rollouts
-            self.writing = self.writer.submit(self.shard_copy.reserve, self.engine.shard())
+            self.checkpoints.reserve()
         return {
             "role": "learner",
             "index": self.rank,
@@ -269,16 +216,16 @@ class LearnerRank:
             lr = learning_rate(self.config.learner, first_update + u, run_updates)
             self.engine.set_lr(lr)
             wanted = self.config.dashboard.rollouts if u == 0 and self.rank == 0 else 0
-            builders = self._within_memory(builders)
-            prepared = following or self._prepared(share, builders)
-            prepared, sums = self._accumulated(prepared, builders, keep_positions=wanted > 0)
+            prepared = following or self.updater.prepared(share, builders)
+            prepared, sums = self.updater.accumulated(prepared, builders, keep_positions=wanted > 0)
             # while the GPU computes, the host packs the next update, unless that depends on the new weights
             ahead = u + 1 < updates and not any(b.objective.reads_difficulty for b in builders)
-            following = self._prepared(shares[u + 1], self._within_memory(builders)) if ahead else None
-            metrics, wrong = self._step(prepared, sums)
+            following = self.updater.prepared(shares[u + 1], builders) if ahead else None
+            metrics, wrong = self.updater.step(prepared, sums)
             totals.update(metrics)
             if sums[0].per_position and not wrong:
-                self._sample(prepared[0], torch.cat(sums[0].per_position).cpu().numpy(), wanted, meta.block_size)
+                kl = torch.cat(sums[0].per_position).cpu().numpy()
+                self.samples = first_samples(prepared[0], kl, wanted, meta.block_size)
             if wrong:
                 said = f"update {first_update + u} is left out: {wrong}"
                 if faults is None:
@@ -305,13 +252,13 @@ class LearnerRank:
             "trained_positions": sum(totals[of_part("positions", i)] for i in range(len(builders))),
             "packed_tokens": totals["packed_tokens"],
             "seconds": seconds,
-            "warnings": [*warned, *self.micro_batch.take_notes(), *self.chunk.take_notes()],
+            "warnings": [*warned, *self.updater.take_notes()],
             **{f"{phase}_s": phases[phase] for phase in PHASES},
         }
 
     def progress(self) -> int:
         """Micro-batches so far."""
-        return self.micro_batches
+        return self.updater.micro_batches
 
     def _spool(self, spool: Path | None, record_batches: list[pa.RecordBatch]) -> list[str]:
         """Write the record batches where that is asked for; returns what somebody should hear."""
@@ -329,25 +276,17 @@ class LearnerRank:
     ) -> str:
         """Write down an update that is left out, the trajectories of each loss; collective. Returns the end of the
         sentence that says so."""
-        state = self._copied_student()
+        state = self.checkpoints.copied_student()
         if self.rank:
             return ""
         facts |= {"ranks": self.config.learner.ranks, "config": self.config.model_dump(mode="json")}
+        rows = [t for part in trajectories for t in part]
         try:
-            kept = write_fault(folder, self._recorded([t for part in trajectories for t in part], meta), facts)
-            self._write_student(kept / MODEL, meta.block_size, state)
+            kept = write_fault(folder, recorded(self.config, rows, meta, self._teacher_widths), facts)
+            self.checkpoints.write_copy(kept / MODEL, meta.block_size, state)
         except (OSError, SafetensorError) as error:
             return f"; it could not be kept in {str(folder)!r} ({error})"
         return f"; its trajectories and weights are in {str(kept)!r}, which opdlm replay repeats"
-
-    def _recorded(self, trajectories: list[Trajectory], meta: TrajectoryMeta) -> list[pa.RecordBatch]:
-        """Trajectories as record batches, one for each of their teachers."""
-        by_teacher: dict[int, list[Trajectory]] = {}
-        for trajectory in trajectories:
-            by_teacher.setdefault(self.config.teacher_of(trajectory.domain), []).append(trajectory)
-        widths = [head.weight.shape[1] for head in self.teacher_heads]
-        metas = [replace(meta, target_width=width) for width in widths] or [meta] * len(self.config.teacher_paths)
-        return [to_batch(rows, metas[teacher]) for teacher, rows in by_teacher.items()]
 
     def stats(self) -> dict[str, Any]:
         """`spans` is when this rank trained or published since the last call (common/busy.py)."""
@@ -376,153 +315,20 @@ class LearnerRank:
             graphs=self.engine.graphs,
         )
 
-    def _warm_up(self) -> None:
-        """Compile forward and backward, on a row that trains nothing, while the other roles load. It adds zeros to the
-        gradients, as the rows do that a rank without work gets."""
-        kind = self.config.target_kind
-        width = self.teacher_heads[0].weight.shape[1] if self.teacher_heads else self.config.teacher.top_k
-        mask_token_id = self.conversion.config.mask_token_id
-        builder = self._builder(TrajectoryMeta(self.config.block_size, mask_token_id, "", kind, width))
-        row = builder.untrained(min(_WARM_UP_TOKENS, builder.max_tokens))
-        loss = self.engine.forward(builder.tensors(row, []), empty_sums(self.device), last=False)
-        self.engine.backward(loss)
-
-    def _prepared(self, share: list[list[Trajectory]], builders: list[BatchBuilder]) -> list[PreparedUpdate]:
-        """This rank's micro-batches of an update, for each loss; on a GPU copied beside what it computes."""
-        return [
-            self._packed(self._kept(trajectories, b) if b.objective.reads_difficulty else trajectories, b)
-            for trajectories, b in zip(share, builders, strict=True)
-        ]
-
     def limit(self, budgets: Mapping[str, int]) -> None:
         """Go on with smaller micro-batches, or products with the LM head, than the config says: `budgets` are new
         values of its fields. Called on all ranks."""
-        for budget in (self.micro_batch, self.chunk):
-            budget.value = budgets.get(budget.name, budget.value)
-        self.engine.module.chunk = self.chunk.value
+        self.updater.limit(budgets)
 
-    def _packed(self, trajectories: list[Trajectory], builder: BatchBuilder) -> PreparedUpdate:
-        self.clock.mark("pack")
-        batches, positions = builder.update(trajectories, self.rank, self.config.learner.ranks)
-        self.clock.mark("copy")
-        with torch.cuda.stream(self.copies):
-            tensors = [builder.tensors(batch, trajectories) for batch in batches]
-        return PreparedUpdate(trajectories, batches, tensors, positions)
+    def _untrained_meta(self) -> TrajectoryMeta:
+        """Of the row that the warm-up is made on."""
+        width = self._teacher_widths[0] if self.teacher_heads else self.config.teacher.top_k
+        mask_token_id = self.conversion.config.mask_token_id
+        return TrajectoryMeta(self.config.block_size, mask_token_id, "", self.config.target_kind, width)
 
-    def _within_memory(self, builders: list[BatchBuilder]) -> list[BatchBuilder]:
-        return [replace(builder, max_tokens=self.micro_batch.value) for builder in builders]
-
-    def _kept(self, trajectories: list[Trajectory], builder: BatchBuilder) -> list[Trajectory]:
-        """The update with what stays masked after one forward of the student as it is now."""
-        self.clock.mark("forward")
-        log_p = label_logprobs(trajectories, builder, self.rank, self.config.learner.ranks, self.engine.label_logprobs)
-        torch.distributed.all_reduce(log_p)
-        return kept(trajectories, log_p.cpu().numpy(), builder.objective, builder.meta.block_size, self.config.seed)
-
-    def _accumulated(
-        self, update: list[PreparedUpdate], builders: list[BatchBuilder], keep_positions: bool
-    ) -> tuple[list[PreparedUpdate], list[LossSums]]:
-        """Forward and backward of an update. Where memory runs out, they are made anew in smaller micro-batches, which
-        give the same gradients up to rounding."""
-        while True:
-            sums = [empty_sums(self.device) for _ in builders]
-            sums[0].per_position = [] if keep_positions else None
-            try:
-                self._accumulate(update, sums)
-                return update, sums
-            except torch.OutOfMemoryError as error:
-                too_large, used = self._too_large(update, error)
-            trajectories = [part.trajectories for part in update]
-            del update
-            self.engine.discard()
-            too_large.halve(used)
-            self.engine.module.chunk = self.chunk.value
-            smaller = self._within_memory(builders)
-            update = [self._packed(part, builder) for part, builder in zip(trajectories, smaller, strict=True)]
-
-    def _too_large(self, update: list[PreparedUpdate], error: torch.OutOfMemoryError) -> tuple[MemoryBudget, int]:
-        """What to halve after memory ran out, and how much of it was in use.
-
-        Raises:
-            MicroBatchTooLargeError: other ranks wait for this one in the middle of a forward, so that all must begin
-                anew.
-            torch.OutOfMemoryError: nothing that would help can be halved.
-        """
-        largest = max((batch for part in update for batch in part.batches), key=lambda batch: batch.tokens)
-        several = len(np.unique(largest.doc[largest.doc != PAD_DOCUMENT])) > 1
-        too_large, used = (self.micro_batch, largest.ids.size) if several else (self.chunk, self.chunk.value)
-        message = (
-            f"the learner's memory does not hold a micro-batch of {largest.tokens} tokens: lower "
-            f"learner.max_tokens_per_microbatch ({self.micro_batch.value}) or curriculum.max_tokens, or set "
-            "learner.gradient_checkpointing"
-        )
-        if not too_large.can_halve:
-            raise torch.OutOfMemoryError(message) from error
-        if not self.engine.alone:
-            raise MicroBatchTooLargeError(message, too_large.name, too_large.half(used)) from error
-        return too_large, used
-
-    def _accumulate(self, update: list[PreparedUpdate], sums: list[LossSums]) -> None:
-        """Forward and backward of all micro-batches."""
-        if self.copies:
-            torch.cuda.current_stream().wait_stream(self.copies)
-        order = [(tensors, of_loss) for part, of_loss in zip(update, sums, strict=True) for tensors in part.tensors]
-        for i, (tensors, of_loss) in enumerate(order):
-            self.clock.mark("forward")
-            loss = self.engine.forward(tensors, of_loss, last=i == len(order) - 1)
-            self.clock.mark("backward")
-            self.engine.backward(loss)
-            # its graph holds the gradient node of a tied LM head on this stream, which the capture of a new width of
-            # the next micro-batch could not join
-            del loss
-            self.micro_batches += 1
-
-    def _step(self, update: list[PreparedUpdate], sums: list[LossSums]) -> tuple[dict[str, float], str]:
-        """One optimizer step over all ranks.
-
-        Returns:
-            The sums of the update over all ranks, and what is not finite in it; then no step is made, and of the sums
-            only the work counts. Both are the same on every rank.
-        """
-        self.clock.mark("sums")
-        tokens = float(sum(tensors.tokens for part in update for tensors in part.tensors))
-        scalars = {"packed_tokens": torch.tensor(tokens, dtype=torch.float64, device=self.device)}
-        for i, of_loss in enumerate(sums):
-            scalars |= {of_part(name, i): value for name, value in of_loss.scalars().items()}
-        values = torch.stack(list(scalars.values()))
-        torch.distributed.all_reduce(values)
-        totals = dict(zip(scalars, values.tolist(), strict=True))
-        work = {"packed_tokens": totals["packed_tokens"]}
-        loss, bad = (sum(totals[of_part(name, i)] for i in range(len(sums))) for name in ("loss", "bad"))
-        self.clock.mark("optimizer")
-        if bad or not math.isfinite(loss):
-            self.engine.discard()
-            trained = sum(part.positions for part in update)
-            return work, (
-                f"the loss is {loss:.6g}, and {bad:.0f} of {trained} trained positions have logits or a divergence "
-                "that are not finite"
-            )
-        norm = self.engine.step() if any(part.tensors for part in update) else 0.0
-        if not math.isfinite(norm):
-            return work, f"the loss is {loss:.6g}, and the gradient is not finite"
-        positions = {of_part("positions", i): float(part.positions) for i, part in enumerate(update)}
-        return totals | positions | {"grad_norm": norm}, ""
-
-    def _sample(self, update: PreparedUpdate, kl: np.ndarray, wanted: int, block_size: int) -> None:
-        """Keep the first `wanted` trajectories of an update, with the target rows and divergences of their trained
-        positions; `kl` float [L] is of all positions of all micro-batches."""
-        docs = np.concatenate([batch.loss_doc for batch in update.batches])
-        rows = np.concatenate([batch.loss_target for batch in update.batches])
-        self.samples = [
-            partial(
-                rollout_sample,
-                update.trajectories[d],
-                target_rows=rows[docs == d],
-                kl=kl[docs == d],
-                block_size=block_size,
-            )
-            for d in np.unique(docs)[:wanted]
-        ]
+    @property
+    def _teacher_widths(self) -> list[int]:
+        return [head.weight.shape[1] for head in self.teacher_heads]
 
     @computes
     def publish(self, version: int) -> WeightsHandle | None:
@@ -541,36 +347,11 @@ class LearnerRank:
         Every rank also writes its shard of weights and optimizer into `resume`, where that is given. Both folders must
         be on storage that all ranks share.
         """
-        state = self._copied_student()
-        states = self.shard_copy.take(self.engine.shard()) if resume else {}
-
-        def write() -> None:
-            if self.rank == 0:
-                self._write_student(out, block_size, state)
-            if resume:
-                write_shard(resume, self.rank, self.config.learner.ranks, states)
-
-        self.writing = self.writer.submit(write)
-
-    def _write_student(self, out: Path, block_size: int | None, state: dict[str, Tensor]) -> None:
-        base = self.config.model.path
-        save_student(self.student, self.conversion, out, block_size, state, self.config.adapter, base)
+        self.checkpoints.save(out, resume, block_size)
 
     def write_student(self, out: Path, block_size: int) -> None:
         """Write the student into `out` as a complete Hugging Face folder; collective, and done on return."""
-        state = self._copied_student()
-        if self.rank == 0:
-            save_student(self.student, self.conversion, out, block_size, state)
-
-    def _copied_student(self) -> dict[str, Tensor]:
-        """Rank 0's copy of what is trained of the student, whole, in host memory, once the one before is written;
-        collective."""
-        wait([self.writing])
-        state: dict[str, Tensor] = {}
-        for bucket in gathered_buckets(self.student, self.config.publish.bucket_mib * 2**20):
-            if self.rank == 0:
-                state |= self.student_copy.take(dict(bucket))
-        return state
+        self.checkpoints.write_student(out, block_size)
 
     @ray.method(concurrency_group="files")
     def written(self) -> None:
@@ -579,7 +360,7 @@ class LearnerRank:
         Raises:
             OSError, SafetensorError: it could not be written.
         """
-        self.writing.result()
+        self.checkpoints.written()
 
     def teach_by(self, anchor: Path) -> None:
         """From the next rollout batch on, targets are those of the student in this folder."""
@@ -596,8 +377,7 @@ class LearnerRank:
 
     def keep(self, version: int, keeper: Any) -> None:
         """Copy this rank's shard, and begin to send the copy to its keeper; `kept` says when it is there."""
-        wait([self.sending])  # it reads the copy
-        self.sending = self.sender.submit(send, keeper, version, self.kept_copy.take(self.engine.shard()))
+        self.sender.begin(keeper, version, self.engine.shard())
 
     @ray.method(concurrency_group="keeper")
     def kept(self) -> None:
@@ -606,7 +386,7 @@ class LearnerRank:
         Raises:
             RayError: the keeper is gone.
         """
-        self.sending.result()
+        self.sender.sent()
 
     def take_back(self, version: int, keeper: Any) -> None:
         """Take the shard of a version from the keeper; collective."""

@@ -1,14 +1,15 @@
-"""From record batches to the trajectories of a rollout batch."""
+"""From record batches to the trajectories of a rollout batch, and back."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pyarrow as pa
 
 from common.config.run import RunConfig
 from common.conversion import Conversion
-from common.trajectory import Trajectory, TrajectoryMeta, from_batch
+from common.trajectory import Trajectory, TrajectoryMeta, from_batch, to_batch
 from common.trajectory_checks import check_batch
 from common.vocabulary import tokenizer_fingerprint
 
@@ -55,3 +56,14 @@ class RecordReader:
             if (before.ordinal, before.sample) == (after.ordinal, after.sample):
                 raise ValueError(f"trajectory batches hold ordinal {after.ordinal}, sample {after.sample} twice")
         return trajectories, meta
+
+
+def recorded(
+    config: RunConfig, trajectories: list[Trajectory], meta: TrajectoryMeta, widths: list[int]
+) -> list[pa.RecordBatch]:
+    """Trajectories as record batches, one for each of their teachers; `widths` of the teachers' LM heads, if any."""
+    by_teacher: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        by_teacher.setdefault(config.teacher_of(trajectory.domain), []).append(trajectory)
+    metas = [replace(meta, target_width=width) for width in widths] or [meta] * len(config.teacher_paths)
+    return [to_batch(rows, metas[teacher]) for teacher, rows in by_teacher.items()]

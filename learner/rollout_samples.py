@@ -5,15 +5,37 @@ The divergences are those that the loss has computed, so no further forward is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from common.trajectory import Trajectory
+from learner.updater import PreparedUpdate
 
 MAX_TOKENS = 1500  # of a response; further ones are only counted
 MAX_PROMPT_CHARACTERS = 4000
 _UNDECODED = "\ufffd"
+
+
+def first_samples(
+    update: PreparedUpdate, kl: np.ndarray, wanted: int, block_size: int
+) -> list[Callable[..., dict[str, Any]]]:
+    """The first `wanted` trajectories of an update, each a `rollout_sample` that lacks the tokenizer, with the target
+    rows and divergences of their trained positions; `kl` float [L] is of all positions of all micro-batches."""
+    docs = np.concatenate([batch.loss_doc for batch in update.batches])
+    rows = np.concatenate([batch.loss_target for batch in update.batches])
+    return [
+        partial(
+            rollout_sample,
+            update.trajectories[d],
+            target_rows=rows[docs == d],
+            kl=kl[docs == d],
+            block_size=block_size,
+        )
+        for d in np.unique(docs)[:wanted]
+    ]
 
 
 def rollout_sample(

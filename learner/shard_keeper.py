@@ -9,12 +9,15 @@ Left out: the shards as objects in Ray's store, which are lost with the process 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 from torch import Tensor
+
+from learner.shards import HostCopy
 
 PIECE_BYTES = 64 * 2**20
 _UNDER_WAY = 2  # pieces in Ray's object store at the same time
@@ -65,6 +68,28 @@ def send(keeper: Any, version: int, tensors: Mapping[str, Tensor]) -> None:
             under_way.append(keeper.put.remote(version, name, len(flat), start, flat[start:stop]))
     ray.get(under_way)
     ray.get(keeper.complete.remote(version))
+
+
+class ShardSender:
+    """Sends one copy after the other, in a thread, while the rank trains."""
+
+    def __init__(self) -> None:
+        self._copy = HostCopy()
+        self._thread = ThreadPoolExecutor(1, "keeper")
+        self._sending: Future[None] = self._thread.submit(lambda: None)
+
+    def begin(self, keeper: Any, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a shard, once the copy before is sent, and begin to send the copy."""
+        wait([self._sending])  # it reads the copy
+        self._sending = self._thread.submit(send, keeper, version, self._copy.take(tensors))
+
+    def sent(self) -> None:
+        """Returns when what has begun is complete at its keeper.
+
+        Raises:
+            RayError: the keeper is gone.
+        """
+        self._sending.result()
 
 
 def receive(keeper: Any, version: int) -> dict[str, Tensor]:

@@ -56,9 +56,9 @@ class Rank(LearnerRank):
         obey(f"learner-{self.rank}", "loading")
         return super().start(host, port)
 
-    def _accumulate(self, update: Any, sums: Any) -> None:
+    def train(self, *arguments: Any, **named: Any) -> dict[str, Any]:
         obey(f"learner-{self.rank}", "training")
-        super()._accumulate(update, sums)
+        return super().train(*arguments, **named)
 
     def publish(self, version: int) -> Any:
         obey(f"learner-{self.rank}", "publishing")

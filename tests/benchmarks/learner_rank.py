@@ -134,7 +134,8 @@ def _ready(
     builders = rank._builders(meta, ())
 
     def update() -> dict[str, float]:
-        totals, wrong = rank._step(*rank._accumulated(rank._prepared([trajectories], builders), builders, False))
+        prepared = rank.updater.prepared([trajectories], builders)
+        totals, wrong = rank.updater.step(*rank.updater.accumulated(prepared, builders, False))
         assert not wrong, wrong
         return totals
 

@@ -45,8 +45,8 @@ def losses(
     for responses in LENGTHS:
         rows = [t for response in responses for t in random_trajectories(width, 3, 20, response, False)]
         rows = [replace(t, ordinal=i) for i, t in enumerate(rows)]
-        update = rank._prepared([rows], builders)
-        totals, wrong = rank._step(*rank._accumulated(update, builders, False))
+        update = rank.updater.prepared([rows], builders)
+        totals, wrong = rank.updater.step(*rank.updater.accumulated(update, builders, False))
         assert not wrong, wrong
         found.append((totals["loss"], totals["grad_norm"]))
     return found

@@ -28,6 +28,7 @@ from learner.faults import FaultFolder
 from learner.objective import ChunkedDivergence, empty_sums
 from learner.replay import replay
 from learner.schedule import RunUpdates
+from learner.updater import MicroBatchTooLargeError
 from tests.models import tiny_qwen3, tiny_tokenizer
 from tests.unit.test_parity import set_targets, trajectories
 
@@ -227,7 +228,7 @@ def test_ranks_that_wait_for_each_other_begin_anew_with_smaller_micro_batches(tm
     for actor in actors:
         ray.kill(actor)
     error = raised.value.cause
-    assert isinstance(error, rank.MicroBatchTooLargeError)
+    assert isinstance(error, MicroBatchTooLargeError)
     assert error.budget == "learner.max_tokens_per_microbatch" and error.value <= 64
     actors = started_ranks(settings, remote)
     ray.get([a.limit.remote({error.budget: error.value}) for a in actors])
