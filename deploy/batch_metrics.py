@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import fmean
 from typing import Any
 
 import ray
@@ -68,9 +67,9 @@ class BatchMetrics:
         state.rollout_token_rows += sum(
             _grown(computed.get(name, 0), rows) for name, rows in self._totals("token_rows").items()
         )
-        teacher_busy = self._busy(teacher_stats) or [0.0]  # hard labels have no teacher
+        teacher_busy = self._busy(teacher_stats)
         self._reported(rank_stats)
-        rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy)
+        rollout_seconds, teacher_seconds = max(rollout_busy), max(teacher_busy, default=0.0)
         for name in rank_stats.values():
             self.calls.observers.heard(name, rate=learner["packed_tokens"] / learner["seconds"] / len(self.pools.ranks))
         rollouts = window.covered((b.started, b.rollouts_done or window.end) for b in in_flight)
@@ -120,9 +119,9 @@ class BatchMetrics:
             "set_aside": state.set_aside,
             "seconds/repair": state.repair_seconds,
             **self.cost.metrics(state),
-            **window.shares("rollout", fmean(rollout_busy), rollouts),
-            **window.shares("teacher", fmean(teacher_busy), targets),
-            **window.shares("learner", learner["seconds"], learner["seconds"] + waited),
+            **window.shares("rollout", rollout_busy, rollouts),
+            **window.shares("teacher", teacher_busy, targets),
+            **window.shares("learner", [learner["seconds"]], learner["seconds"] + waited),
         }
 
     def _slots_in_use(self, batch: RolloutBatch, before: dict[str, float]) -> float:

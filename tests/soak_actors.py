@@ -10,6 +10,7 @@ from typing import Any
 from actors.rollout import RolloutActor
 from actors.teacher.actor import TeacherActor
 from learner.rank import LearnerRank
+from learner.updater import Updater
 from tests.soak_plan import ORDERS, SLOW_SECONDS
 
 
@@ -51,14 +52,20 @@ class Teacher(TeacherActor):
         super()._annotate(works)
 
 
+class RankUpdater(Updater):
+    def accumulated(self, *arguments: Any, **named: Any) -> Any:
+        obey(f"learner-{self.rank}", "training")
+        return super().accumulated(*arguments, **named)
+
+
 class Rank(LearnerRank):
+    def __init__(self, config: Any, rank: int) -> None:
+        super().__init__(config, rank)
+        self.updater = RankUpdater(config, rank)
+
     def start(self, host: str, port: int) -> dict[str, Any]:
         obey(f"learner-{self.rank}", "loading")
         return super().start(host, port)
-
-    def train(self, *arguments: Any, **named: Any) -> dict[str, Any]:
-        obey(f"learner-{self.rank}", "training")
-        return super().train(*arguments, **named)
 
     def publish(self, version: int) -> Any:
         obey(f"learner-{self.rank}", "publishing")

@@ -73,7 +73,8 @@ class RunReader:
     def shares(self) -> dict[str, Any]:
         """Mean busy, waiting and blocked share per role over the last batches, and the stage that takes longest.
 
-        The bottleneck is the stage whose busiest actor is busy for the largest part of the wall time.
+        A role without processes has none. The bottleneck is the stage whose busiest actor is busy for the largest part
+        of the wall time.
         """
         if not self.batches:
             return {}
@@ -81,6 +82,7 @@ class RunReader:
         shares = {
             role: {kind: _number(float(np.mean(recent[f"{kind}/{role}"]))) for kind in ("busy", "waiting", "blocked")}
             for role in ROLES
+            if not np.isnan(recent[f"busy/{role}"]).all()
         }
         wall = max(sum(recent["seconds/batch"]), 1e-9)
         parts = {stage: sum(recent[f"seconds/{stage}"]) / wall for stage in STAGES}

@@ -78,9 +78,14 @@ METRICS: dict[str, MetricSpec] = {
     "busy/rollout": MetricSpec("share", "wall time in which a rollout actor generates, mean over actors"),
     "waiting/rollout": MetricSpec("share", "wall time in which a rollout actor waits for others of the batch"),
     "blocked/rollout": MetricSpec("share", "wall time in which the staleness bound holds rollouts back"),
-    "busy/teacher": MetricSpec("share", "wall time in which a teacher computes targets, mean over teachers"),
-    "waiting/teacher": MetricSpec("share", "wall time in which a teacher waits for rollouts under way"),
-    "blocked/teacher": MetricSpec("share", "wall time in which no rollouts are under way for the teacher"),
+    # a run without teacher processes (hard labels, teacher.backend self) has no shares of theirs
+    "busy/teacher": MetricSpec(
+        "share", "wall time in which a teacher computes targets, mean over teachers", optional=True
+    ),
+    "waiting/teacher": MetricSpec("share", "wall time in which a teacher waits for rollouts under way", optional=True),
+    "blocked/teacher": MetricSpec(
+        "share", "wall time in which no rollouts are under way for the teacher", optional=True
+    ),
     "busy/learner": MetricSpec("share", "wall time in which the learner trains"),
     "waiting/learner": MetricSpec("share", "wall time in which the learner waits for the batch to be complete"),
     "blocked/learner": MetricSpec("share", "wall time in which the learner publishes and waits for loading"),

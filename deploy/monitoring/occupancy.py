@@ -14,8 +14,9 @@ What is left then is Ray, Arrow and the control loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,17 @@ class Window:
         """Share of the window outside all (begin, end) spans."""
         return 1.0 - self.covered(spans) / self.seconds if self.seconds > 0 else 0.0
 
-    def shares(self, role: str, busy_seconds: float, phase_seconds: float) -> dict[str, float]:
-        """`busy/ROLE`, `waiting/ROLE` and `blocked/ROLE` of a role.
+    def shares(self, role: str, busy_seconds: Sequence[float], phase_seconds: float) -> dict[str, float]:
+        """`busy/ROLE`, `waiting/ROLE` and `blocked/ROLE` of a role; nothing of a role without actors.
 
         Args:
-            busy_seconds: mean over the role's actors.
+            busy_seconds: of each of the role's actors.
             phase_seconds: time in which the role had work or was about to get it; what exceeds it is blocked.
         """
+        if not busy_seconds:
+            return {}
         seconds = max(self.seconds, 1e-9)
         # with staleness 1 an actor's counters may tell of work done before the window
-        busy = min(busy_seconds / seconds, 1.0)
+        busy = min(fmean(busy_seconds) / seconds, 1.0)
         waiting = min(max(phase_seconds / seconds - busy, 0.0), 1.0 - busy)
         return {f"busy/{role}": busy, f"waiting/{role}": waiting, f"blocked/{role}": 1.0 - busy - waiting}

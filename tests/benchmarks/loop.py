@@ -156,7 +156,7 @@ def metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
     wall = sum(row["seconds/batch"] for row in rows)
 
     def share(name: str) -> float:
-        return sum(row[name] * row["seconds/batch"] for row in rows) / wall
+        return sum((row[name] or 0.0) * row["seconds/batch"] for row in rows) / wall  # null: no such processes
 
     def mean(name: str) -> float:
         return float(np.mean([row[name] for row in rows]))

@@ -32,7 +32,7 @@ ROLLOUT = {
 }  # fmt: skip
 
 
-def row(batch: int, **changed: float) -> str:
+def row(batch: int, **changed: float | None) -> str:
     metrics = {name: batch + i / 64 for i, name in enumerate(METRICS)} | {
         "batch": batch,
         "response_tokens": 100 * batch,
@@ -201,6 +201,14 @@ def test_bottleneck_is_the_stage_that_takes_longest(run_dir):
     shares = reader.shares()
     assert (shares["bottleneck"], shares["bottleneck_share"]) == ("learner", 0.75)
     assert shares["roles"]["learner"]["busy"] == 0.75
+
+
+def test_a_role_without_processes_is_not_shown(run_dir):
+    none = {f"{kind}/teacher": None for kind in ("busy", "waiting", "blocked")}
+    (run_dir / "metrics.jsonl").write_text("".join(row(n, **none) for n in range(3)))
+    reader = RunReader(run_dir)
+    reader.refresh()
+    assert list(reader.shares()["roles"]) == ["rollout", "learner"]
 
 
 @pytest.mark.parametrize(

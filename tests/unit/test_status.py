@@ -164,8 +164,12 @@ def test_covered_time_equals_a_count_of_seconds():
 
 def test_shares_add_up_to_one():
     window = Window(100.0, 110.0)
-    shares = window.shares("rollout", busy_seconds=4.0, phase_seconds=7.0)
+    shares = window.shares("rollout", busy_seconds=[3.0, 5.0], phase_seconds=7.0)
     assert shares == pytest.approx({"busy/rollout": 0.4, "waiting/rollout": 0.3, "blocked/rollout": 0.3})
     # with staleness 1 the counters may tell of more than the window
-    late = window.shares("teacher", busy_seconds=12.0, phase_seconds=3.0)
+    late = window.shares("teacher", busy_seconds=[12.0], phase_seconds=3.0)
     assert late == {"busy/teacher": 1.0, "waiting/teacher": 0.0, "blocked/teacher": 0.0}
+
+
+def test_a_role_without_processes_has_no_shares():
+    assert Window(100.0, 110.0).shares("teacher", busy_seconds=[], phase_seconds=3.0) == {}

@@ -115,7 +115,7 @@ function showShares(shares, latest) {
   }
   const who = element("strong", `role ${shares.bottleneck}`, shares.bottleneck);
   $("bottleneck").replaceChildren("Bottleneck: ", who, `, ${percent(shares.bottleneck_share)} of the wall time`);
-  $("roles").replaceChildren(...ROLES.map((role) => {
+  $("roles").replaceChildren(...ROLES.filter((role) => shares.roles[role]).map((role) => {
     const share = shares.roles[role];
     const row = element("div", `share ${role}`);
     const head = element("div", "share-head");
