@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from common.config.objective import set_by_method
 from common.config.paths import path_use
 from common.config.run import RunConfig
 from common.config.section import plain_types
@@ -53,8 +54,11 @@ def section_at(path: list[str], root: type[BaseModel] = RunConfig) -> list[type[
     return sections
 
 
-def default_tag(path: list[str]) -> dict[str, Any]:
-    """What an override creates at a path that the file leaves out: a choice starts as its default."""
+def default_tag(path: list[str], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """What an override creates at a path that the file leaves out: a choice starts as its default, or as the method
+    sets it that stands `beside` it."""
+    if path[:-1] == ["objective"] and (kind := set_by_method(beside.get("method"), path[-1])):
+        return kind
     parents = section_at(path[:-1])
     default = next((s.model_fields[path[-1]].default for s in parents if path[-1] in s.model_fields), None)
     if isinstance(default, BaseModel) and len(section_at(path)) > 1:

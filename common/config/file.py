@@ -62,8 +62,9 @@ def overridden(raw: dict[str, Any], overrides: list[str] | Mapping[str, Any] | N
         changes = [(place_of(name.split("."))[0], deepcopy(value)) for name, value in overrides.items()]
     else:
         changes = parse_overrides(overrides or [])
-    # a new rule or kind first: it drops the fields of the old choice, and must not drop other overrides
-    for path, value in sorted(changes, key=lambda item: not is_tag(item[0])):
+    # a new rule or kind first: it drops the fields of the old choice, and must not drop other overrides; the method
+    # too, which sets kinds
+    for path, value in sorted(changes, key=lambda item: not (is_tag(item[0]) or item[0] == ["objective", "method"])):
         if isinstance(raw.get("teacher"), list):  # `--teacher.backend` is the first one's, from which others take it
             raw["teacher"] = first_with_others(raw["teacher"])
         _set(raw, path, value)
@@ -192,7 +193,7 @@ def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:
     node = raw
     for depth, name in enumerate(path[:-1], start=1):
         if not isinstance(node.get(name), dict):
-            node[name] = default_tag(path[:depth])
+            node[name] = default_tag(path[:depth], node)
         node = node[name]
     if is_tag(path) and node.get(path[-1]) != value:
         node.clear()

@@ -83,6 +83,12 @@ _METHODS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+def set_by_method(method: Any, choice: str) -> dict[str, str]:
+    """The kind that a method gives a choice among sections (`source`, `state`, ...); empty if it leaves it open."""
+    kinds = _METHODS.get(method, {}).get(choice) if isinstance(method, str) else None
+    return {"kind": kinds[0]} if kinds and choice != "weight" else {}  # which is a plain field
+
+
 class ObjectiveConfig(Section):
     """Which states are trained, and how the student is compared with the target there."""
 
@@ -199,11 +205,13 @@ class ObjectiveConfig(Section):
         choices = _METHODS.get(method) if isinstance(method, str) else None
         if choices is None:
             return data
-        named = {c: kinds[0] if c == "weight" else {"kind": kinds[0]} for c, kinds in choices.items()}
+        named: dict[str, Any] = {c: set_by_method(method, c) or kinds[0] for c, kinds in choices.items()}
         if (terms := _METHOD_TERMS.get(str(method))) and isinstance(data.get("terms", {}), dict):
             named["terms"] = terms | data.get("terms", {})
             data = {name: value for name, value in data.items() if name != "terms"}
-        return {**named, **data}
+        # fields without a kind are of the kind that the method sets
+        given = {c: set_by_method(method, c) | value if isinstance(value, dict) else value for c, value in data.items()}
+        return {**named, **given}
 
     @model_validator(mode="after")
     def _fits_method(self) -> ObjectiveConfig:

@@ -8,6 +8,7 @@ from common.config.divergences import JensenShannon, MixedKL
 from common.config.errors import ConfigError
 from common.config.file import REPOSITORY, load_config, parse_overrides
 from common.config.run import RunConfig
+from common.config.states import SuffixState
 from common.config.unmasking import DynamicUnmasking, StaticUnmasking
 from common.config.yaml_loader import Scalar
 
@@ -83,6 +84,20 @@ def test_overrides_of_a_choice_that_the_file_leaves_out(minimal):
     assert mixed.objective.divergence == MixedKL(alpha=0.1)
     whole = load_config(minimal, ["--objective.divergence", "{kind: jensen_shannon, alpha: 0.2}"])
     assert whole.objective.divergence == JensenShannon(alpha=0.2)
+
+
+def test_a_field_of_a_choice_goes_into_what_the_method_sets(minimal, tmp_path):
+    method, decay = ["--objective.method", "drafter"], ["--objective.state.decay", "0.8"]
+    responses = ["--data.responses", str(tmp_path)]
+    for overrides in ([*method, *decay], [*decay, *method]):
+        assert load_config(minimal, [*overrides, *responses]).objective.state == SuffixState(decay=0.8)
+    in_yaml = load_config(minimal, ["--objective", "{method: drafter, state: {decay: 0.8}}", *responses])
+    assert in_yaml.objective.state == SuffixState(decay=0.8)
+    other = fails(minimal, *method, *responses, "--objective.state.kind", "random")
+    assert "means state.kind suffix, but it is 'random'" in other
+    assert "state.weighting" in fails(minimal, *method, *responses, "--objective.state.weighting", "1")
+    plain = fails(minimal, "--objective", "{method: lift, weight: {a: 1}}", *responses)
+    assert "objective.weight: {'a': 1}" in plain
 
 
 @pytest.mark.parametrize(
