@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from common.config.paths import OutputFolder
+from common.config.paths import InputPath, OutputFolder
 from common.config.run import RunName
 from common.config.section import Section
-from common.config.values import Temperature
+from common.config.values import MOST_TOKENS, Temperature
 
 
 class RespondConfig(Section):
@@ -23,6 +23,37 @@ class RespondConfig(Section):
     keep: Literal["all", "best"] = Field("all", description="all of them, or one: a right one, near to the student")
 
 
+class EvaluateConfig(Section):
+    """What every arm's final model is evaluated on, under static and dynamic decoding: what `opdlm eval` is told."""
+
+    suites: tuple[str, ...] = Field((), description="NAME or NAME=SOURCE, such as ifeval")
+    suite_data: InputPath | None = Field(None, description="folder that holds the suites' files; none: from the hub")
+    problems: InputPath | None = Field(None, description="file of questions and answers; a suite named as the file")
+    count: int | None = Field(None, ge=1, description="evaluate the first N problems of each suite; none: all")
+    run_code: bool = Field(False, description="run the programs that the model writes, for humaneval and mbpp")
+    threshold: float = Field(0.9, ge=0, le=1, description="confidence threshold of dynamic decoding")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=MOST_TOKENS, description="response length limit, tokens; none: each suite's own"
+    )
+    slots: int = Field(64, ge=1, description="sequences decoded at the same time")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations")
+    original: bool = Field(True, description="evaluate the original once too, beside the first run")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the suites, in the order of the report's columns."""
+        return [
+            *(suite.partition("=")[0] for suite in self.suites),
+            *([Path(self.problems).stem] if self.problems else []),
+        ]
+
+    @model_validator(mode="after")
+    def _has_something(self) -> EvaluateConfig:
+        if not self.names:
+            raise ValueError("neither suites nor problems are given; give one, or leave the section out")
+        return self
+
+
 class Claim(Section):
     """One of the paper's claims as a difference of two arms that can be measured."""
 
@@ -31,9 +62,15 @@ class Claim(Section):
     worse: str = Field(description="name of the arm that should score lower")
     metric: str = Field(
         description="static, dynamic (exact match), loss (static minus dynamic), held_out_kl, of these two lower is "
-        "better, or held_out_accepted (share of drafts that verified decoding keeps)",
-        pattern="^(static|dynamic|loss|held_out_kl|held_out_accepted)$",
+        "better, held_out_accepted (share of drafts that verified decoding keeps), or of a suite its score or tokens "
+        "per step: ifeval static, ifeval dynamic, ifeval tokens_per_step (dynamic)",
+        pattern="^(static|dynamic|loss|held_out_kl|held_out_accepted|.+ (static|dynamic|tokens_per_step))$",
     )
+
+    @property
+    def suite(self) -> str:
+        """That the metric is of; "": of none."""
+        return self.metric.rpartition(" ")[0]
 
 
 class LineStyle(Section):
@@ -85,6 +122,7 @@ class AblationConfig(Section):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of prompts' order and sampling")
     overrides: dict[str, Any] = Field({}, description="field: value, over the base, for all arms")
     respond: RespondConfig = RespondConfig()
+    evaluate: EvaluateConfig | None = Field(None, description="suites for every arm's final model; none: no suites")
     arms: dict[str, ArmConfig] = Field(min_length=1, description="name of the arm: its own field: value, and its style")
     claims: tuple[Claim, ...] = Field((), description="claims that the report gives a verdict on")
     reading: str = Field("", description="what the authors conclude from it, Markdown; a section of the report")
@@ -104,4 +142,13 @@ class AblationConfig(Section):
             for arm in (claim.better, claim.worse):
                 if arm not in self.arms:
                     raise ValueError(f"claim {claim.text!r} names arm {arm!r}; arms are {', '.join(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _claims_name_suites(self) -> AblationConfig:
+        names = self.evaluate.names if self.evaluate else []
+        for claim in self.claims:
+            if claim.suite and claim.suite not in names:
+                known = ", ".join(names) or "none"
+                raise ValueError(f"claim {claim.text!r} names suite {claim.suite!r}; suites of evaluate are {known}")
         return self

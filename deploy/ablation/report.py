@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 from scipy import stats
 
 from common.config.run import RunConfig
-from deploy.ablation.config import AblationConfig, ArmConfig, Claim
+from deploy.ablation.config import AblationConfig, ArmConfig, Claim, EvaluateConfig
 from deploy.ablation.runs import Arm
+from deploy.ablation.suites import SuiteScores, read_suites
 
 _SIGNIFICANT = 0.05
 _LOWER_IS_BETTER = ("loss", "held_out_kl")
@@ -22,7 +23,8 @@ _LOWER_IS_BETTER = ("loss", "held_out_kl")
 
 @dataclass(frozen=True)
 class Result:
-    """The results of one finished run; `static` and `dynamic` are empty where no problems were evaluated."""
+    """The results of one finished run; `static` and `dynamic` are empty where no problems were evaluated, `suites`
+    (see `read_suites`) where none were yet."""
 
     arm: str
     seed: int
@@ -33,10 +35,17 @@ class Result:
     curve: list[tuple[float, float]]  # response tokens trained on, exact match (dynamic) or else the held-out KL
     held_out_kl: float | None = None
     held_out_accepted: float | None = None
+    suites: SuiteScores = field(default_factory=dict)
 
     def metric(self, name: str) -> float:
-        """Exact match under `static` or `dynamic` decoding, `loss`: the first minus the second, `held_out_kl` or
-        `held_out_accepted`; NaN: not measured."""
+        """Exact match under `static` or `dynamic` decoding, `loss`: the first minus the second, `held_out_kl`,
+        `held_out_accepted`, or of a suite `SUITE static`, `SUITE dynamic` (its score), `SUITE tokens_per_step`
+        (dynamic) or `SUITE original`; NaN: not measured."""
+        suite, _, what = name.rpartition(" ")
+        if suite:
+            rule, column = ("dynamic", what) if what == "tokens_per_step" else (what, "score")
+            value = self.suites.get(suite, {}).get(rule, {}).get(column)
+            return math.nan if value is None else value
         exact = {
             key: row.get("exact_match", math.nan) for key, row in (("static", self.static), ("dynamic", self.dynamic))
         }
@@ -76,6 +85,7 @@ def read_result(arm: Arm) -> Result:
         curve=[(r["response_tokens"], r[drawn]) for r in rows if r.get(drawn) is not None],
         held_out_kl=summary.get("held_out_kl", {}).get("mean"),
         held_out_accepted=summary.get("held_out_kl", {}).get("accepted"),
+        suites=read_suites(folder) if arm.evaluate and arm.evaluated else {},
     )
 
 
@@ -101,7 +111,8 @@ def write_report(ablation: AblationConfig, runs: list[Arm], source: str) -> None
         "",
         f"Every arm starts from the same model ({Path(config.model.path).name}) and trains on the same prompts in the "
         f"same order, {batches} batches of {rows} responses, "
-        f"{-(-rows // config.learner.batch_rows)} updates each. {_measures(results, config)}Metrics are mean ± "
+        f"{-(-rows // config.learner.batch_rows)} updates each. {_measures(results, config)}"
+        f"{_suites_measured(results, ablation.evaluate)}Metrics are mean ± "
         "standard deviation over seeds.",
         "",
         "## Results",
@@ -148,6 +159,22 @@ def _measures(results: list[Result], config: RunConfig) -> str:
             "with each block masked whole. "
         )
     return said
+
+
+def _suites_measured(results: list[Result], evaluate: EvaluateConfig | None) -> str:
+    """What the suites measured, in a sentence."""
+    if evaluate is None or not (names := _suite_names(results)):
+        return ""
+    counts = (max(int(row["problems"] or 0) for r in results for row in r.suites.get(n, {}).values()) for n in names)
+    said = ", ".join(f"{name} ({count} problems)" for name, count in zip(names, counts, strict=True))
+    return (
+        f"After training, each final model decodes {said} greedily; columns have the suite's own score, and dynamic "
+        f"decoding reveals what is surer than {evaluate.threshold:g}. "
+    )
+
+
+def _suite_names(results: list[Result]) -> list[str]:
+    return list(dict.fromkeys(name for r in results for name in r.suites))
 
 
 def verdicts(results: list[Result], claims: Sequence[Claim]) -> list[Verdict]:
@@ -206,6 +233,7 @@ def _table(results: list[Result], ablation: AblationConfig) -> list[str]:
         columns.append(("held-out KL, nats", lambda r: r.metric("held_out_kl"), ".3f"))
     if any(claim.metric == "held_out_accepted" for claim in ablation.claims):
         columns.append(("drafts kept, %", lambda r: 100 * r.metric("held_out_accepted"), ".1f"))
+    columns += [column for name in _suite_names(results) for column in _suite_columns(name)]
     columns += [
         ("training tokens", lambda r: r.train["response_tokens"], ",.0f"),
         ("updates", lambda r: r.train["updates"], ",.0f"),
@@ -220,10 +248,30 @@ def _table(results: list[Result], ablation: AblationConfig) -> list[str]:
         if of_arm:
             cells = [_mean_std([value(r) for r in of_arm], form) for _, value, form in columns]
             lines.append(f"| {arm} | {len(of_arm)} | " + " | ".join(cells) + " |")
+    originals = {
+        f"{name} static, %": 100 * r.metric(f"{name} original")  # in this column alone: it is decoded in one way
+        for r in results
+        for name in r.suites
+        if "original" in r.suites[name]
+    }
+    if originals:
+        cells = [_mean_std([originals.get(name, math.nan)], form) for name, _, form in columns]
+        lines.append("| the original, token by token | - | " + " | ".join(cells) + " |")
     return lines
 
 
+def _suite_columns(suite: str) -> list[tuple[str, Callable[[Result], float], str]]:
+    return [
+        (f"{suite} static, %", lambda r: 100 * r.metric(f"{suite} static"), ".1f"),
+        (f"{suite} dynamic, %", lambda r: 100 * r.metric(f"{suite} dynamic"), ".1f"),
+        (f"{suite} tokens/step, dynamic", lambda r: r.metric(f"{suite} tokens_per_step"), ".2f"),
+    ]
+
+
 def _mean_std(values: list[float], form: str) -> str:
+    """Of the values that were measured; "-": none was."""
+    if not (values := [value for value in values if not math.isnan(value)]):
+        return "-"
     mean = f"{np.mean(values):{form}}"
     return f"{mean} ± {np.std(values, ddof=1):{form}}" if len(values) > 1 and np.std(values) > 0 else mean
 
@@ -239,8 +287,11 @@ def _claims(results: list[Result], claims: tuple[Claim, ...]) -> list[str]:
             "held_out_kl": "held-out KL",
             "held_out_accepted": "drafts kept on held-out prompts",
         }
-        measure = named.get(claim.metric, f"{claim.metric} exact match")
+        measure = claim.metric.replace("_", " ") if claim.suite else f"{claim.metric} exact match"
+        measure = named.get(claim.metric, measure)
         scale, form, unit = (1, ".3f", "nats") if claim.metric == "held_out_kl" else (100, ".1f", "points")
+        if claim.metric.endswith(" tokens_per_step"):
+            scale, form, unit = 1, ".2f", "tokens"
         lines.append(
             f"| {claim.text} | {measure}: {claim.better} against {claim.worse} "
             + (

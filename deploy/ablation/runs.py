@@ -23,8 +23,9 @@ from common.config.fingerprint import differences, input_paths
 from common.config.renamed import old_names
 from common.config.run import RunConfig
 from common.config.yaml_loader import written
-from deploy.ablation.config import AblationConfig, RespondConfig
+from deploy.ablation.config import AblationConfig, EvaluateConfig, RespondConfig
 from deploy.ablation.processes import Processes
+from deploy.ablation.suites import evaluate_final, is_evaluated
 from deploy.errors import WorkerError
 from deploy.files import replace_text
 from deploy.held_out import share_held_out
@@ -36,12 +37,15 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of the ablation: an arm with a seed, and how its offline responses are made."""
+    """One run of the ablation: an arm with a seed, how its offline responses are made, and what its final model is
+    evaluated on, with or without the original beside it."""
 
     name: str
     seed: int
     config: RunConfig
     respond: RespondConfig = RespondConfig()
+    evaluate: EvaluateConfig | None = None
+    with_original: bool = False
 
     @property
     def needs_responses(self) -> bool:
@@ -57,6 +61,11 @@ class Arm:
     def done(self) -> bool:
         """Whether the run of this very config is finished."""
         return bool(finished_summary(self.config))
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether its final model was evaluated on the suites; also where there are none."""
+        return self.evaluate is None or is_evaluated(self.config.run_dir, self.evaluate, self.with_original)
 
     def differences(self) -> list[str]:
         """Fields in which the run in the arm's folder differs, with both values; empty if there is no run yet."""
@@ -87,7 +96,7 @@ def load_ablation(source: str) -> AblationConfig:
 
 def arms_of(ablation: AblationConfig) -> list[Arm]:
     """All runs in the order in which they are made; every config is validated before the first one starts."""
-    runs = []
+    runs: list[Arm] = []
     for seed in ablation.seeds:
         for name, own in ablation.arms.items():
             if own.seeds and seed not in own.seeds:
@@ -100,7 +109,9 @@ def arms_of(ablation: AblationConfig) -> list[Arm]:
                 **ablation.overrides,
                 **own.fields,
             }
-            runs.append(Arm(name, seed, load_config(ablation.base, fields), own.respond or ablation.respond))
+            with_original = ablation.evaluate is not None and ablation.evaluate.original and not runs
+            config, respond = load_config(ablation.base, fields), own.respond or ablation.respond
+            runs.append(Arm(name, seed, config, respond, ablation.evaluate, with_original))
     folders = [arm.config.run_dir for arm in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError(f"arms: two names give the same folder among {sorted(ablation.arms)}; rename one")
@@ -178,10 +189,12 @@ def run_all(
     chosen: Sequence[Arm] | None = None,
     stop_after_s: float | None = None,
     keep_going: bool = False,
+    evaluate: bool = True,
 ) -> None:
     """Make what is missing of the `chosen` runs (default: of all), `jobs` at a time; `done` is called for each of them
-    that ends well. Offline responses are made first, each file as one of the jobs; of a seed, the runs that wait for
-    them come last.
+    that ends well, and once more when its final model is evaluated on the suites, which follows unless `evaluate` is
+    off. Offline responses are made first, each file as one of the jobs; of a seed, the runs that wait for them come
+    last.
 
     After `stop_after_s` seconds those in progress are stopped with a checkpoint, and no more are begun. A run that
     fails keeps others from beginning, unless `keep_going`; those in progress go on.
@@ -191,8 +204,9 @@ def run_all(
         Stopped: SIGTERM or SIGINT came; the runs in progress were stopped with a checkpoint.
     """
     chosen = runs if chosen is None else chosen
-    missing = [arm for arm in chosen if not arm.done]
-    files = {arm.responses for arm in missing if arm.needs_responses}
+    trained = {arm.config.run_dir for arm in chosen if arm.done}
+    missing = [arm for arm in chosen if arm.config.run_dir not in trained or (evaluate and not arm.evaluated)]
+    files = {arm.responses for arm in missing if arm.needs_responses and arm.config.run_dir not in trained}
     makers = [arm for arm in _first_of_each_file(runs) if arm.responses in files]
     made: dict[Path, Future[None]] = {arm.responses: Future() for arm in makers if not arm.responses.exists()}
     processes = Processes()
@@ -206,18 +220,23 @@ def run_all(
         made[arm.responses].set_result(None)
 
     def waits(arm: Arm) -> bool:
-        return arm.needs_responses and arm.responses in made
+        return arm.needs_responses and arm.responses in made and arm.config.run_dir not in trained
 
-    def train(arm: Arm) -> None:
+    def make(arm: Arm) -> None:
         if waits(arm):  # all of these calls began before this one
             made[arm.responses].result()
-        note(f"{arm.name}, seed {arm.seed}")
-        _train(arm, runs, processes)
-        done(arm)
+        if arm.config.run_dir not in trained:
+            note(f"{arm.name}, seed {arm.seed}")
+            _train(arm, runs, processes)
+            done(arm)
+        if arm.evaluate and evaluate and not arm.evaluated:
+            note(f"{arm.name}, seed {arm.seed}: {', '.join(arm.evaluate.names)}")
+            evaluate_final(arm.config, arm.evaluate, arm.with_original, processes)
+            done(arm)
 
     calls = [partial(respond, arm) for arm in makers if arm.responses in made]
     seeds = list(dict.fromkeys(arm.seed for arm in runs))
-    calls += [partial(train, arm) for arm in sorted(missing, key=lambda arm: (seeds.index(arm.seed), waits(arm)))]
+    calls += [partial(make, arm) for arm in sorted(missing, key=lambda arm: (seeds.index(arm.seed), waits(arm)))]
     with StopSignals() as stop:
         deadline = None if stop_after_s is None else time.monotonic() + stop_after_s
 
@@ -226,8 +245,15 @@ def run_all(
 
         _in_turn(calls, jobs, processes, is_over, keep_going)
         if stop.requested:
-            finished = sum(arm.done for arm in chosen)
-            raise stop.error(f"{finished} of {len(chosen)} runs are finished; to go on, repeat the command")
+            raise stop.error(f"{how_far(chosen)}; to go on, repeat the command")
+
+
+def how_far(runs: Sequence[Arm]) -> str:
+    """How many runs are finished and, where there are suites, evaluated."""
+    said = f"{sum(arm.done for arm in runs)} of {len(runs)} runs are finished"
+    if any(arm.evaluate for arm in runs):
+        said += f", {sum(arm.evaluated for arm in runs)} evaluated"
+    return said
 
 
 def _in_turn(

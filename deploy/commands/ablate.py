@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from contextlib import nullcontext
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
@@ -12,9 +13,12 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from common.config.errors import ConfigError
-from deploy.argument_checks import finite
+from deploy.argument_checks import a_path, finite
 from deploy.commands.console import console, say
 from deploy.named_files import check_writable
+
+if TYPE_CHECKING:
+    from deploy.ablation.config import EvaluateConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -48,6 +52,13 @@ def ablate(
         ),
     ] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="go on with other runs where one fails")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="evaluate final models on the suites of the ablation")
+    ] = True,
+    suite_data: Annotated[
+        Path | None,
+        typer.Option(help="folder that holds the suites' files, in place of evaluate.suite_data", callback=a_path),
+    ] = None,
 ) -> None:
     """Train every arm of an ablation with every seed, and write a report with tables, curves and verdicts.
 
@@ -59,9 +70,14 @@ def ablate(
         opdlm ablate deploy/presets/ablation.yaml
         opdlm ablate deploy/presets/ablation-smollm2.yaml --jobs 3 --stop-after 1500 --arms OPDLM,SFT
     """
-    from deploy.ablation.runs import Arm, arms_named, arms_of, check_runs, load_ablation, run_all
+    from deploy.ablation.runs import Arm, arms_named, arms_of, check_runs, how_far, load_ablation, run_all
 
     settings = load_ablation(ablation)
+    if suite_data is not None:
+        if settings.evaluate is None:
+            raise ConfigError("--suite-data: this ablation evaluates no suites; give it an evaluate section")
+        found_there = settings.evaluate.model_copy(update={"suite_data": str(suite_data)})
+        settings = settings.model_copy(update={"evaluate": found_there})
     check_writable("output_dir", settings.output_dir)
     check_writable("report", settings.report.parent)
     runs = arms_of(settings)
@@ -82,12 +98,16 @@ def ablate(
                 say(f"left out: {arm.name}, seed {arm.seed}, whose run had another config: {'; '.join(fields)}")
         return
     check_runs(settings, runs)
+    evaluates = evaluate and settings.evaluate is not None
+    if settings.evaluate and evaluate and not all(arm.evaluated for arm in chosen):
+        _check_suites(settings.evaluate)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
     found = sum(arm.done for arm in chosen)
-    task = bar.add_task("runs", total=len(chosen), completed=found)
+    evaluated = sum(arm.done and arm.evaluated for arm in chosen) if evaluates else 0
+    task = bar.add_task("runs", total=len(chosen) * (1 + evaluates), completed=found + evaluated)
     if found:
         write_report(settings, runs, ablation)
 
@@ -110,11 +130,36 @@ def ablate(
     live = Live(get_renderable=shown, console=console, refresh_per_second=1, transient=True)
     try:
         with live if console.is_terminal else nullcontext():
-            run_all(runs, note, done, jobs, chosen=chosen, stop_after_s=stop_after, keep_going=keep_going)
+            run_all(
+                runs, note, done, jobs, chosen=chosen, stop_after_s=stop_after, keep_going=keep_going, evaluate=evaluate
+            )
     finally:
         console.print(runs_table([(arm, standing(arm)) for arm in chosen]))
-    finished = sum(arm.done for arm in chosen)
-    if finished < len(chosen):
-        say(f"--stop-after: {finished} of {len(chosen)} runs are finished; to go on, repeat the command")
+    if not all(arm.done and (arm.evaluated or not evaluate) for arm in chosen):
+        say(f"--stop-after: {how_far(chosen)}; to go on, repeat the command")
         return
-    say(f"all {len(chosen)} runs are finished; the report is {settings.report}")
+    say(f"all {len(chosen)} runs are finished{' and evaluated' if evaluates else ''}; the report is {settings.report}")
+
+
+def _check_suites(evaluate: EvaluateConfig) -> None:
+    """Refuse, before anything is trained, what `opdlm eval` would refuse afterwards.
+
+    Raises:
+        ConfigError: a suite is unknown, cannot be scored here, or is not in the folder of suites.
+    """
+    from deploy.evaluation.problems import source_of
+    from deploy.evaluation.suite_options import SuiteOptions
+    from deploy.evaluation.suites import SUITES
+
+    folder = Path(evaluate.suite_data) if evaluate.suite_data else None
+    asked = SuiteOptions(
+        evaluate.suites, folder, evaluate.problems, None, None, "question", "answer", None, None, 0, evaluate.count,
+        evaluate.run_code,
+    )  # fmt: skip
+    try:
+        asked.check()
+        for suite in evaluate.suites:
+            if suite in SUITES:
+                source_of(SUITES[suite], None, folder)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate: {error}") from error

@@ -1,0 +1,76 @@
+"""The suites of an ablation: every arm's final model on them, by a process of `opdlm eval` once its run is finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.config.run import RunConfig
+from deploy.ablation.config import EvaluateConfig
+from deploy.ablation.processes import Processes
+from deploy.checkpoints import FINAL
+from deploy.files import replace_text
+
+_NOT_OF_RESULTS = {
+    "suite_data",
+    "slots",
+    "original",
+}  # where they are found, how many at a time; known by its own field
+SuiteScores = dict[str, dict[str, dict[str, float | None]]]
+
+
+def is_evaluated(folder: Path, evaluate: EvaluateConfig, original: bool) -> bool:
+    """Whether a run's folder has results of these settings, with the original's where it is asked for."""
+    results, record = _files(folder)
+    if not (results.is_file() and record.is_file()):
+        return False
+    was = json.loads(record.read_text())
+    return {**was, "original": True} == _made_with(evaluate, True) and (was["original"] or not original)
+
+
+def evaluate_final(config: RunConfig, evaluate: EvaluateConfig, original: bool, processes: Processes) -> None:
+    """Evaluate the final model of a run; what an interrupted command has made is taken.
+
+    Raises:
+        WorkerError, StopRequested: as `Processes.run`.
+    """
+    folder = config.run_dir
+    results, record = _files(folder)
+    record.unlink(missing_ok=True)
+    options = {
+        "--suite-data": evaluate.suite_data,
+        "--problems": evaluate.problems,
+        "--count": evaluate.count,
+        "--max-new-tokens": evaluate.max_new_tokens,
+        "--threshold": evaluate.threshold,
+        "--slots": evaluate.slots,
+        "--dtype": evaluate.dtype,
+        "--original": config.model.path if original else "none",
+        "--output": results,
+    }
+    arguments = ["eval", str(folder / "checkpoints" / FINAL), "--rule", "static", "--rule", "dynamic"]
+    arguments += [part for suite in evaluate.suites for part in ("--suite", suite)]
+    arguments += [part for name, value in options.items() if value is not None for part in (name, str(value))]
+    processes.run(arguments + ["--run-code"] * evaluate.run_code, folder / "suites.log")
+    replace_text(record, json.dumps(_made_with(evaluate, original), indent=2) + "\n")
+
+
+def read_suites(folder: Path) -> SuiteScores:
+    """The means of all metrics by suite and then by `static`, `dynamic` and `original`, with `score`, the suite's own,
+    and `problems`, their number; None: nothing was counted."""
+    found: SuiteScores = {}
+    for row in json.loads(_files(folder)[0].read_text())["rows"]:
+        rule = "original" if row["model"] == "original" else row["unmasking"]["rule"]
+        means = {name: metric["mean"] for name, metric in row["metrics"].items()}
+        found.setdefault(row["suite"], {})[rule] = means | {"score": means[row["score"]], "problems": row["problems"]}
+    return found
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    """Of a run's folder: the results, and with what settings they were made, which is written when they are whole."""
+    return folder / "suites.json", folder / "suites.made_with.json"
+
+
+def _made_with(evaluate: EvaluateConfig, original: bool) -> dict[str, Any]:
+    return {**evaluate.model_dump(mode="json", exclude=_NOT_OF_RESULTS), "original": original}
