@@ -65,7 +65,12 @@ class Arm:
     @property
     def evaluated(self) -> bool:
         """Whether its final model was evaluated on the suites; also where there are none."""
-        return self.evaluate is None or is_evaluated(self.config.run_dir, self.evaluate, self.with_original)
+        return self.has_responses(scored=True)
+
+    def has_responses(self, scored: bool) -> bool:
+        """As `evaluated`; unless `scored`, responses are enough that are not scored yet."""
+        config, folder = self.evaluate, self.config.run_dir
+        return config is None or is_evaluated(folder, config, self.with_original, scored=scored)
 
     def differences(self) -> list[str]:
         """Fields in which the run in the arm's folder differs, with both values; empty if there is no run yet."""
@@ -190,11 +195,12 @@ def run_all(
     stop_after_s: float | None = None,
     keep_going: bool = False,
     evaluate: bool = True,
+    score: bool = True,
 ) -> None:
     """Make what is missing of the `chosen` runs (default: of all), `jobs` at a time; `done` is called for each of them
     that ends well, and once more when its final model is evaluated on the suites, which follows unless `evaluate` is
-    off. Offline responses are made first, each file as one of the jobs; of a seed, the runs that wait for them come
-    last.
+    off; without `score` its responses are kept for a later call. Offline responses are made first, each file as one of
+    the jobs; of a seed, the runs that wait for them come last.
 
     After `stop_after_s` seconds those in progress are stopped with a checkpoint, and no more are begun. A run that
     fails keeps others from beginning, unless `keep_going`; those in progress go on.
@@ -205,7 +211,9 @@ def run_all(
     """
     chosen = runs if chosen is None else chosen
     trained = {arm.config.run_dir for arm in chosen if arm.done}
-    missing = [arm for arm in chosen if arm.config.run_dir not in trained or (evaluate and not arm.evaluated)]
+    missing = [
+        arm for arm in chosen if arm.config.run_dir not in trained or (evaluate and not arm.has_responses(score))
+    ]
     files = {arm.responses for arm in missing if arm.needs_responses and arm.config.run_dir not in trained}
     makers = [arm for arm in _first_of_each_file(runs) if arm.responses in files]
     made: dict[Path, Future[None]] = {arm.responses: Future() for arm in makers if not arm.responses.exists()}
@@ -229,9 +237,9 @@ def run_all(
             note(f"{arm.name}, seed {arm.seed}")
             _train(arm, runs, processes)
             done(arm)
-        if arm.evaluate and evaluate and not arm.evaluated:
+        if arm.evaluate and evaluate and not arm.has_responses(score):
             note(f"{arm.name}, seed {arm.seed}: {', '.join(arm.evaluate.names)}")
-            evaluate_final(arm.config, arm.evaluate, arm.with_original, processes)
+            evaluate_final(arm.config, arm.evaluate, arm.with_original, processes, score=score)
             done(arm)
 
     calls = [partial(respond, arm) for arm in makers if arm.responses in made]

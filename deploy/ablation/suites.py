@@ -20,24 +20,32 @@ _NOT_OF_RESULTS = {
 SuiteScores = dict[str, dict[str, dict[str, float | None]]]
 
 
-def is_evaluated(folder: Path, evaluate: EvaluateConfig, original: bool) -> bool:
-    """Whether a run's folder has results of these settings, with the original's where it is asked for."""
-    results, record = _files(folder)
-    if not (results.is_file() and record.is_file()):
+def is_evaluated(folder: Path, evaluate: EvaluateConfig, original: bool, *, scored: bool = True) -> bool:
+    """Whether a run's folder has results of these settings, with the original's where it is asked for; `scored`: not
+    only responses that were kept without scores."""
+    files = _Files(folder)
+    if not files.record.is_file() or not (files.results.is_file() or (files.unscored.is_file() and not scored)):
         return False
-    was = json.loads(record.read_text())
+    was = json.loads(files.record.read_text())
     return {**was, "original": True} == _made_with(evaluate, True) and (was["original"] or not original)
 
 
-def evaluate_final(config: RunConfig, evaluate: EvaluateConfig, original: bool, processes: Processes) -> None:
-    """Evaluate the final model of a run; what an interrupted command has made is taken.
+def evaluate_final(
+    config: RunConfig, evaluate: EvaluateConfig, original: bool, processes: Processes, *, score: bool = True
+) -> None:
+    """Evaluate the final model of a run; what an interrupted command has made is taken. Without `score` its responses
+    are kept, and the next call that scores takes these.
 
     Raises:
         WorkerError, StopRequested: as `Processes.run`.
     """
-    folder = config.run_dir
-    results, record = _files(folder)
-    record.unlink(missing_ok=True)
+    files = _Files(config.run_dir)
+    only_for = (["--run-code"] if evaluate.run_code and score else []) + ([] if score else ["--no-score"])
+    if is_evaluated(config.run_dir, evaluate, original, scored=False):
+        processes.run(["score", str(files.unscored), *only_for], files.log)
+        return
+    for stale in (files.record, files.results, files.unscored):
+        stale.unlink(missing_ok=True)
     options = {
         "--suite-data": evaluate.suite_data,
         "--problems": evaluate.problems,
@@ -47,29 +55,35 @@ def evaluate_final(config: RunConfig, evaluate: EvaluateConfig, original: bool, 
         "--slots": evaluate.slots,
         "--dtype": evaluate.dtype,
         "--original": config.model.path if original else "none",
-        "--output": results,
+        "--output": files.results,
     }
-    arguments = ["eval", str(folder / "checkpoints" / FINAL), "--rule", "static", "--rule", "dynamic"]
+    arguments = ["eval", str(config.run_dir / "checkpoints" / FINAL), "--rule", "static", "--rule", "dynamic"]
     arguments += [part for suite in evaluate.suites for part in ("--suite", suite)]
     arguments += [part for name, value in options.items() if value is not None for part in (name, str(value))]
-    processes.run(arguments + ["--run-code"] * evaluate.run_code, folder / "suites.log")
-    replace_text(record, json.dumps(_made_with(evaluate, original), indent=2) + "\n")
+    processes.run([*arguments, *only_for], files.log)
+    replace_text(files.record, json.dumps(_made_with(evaluate, original), indent=2) + "\n")
 
 
 def read_suites(folder: Path) -> SuiteScores:
     """The means of all metrics by suite and then by `static`, `dynamic` and `original`, with `score`, the suite's own,
     and `problems`, their number; None: nothing was counted."""
     found: SuiteScores = {}
-    for row in json.loads(_files(folder)[0].read_text())["rows"]:
+    for row in json.loads(_Files(folder).results.read_text())["rows"]:
         rule = "original" if row["model"] == "original" else row["unmasking"]["rule"]
         means = {name: metric["mean"] for name, metric in row["metrics"].items()}
         found.setdefault(row["suite"], {})[rule] = means | {"score": means[row["score"]], "problems": row["problems"]}
     return found
 
 
-def _files(folder: Path) -> tuple[Path, Path]:
-    """Of a run's folder: the results, and with what settings they were made, which is written when they are whole."""
-    return folder / "suites.json", folder / "suites.made_with.json"
+class _Files:
+    """Of a run's folder: the results or the responses without scores, with what settings these were made, which is
+    written when they are whole, and the output of the commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.results = folder / "suites.json"
+        self.unscored = folder / "suites.unscored.json.gz"
+        self.record = folder / "suites.made_with.json"
+        self.log = folder / "suites.log"
 
 
 def _made_with(evaluate: EvaluateConfig, original: bool) -> dict[str, Any]:

@@ -55,6 +55,13 @@ def ablate(
     evaluate: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="evaluate final models on the suites of the ablation")
     ] = True,
+    score: Annotated[
+        bool,
+        typer.Option(
+            help="--no-score: keep the responses to suites, where scoring lacks packages; the command without it "
+            "scores them, on this or another machine"
+        ),
+    ] = True,
     suite_data: Annotated[
         Path | None,
         typer.Option(help="folder that holds the suites' files, in place of evaluate.suite_data", callback=a_path),
@@ -64,6 +71,7 @@ def ablate(
 
     The report is written after every run. To continue an interrupted ablation, repeat the command: finished runs stay,
     interrupted ones go on from their newest checkpoint. Runs made at a time share the GPU, and must fit it together.
+    Where the ablation has suites (evaluate), each final model is evaluated on them when its run is finished.
 
     [bold]Examples[/bold]
 
@@ -99,14 +107,14 @@ def ablate(
         return
     check_runs(settings, runs)
     evaluates = evaluate and settings.evaluate is not None
-    if settings.evaluate and evaluate and not all(arm.evaluated for arm in chosen):
-        _check_suites(settings.evaluate)
+    if settings.evaluate and evaluate and not all(arm.has_responses(score) for arm in chosen):
+        _check_suites(settings.evaluate, score)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
     found = sum(arm.done for arm in chosen)
-    evaluated = sum(arm.done and arm.evaluated for arm in chosen) if evaluates else 0
+    evaluated = sum(arm.done and arm.has_responses(score) for arm in chosen) if evaluates else 0
     task = bar.add_task("runs", total=len(chosen) * (1 + evaluates), completed=found + evaluated)
     if found:
         write_report(settings, runs, ablation)
@@ -131,17 +139,19 @@ def ablate(
     try:
         with live if console.is_terminal else nullcontext():
             run_all(
-                runs, note, done, jobs, chosen=chosen, stop_after_s=stop_after, keep_going=keep_going, evaluate=evaluate
-            )
+                runs, note, done, jobs, chosen=chosen, stop_after_s=stop_after, keep_going=keep_going,
+                evaluate=evaluate, score=score,
+            )  # fmt: skip
     finally:
         console.print(runs_table([(arm, standing(arm)) for arm in chosen]))
-    if not all(arm.done and (arm.evaluated or not evaluate) for arm in chosen):
+    if not all(arm.done and (arm.has_responses(score) or not evaluate) for arm in chosen):
         say(f"--stop-after: {how_far(chosen)}; to go on, repeat the command")
         return
-    say(f"all {len(chosen)} runs are finished{' and evaluated' if evaluates else ''}; the report is {settings.report}")
+    ended = "" if not evaluates else " and evaluated" if score else ", and the responses to suites kept"
+    say(f"all {len(chosen)} runs are finished{ended}; the report is {settings.report}")
 
 
-def _check_suites(evaluate: EvaluateConfig) -> None:
+def _check_suites(evaluate: EvaluateConfig, score: bool) -> None:
     """Refuse, before anything is trained, what `opdlm eval` would refuse afterwards.
 
     Raises:
@@ -157,7 +167,7 @@ def _check_suites(evaluate: EvaluateConfig) -> None:
         evaluate.run_code,
     )  # fmt: skip
     try:
-        asked.check()
+        asked.check(score)
         for suite in evaluate.suites:
             if suite in SUITES:
                 source_of(SUITES[suite], None, folder)

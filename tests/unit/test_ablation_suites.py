@@ -44,11 +44,13 @@ def evaluations(monkeypatch) -> list[list[str]]:
 
     def run(self, arguments, log):
         started.append(arguments)
-        assert arguments[0] == "eval", arguments
-        folder = Path(arguments[1]).parent.parent
+        folder = Path(arguments[1]).parent if arguments[0] == "score" else Path(arguments[1]).parent.parent
+        if "--no-score" in arguments:
+            (folder / "suites.unscored.json.gz").write_bytes(b"responses")
+            return
         score = 0.5 - 0.2 * folder.name.startswith("SFT") + 0.01 * int(folder.name[-1]) * (1 + ("SFT" in folder.name))
         rows = [row("static", score, 1.0), row("dynamic", score - 0.1, 2.5)]
-        if arguments[arguments.index("--original") + 1] != "none":
+        if arguments[0] == "eval" and arguments[arguments.index("--original") + 1] != "none":
             rows.insert(0, row("original", 0.6, 1.0))
         (folder / "suites.json").write_text(json.dumps({"rows": rows}))
 
@@ -113,6 +115,26 @@ def test_an_evaluation_that_failed_is_made_again_and_may_be_left_out(tmp_path, m
     assert all(arm.evaluated for arm in runs) and len(evaluations) == 2
 
 
+def test_responses_are_kept_without_scores_and_scored_by_a_later_command(tmp_path, evaluations):
+    settings = with_suites(tmp_path, seeds=[0])
+    runs = finished(settings)
+    for _ in range(2):  # the second makes nothing again
+        run_all(runs, lambda text: None, lambda arm: None, score=False)
+    assert [(arguments[0], arguments[-1]) for arguments in evaluations] == [("eval", "--no-score")] * 2
+    assert how_far(runs) == "2 of 2 runs are finished, 0 evaluated"
+    write_report(settings, runs, "small.yaml")
+    assert "ifeval" not in settings.report.read_text()
+    run_all(runs, lambda text: None, lambda arm: None)
+    kept = [str(arm.config.run_dir / "suites.unscored.json.gz") for arm in runs]
+    assert evaluations[2:] == [["score", file] for file in kept]
+    assert all(arm.evaluated for arm in runs)
+    other = arms_of(with_suites(tmp_path, seeds=[0], evaluate={**IFEVAL, "count": 10}))
+    run_all(other, lambda text: None, lambda arm: None, score=False)
+    assert not any(arm.evaluated for arm in other)  # the scores of the old settings are gone
+    run_all(other, lambda text: None, lambda arm: None)
+    assert [arguments[0] for arguments in evaluations[4:]] == ["eval", "eval", "score", "score"]
+
+
 def test_the_report_has_the_scores_the_originals_and_verdicts_on_them(tmp_path, evaluations):
     claims = [
         {"text": metric, "better": "OPDLM", "worse": "SFT", "metric": metric}
@@ -159,7 +181,9 @@ def test_a_run_is_evaluated_when_it_is_finished_and_the_command_says_so(tmp_path
     command = ["ablate", str(file), "--suite-data", str(tmp_path)]
     second = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     assert "OPDLM, seed 0: ifeval" in second.output and "all 1 runs are finished and evaluated" in second.output
-    (arguments,) = evaluations
+    kept = CliRunner().invoke(cli.app, [*command, "--no-score"], catch_exceptions=False)
+    assert "all 1 runs are finished, and the responses to suites kept" in kept.output
+    (arguments,) = evaluations  # there is nothing left to keep
     assert arguments[arguments.index("--suite-data") + 1] == str(tmp_path)
     report = settings.report.read_text()
     assert "| OPDLM | 1 | 90.0 | 80.0 | 10.0 | 2.00 | 50.0 | 40.0 | 2.50 |" in report
@@ -194,11 +218,14 @@ def test_a_claim_names_a_suite_of_the_ablation(tmp_path):
 
 
 def test_a_final_model_is_really_evaluated_on_problems(tmp_path):
-    """By the command itself, as a process: the tiny student before any training, beside its original."""
+    """By the commands themselves, as processes: the tiny student before any training, beside its original, of which
+    the responses are kept first and scored then."""
     evaluate = {"problems": PROBLEMS, "count": 4, "max_new_tokens": 72}
     settings = with_suites(tmp_path, seeds=[0], arms={"OPDLM": {}}, evaluate=evaluate, overrides={"model.path": ARLM})
     (arm,) = finished(settings)
     convert_folder(ARLM, arm.config.run_dir / "checkpoints/final", 4, "<|mask|>", torch.float32)
+    run_all([arm], lambda text: None, lambda arm: None, score=False)
+    assert arm.has_responses(scored=False) and not arm.evaluated
     run_all([arm], lambda text: None, lambda arm: None)
     scores = read_result(arm).suites["word_problems_heldout"]
     assert set(scores) == {"original", "static", "dynamic"}
