@@ -46,7 +46,7 @@ test-long: install
 	$(BIN)/python -m pytest -q -m long
 
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not integration" -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not integration and not long" -n logical --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

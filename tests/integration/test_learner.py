@@ -85,7 +85,11 @@ def refs_of(path: str) -> list[ray.ObjectRef]:
 PARTITIONED = {"zero_optimization": {"stage3_model_persistence_threshold": 0, "stage3_param_persistence_threshold": 0}}
 
 
-@pytest.mark.parametrize(("ranks", "deepspeed"), [(1, {}), (2, {}), (2, PARTITIONED)], ids=["1", "2", "2-partitioned"])
+@pytest.mark.parametrize(
+    ("ranks", "deepspeed"),
+    [pytest.param(1, {}, marks=pytest.mark.long), (2, {}), (2, PARTITIONED)],
+    ids=["1", "2", "2-partitioned"],
+)
 def test_ranks_train_publish_and_save_like_one_process(tmp_path, ray_local, ranks, deepspeed):
     path = tiny_qwen3(tmp_path / "model", seed=1)
     settings = config(path, ranks, deepspeed)
@@ -187,7 +191,7 @@ class RankOfOneTrajectory(LimitedRank):
     most, most_rows = 10_000, 100
 
 
-@pytest.mark.parametrize("limited", [LimitedRank, RankOfOneTrajectory])
+@pytest.mark.parametrize("limited", [LimitedRank, pytest.param(RankOfOneTrajectory, marks=pytest.mark.long)])
 def test_micro_batches_that_memory_does_not_hold_are_made_again_smaller(tmp_path, ray_local, limited):
     """The updates are those of ranks that hold them, up to rounding."""
     path = tiny_qwen3(tmp_path / "model", seed=1)
@@ -237,7 +241,9 @@ def test_ranks_that_wait_for_each_other_begin_anew_with_smaller_micro_batches(tm
         assert results[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("deepspeed", [{}, PARTITIONED], ids=["whole", "partitioned"])
+@pytest.mark.parametrize(
+    "deepspeed", [{}, pytest.param(PARTITIONED, marks=pytest.mark.long)], ids=["whole", "partitioned"]
+)
 def test_an_update_that_is_not_finite_is_left_out_and_repeated_by_replay(tmp_path, ray_local, deepspeed):
     """A hidden state of the teacher so large that its logits overflow, then weights of the loss so large that the
     gradient does: the third update is made as if there had been no other."""
@@ -403,7 +409,7 @@ def train_reference(settings: RunConfig, path: str, rows, meta) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.long)], ids=["tied", "untied"])
 def test_rows_added_for_the_mask_token_are_the_same_on_every_rank(tmp_path, ray_local, tied):
     """What two ranks publish and save before any update is what a rollout actor starts from."""
     path = tiny_qwen3(tmp_path / "model", tokenizer=tiny_tokenizer(), vocab=262, tied=tied)

@@ -35,6 +35,7 @@ def trained(folder, *overrides: str):
     return rows, metrics, load_file(folder / "tiny" / "checkpoints" / "final" / "model.safetensors")
 
 
+@pytest.mark.long
 def test_broadcast_gives_what_the_object_store_gives(tmp_path):
     rows, metrics, weights = trained(tmp_path / "broadcast", "--publish.transport", "broadcast")
     expected_rows, _, expected_weights = trained(tmp_path / "store", "--publish.transport", "object_store")

@@ -165,6 +165,7 @@ def test_a_model_that_cannot_be_loaded_is_named_by_its_option(opdlm, tmp_path):
         assert len(err.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_task_that_lm_eval_does_not_know_is_refused_in_one_sentence(opdlm):
     pytest.importorskip("lm_eval")
     status, _, err = opdlm("lm_eval", "--model", "opdlm", "--model_args", "pretrained=x", "--tasks", "no_such_task")

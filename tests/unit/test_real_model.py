@@ -122,7 +122,7 @@ def test_a_command_that_fails_ends_it_with_its_status(monkeypatch, tmp_path):
     assert ended.value.code == 2
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_stop_reaches_the_command_and_waits_for_its_checkpoint(tmp_path, sent):
     started, saved = tmp_path / "started", tmp_path / "saved"
     command = f"""
