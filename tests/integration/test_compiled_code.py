@@ -61,6 +61,7 @@ class Shows:
         return dict(os.environ)
 
 
+@pytest.mark.long
 def test_actors_know_the_folder_from_their_first_line_on(tmp_path):
     connect(RayConfig(num_cpus=1), object_store_mib=80, cache_dir=tmp_path)
     try:

@@ -17,7 +17,9 @@ ARLM = str(REPOSITORY / "deploy/models/tiny-arlm")
 PROBLEMS = str(REPOSITORY / "deploy/data/word_problems_heldout.jsonl")
 
 
-@pytest.mark.parametrize("options", [(), ("--temperature", "1", "--samples", "2", "--seeds", "2")])
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.long), ("--temperature", "1", "--samples", "2", "--seeds", "2")]
+)
 def test_processes_give_what_one_process_gives(tmp_path: Path, options, monkeypatch):
     monkeypatch.setattr("deploy.evaluation.sweep._CHUNK", 8)
     convert_folder(ARLM, tmp_path / "student", 4, "<|mask|>", torch.float32)

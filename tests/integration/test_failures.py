@@ -24,7 +24,10 @@ COMMAND = [
     [
         ("RolloutActor", signal.SIGKILL, "rollout-0 died while", []),
         pytest.param("LearnerRank", signal.SIGKILL, "learner-0 died while", [], marks=pytest.mark.long),
-        ("TeacherActor", signal.SIGSTOP, "teacher-0 gave no sign of life for .* budget of 0 replaced teacher", []),
+        pytest.param(
+            "TeacherActor", signal.SIGSTOP, "teacher-0 gave no sign of life for .* budget of 0 replaced teacher", [],
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             "RolloutActor", signal.SIGSTOP, "rollout-0 gave no sign of life",
             ["--publish.transport", "broadcast", "--pipeline.staleness", "1"], marks=pytest.mark.long,

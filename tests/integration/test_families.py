@@ -24,7 +24,7 @@ SMALL = [
         pytest.param("qwen2-sliding", 1, marks=pytest.mark.long),
         pytest.param("llama", 1, marks=pytest.mark.long),  # as the real model of another test
         pytest.param("gemma3", 2, marks=pytest.mark.long),
-        ("qwen3-moe", 2),
+        pytest.param("qwen3-moe", 2, marks=pytest.mark.long),
     ],
 )
 def test_the_loop_learns(tmp_path, family, ranks):

@@ -58,17 +58,9 @@ def test_a_finished_training_without_evaluation_only_evaluates(folder):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_another_evaluation_is_made_of_the_finished_training(folder):
-    said = train(folder.parent, "--resume", "auto", "--evaluation.count", "3")
-    assert "batch 1/2" not in said
-    result = summary(folder)
-    assert [result["teacher"]["problems"], result["student"]["dynamic"]["problems"]] == [3, 3]
-    assert result["train"]["updates"] == 16
-
-
 def test_a_finished_run_is_finished_for_its_own_config_only(folder):
     start = time.monotonic()
-    train(folder.parent, "--resume", "auto", "--evaluation.count", "3")
+    train(folder.parent, "--resume", "auto")
     assert time.monotonic() - start < 15, "nothing was started"
     edited = subprocess.run(
         [*COMMAND, "--output_dir", str(folder.parent), *SMALL, "--resume", "auto", "--learner.lr", "1e-3"],
@@ -77,6 +69,15 @@ def test_a_finished_run_is_finished_for_its_own_config_only(folder):
     )
     assert edited.returncode == 2
     assert "learner.lr was 0.0006 and is 0.001" in edited.stderr
+
+
+@pytest.mark.long
+def test_another_evaluation_is_made_of_the_finished_training(folder):
+    said = train(folder.parent, "--resume", "auto", "--evaluation.count", "3")
+    assert "batch 1/2" not in said
+    result = summary(folder)
+    assert [result["teacher"]["problems"], result["student"]["dynamic"]["problems"]] == [3, 3]
+    assert result["train"]["updates"] == 16
 
 
 @pytest.mark.parametrize("until", ["loading models", pytest.param("evaluating the teacher", marks=pytest.mark.long)])

@@ -129,7 +129,9 @@ def published_by(actors: list, path: str) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("deepspeed", [{}, PARTITIONED], ids=["whole", "partitioned"])
+@pytest.mark.parametrize(
+    "deepspeed", [pytest.param({}, marks=pytest.mark.long), PARTITIONED], ids=["whole", "partitioned"]
+)
 def test_what_a_checkpoint_resumes_is_equal_bit_by_bit(tmp_path, ray_local, deepspeed):
     """Training goes on while the shards are written, and does not reach into them."""
     path = tiny_qwen3(tmp_path / "model", seed=1)

@@ -154,7 +154,7 @@ def rolled_out(
 
 
 @pytest.mark.usefixtures("one_ray")
-@pytest.mark.parametrize("slots", [1, 32])  # with few, prompts are dealt out while rollouts go on
+@pytest.mark.parametrize("slots", [1, pytest.param(32, marks=pytest.mark.long)])  # with few, they are dealt meanwhile
 @pytest.mark.parametrize("wrong", ["nothing", "dies once", "raises once", "hangs once"])
 def test_what_a_failed_actor_had_not_handed_over_is_asked_again(tmp_path, wrong, slots, monkeypatch):
     monkeypatch.setattr(recovery, "SILENT_SECONDS", 6.0)
