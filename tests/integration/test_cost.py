@@ -21,7 +21,7 @@ def trained(folder: Path, batches: int) -> Counter[str]:
     environment = os.environ | call_counts.environment(folder, counts, folder / "out")
     command = [
         sys.executable, "-m", "deploy", "train", "tiny", "--output_dir", folder / "out", "--data.limit", "128",
-        "--teacher.backend", "transformers", "--rollout.actors", "1", "--learner.ranks", "1",
+        "--teacher.backend", "transformers", "--rollout.actors", "2", "--learner.ranks", "1",
         "--rollout.stream_rows", "2", "--rollout.prompts_per_batch", "8", "--curriculum.min_tokens", "8",
         "--curriculum.max_tokens", "8", "--evaluation.problems", "null", "--dashboard.rollouts", "0",
         "--pipeline.max_batches", str(batches),
