@@ -25,6 +25,35 @@ from common.config.unmasking import SpeculativeUnmasking
 from common.trajectory import EndTokens, Trajectory
 
 
+class AutoregressivePass(DevicePass):
+    """One forward of the last token of every sequence; the rows of masks are left out of it."""
+
+    def __call__(
+        self, state: SlotState, decodings: tuple[Decoding, ...], slots: Tensor, commits: int, tokens: int
+    ) -> Tensor:
+        if len(decodings) > 1:
+            raise ValueError("requests that are decoded token by token together need equal decoding settings")
+        (decoding,) = decodings
+        count, commits, device = len(slots), max(commits, 1), slots.device
+        work = self._plan(state, slots, commits, tokens, False)
+        causal = torch.ones(commits, dtype=torch.bool, device=device)
+        alone = torch.full((commits,), -1, device=device)
+        rows = CacheRows(work.rows[count:], work.positions[count:], 1, alone, causal)
+        every = torch.arange(commits, device=device)
+        logits = self.model.logits(self.model.decode(work.ids[count:], work.positions[count:], rows, every, None))
+        done = slots[work.done.clamp(max=count - 1)]  # of padding, any
+        untested = torch.zeros(commits, 1, dtype=torch.bool, device=device)
+        noise = verification_noise(state, done, state.block[done] - 1)
+        found = verdicts(
+            logits[:, None], untested.long(), None, untested, noise, decoding, self.mask_token_id, self.token_count
+        )
+        found = Verdicts(*(by_slot(x, work.done, count) for x in found))
+        nothing = torch.zeros(count, 1, device=device)
+        drafts = Candidates(nothing.long(), nothing, nothing)
+        rule = rule_of(decoding.unmasking)
+        return speculate(state, rule, slots, drafts, found, work.waits, self._end_tokens, self.mask_token_id)
+
+
 class AutoregressiveSampler(Sampler):
     """A causal LM's own text, one token a sequence and pass. A response depends on the weights, its request, `seed` and
     the temperature, not on what runs beside it (but for floating-point rounding).
@@ -37,6 +66,8 @@ class AutoregressiveSampler(Sampler):
         for trajectory in sampler.generate([Request(0, 0, prompt_ids, 64)], token_by_token(temperature=0.0)):
             print(tokenizer.decode(trajectory.response_ids))
     """
+
+    pass_class = AutoregressivePass
 
     def __init__(
         self,
@@ -67,8 +98,6 @@ class AutoregressiveSampler(Sampler):
             cuda_graphs=cuda_graphs,
             compiled=compiled,
         )
-        on_device = self.on_cuda and compiled
-        self.device_pass = AutoregressivePass(self.cached_model, mask, eos_token_id, token_count, on_device)
 
     def passes(
         self, requests: Iterable[Request], decoding: Decoding, more: More | None = None, longest: int = 0
@@ -81,32 +110,3 @@ class AutoregressiveSampler(Sampler):
 
 def token_by_token(temperature: float, top_p: float = 1.0) -> Decoding:
     return Decoding(SpeculativeUnmasking(), temperature, top_p=top_p)
-
-
-class AutoregressivePass(DevicePass):
-    """One forward of the last token of every sequence; the rows of masks are left out of it."""
-
-    def __call__(
-        self, state: SlotState, decodings: tuple[Decoding, ...], slots: Tensor, commits: int, tokens: int
-    ) -> Tensor:
-        if len(decodings) > 1:
-            raise ValueError("requests that are decoded token by token together need equal decoding settings")
-        (decoding,) = decodings
-        count, commits, device = len(slots), max(commits, 1), slots.device
-        work = self._plan(state, slots, commits, tokens, False)
-        causal = torch.ones(commits, dtype=torch.bool, device=device)
-        alone = torch.full((commits,), -1, device=device)
-        rows = CacheRows(work.rows[count:], work.positions[count:], 1, alone, causal)
-        every = torch.arange(commits, device=device)
-        logits = self.model.logits(self.model.decode(work.ids[count:], work.positions[count:], rows, every, None))
-        done = slots[work.done.clamp(max=count - 1)]  # of padding, any
-        untested = torch.zeros(commits, 1, dtype=torch.bool, device=device)
-        noise = verification_noise(state, done, state.block[done] - 1)
-        found = verdicts(
-            logits[:, None], untested.long(), None, untested, noise, decoding, self.mask_token_id, self.token_count
-        )
-        found = Verdicts(*(by_slot(x, work.done, count) for x in found))
-        nothing = torch.zeros(count, 1, device=device)
-        drafts = Candidates(nothing.long(), nothing, nothing)
-        rule = rule_of(decoding.unmasking)
-        return speculate(state, rule, slots, drafts, found, work.waits, self._end_tokens, self.mask_token_id)

@@ -99,6 +99,8 @@ class Sampler:
     beside the student's.
     """
 
+    pass_class = DevicePass  # other samplers have passes of their own
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -146,7 +148,7 @@ class Sampler:
         on_device = self.on_cuda and compiled
         self.cached_model = CachedModel(model, on_device)
         self.verifier = Verifier(verifier, on_device) if verifier is not None else None
-        self.device_pass = DevicePass(
+        self.device_pass = self.pass_class(
             self.cached_model, mask_token_id, eos_token_id, token_count, on_device, self.verifier
         )
 

@@ -12,11 +12,8 @@ from deploy.ablation.processes import Processes
 from deploy.checkpoints import FINAL
 from deploy.files import replace_text
 
-_NOT_OF_RESULTS = {
-    "suite_data",
-    "slots",
-    "original",
-}  # where they are found, how many at a time; known by its own field
+# where they are found, how many at a time; whether the original is asked is recorded beside these
+_NOT_OF_RESULTS = {"suite_data", "slots", "original"}
 SuiteScores = dict[str, dict[str, dict[str, float | None]]]
 
 

@@ -88,15 +88,6 @@ def _uneven(model: Any, fast: bool, sequences: int, prompt: int, new_tokens: int
     return row
 
 
-class SeparateCommits(Sampler):
-    """What the fused commit replaces: a forward of its own for the blocks that are done."""
-
-    def __init__(self, model: Any, **options: Any) -> None:
-        super().__init__(model, **options)
-        tokens = self.mask_token_id, self.eos_token_id, self.token_count
-        self.device_pass = CommitsFirst(self.cached_model, *tokens, compiled=False)
-
-
 class CommitsFirst(DevicePass):
     def __call__(
         self, state: Any, decodings: tuple[Decoding, ...], slots: torch.Tensor, commits: int, tokens: int
@@ -108,6 +99,12 @@ class CommitsFirst(DevicePass):
             self.model.forward(state.ids[rows[:, None], positions], positions, cache_rows)
             state.uncommitted[rows] = False
         return super().__call__(state, decodings, slots, 0, tokens)
+
+
+class SeparateCommits(Sampler):
+    """What the fused commit replaces: a forward of its own for the blocks that are done."""
+
+    pass_class = CommitsFirst
 
 
 class TimedPrefill(Sampler):
